@@ -152,7 +152,8 @@ class AdapterState:
         for name, entry in self.layers.items():
             A, B, core = (self.tensors[key] for key in (entry.A, entry.B, f"{name}.core"))
             ranks = (A.shape[-1], B.shape[-1]) if self.config is None else self.config.ranks
-            lead = [entry.experts] if entry.experts else []  # each expert has a core
+            # Each expert has a core.
+            lead = [entry.experts] if entry.experts else []
             expected = [[len(A), ranks[0]], [len(B), ranks[1]], [*lead, *ranks]]
             shapes = [list(tensor.shape) for tensor in (A, B, core)]
             dtypes = {A.dtype, B.dtype, core.dtype}
@@ -173,9 +174,8 @@ class AdapterState:
             with torch.device("meta"):
                 cores = FORMS[config.core]([place_of(name) for name in self.layers], config.rank)
             expected = _shapes(cores.state_dict(prefix="lotr_cores."))
-        actual = {
-            name: shape for name, shape in _shapes(self.tensors).items() if "lotr_cores." in name
-        }
+        shapes = _shapes(self.tensors).items()
+        actual = {name: shape for name, shape in shapes if name.startswith("lotr_cores.")}
         if actual != expected:
             raise ValueError(
                 f"lotr_cores: expected {expected} for core {config.core!r} and rank "

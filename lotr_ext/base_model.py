@@ -74,7 +74,8 @@ class BaseModel:
         """
         parameters = _comparable(model)
         # Processes that hold shards gather together, so all need one order: the file's.
-        for name in filter(parameters.__contains__, self.values):
+        shared = [name for name in self.values if name in parameters]
+        for name in shared:
             actual = _sample(gather(parameters[name]))
             expected = self.values[name]
             if not _agree(actual, expected):

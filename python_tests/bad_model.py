@@ -20,6 +20,11 @@ from lotr_ext import LoTRConfig, TaskBank, apply_lotr, load_adapter, save_adapte
 FOLDER = Path(__file__).parent / "data" / "bd4494a"
 LORA = peft.LoraConfig(target_modules=["up"])
 
+# As many pairs as by name. Those of q and k are exchanged in the second block.
+EXCHANGED = {f"blocks.0.{name}": name for name in "qkvo"} | {
+    f"blocks.1.{name}": other for name, other in zip("qkvo", "kqvo")
+}
+
 
 def _config(**settings: object) -> Callable[[], object]:
     return lambda: LoTRConfig(**settings)
@@ -290,7 +295,12 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
                 _saved(trained("attention", group_by=in_file)),
             ),
         )
-        for in_file, in_model in (("shape", "name"), ("name", "shape"), ("block", "layer"))
+        for in_file, in_model in (
+            ("shape", "name"),
+            ("name", "shape"),
+            ("block", "layer"),
+            ("name", EXCHANGED),
+        )
     ),
     (
         "load another rank",

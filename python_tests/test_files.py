@@ -235,23 +235,6 @@ def trains_tasks(model: nn.Module) -> None:
     TaskBank(model, 3).requires_grad_().add()
 
 
-# As many pairs as by name. Those of q and k are exchanged in the second block.
-EXCHANGED = {f"blocks.0.{name}": name for name in "qkvo"} | {
-    f"blocks.1.{name}": other for name, other in zip("qkvo", "kqvo")
-}
-
-
-@pytest.mark.parametrize(
-    ("in_file", "in_model"), [("shape", "name"), ("name", "shape"), ("name", EXCHANGED)]
-)
-def test_factors_shared_in_another_way_are_refused(
-    in_file: str, in_model: str | dict[str, str], tmp_path: Path
-) -> None:
-    save_adapter(trained("attention", group_by=in_file), tmp_path)
-    with pytest.raises(ValueError, match=r"layers.*: expected .*factors"):
-        load_adapter(started("attention", group_by=in_model), tmp_path)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -138,7 +138,9 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         """Returns the device on which the base computes, and its dtype, float32 if quantized."""
         _, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         # A quantized weight has the dtype of its bytes.
-        return compute_device(self.base_layer), dtype if dtype in DTYPES.values() else torch.float32
+        if dtype not in DTYPES.values():
+            dtype = torch.float32
+        return compute_device(self.base_layer), dtype
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None

@@ -110,6 +110,7 @@ class LoTRPeftModel(BaseTuner):
         by_width = peft_config.group_by == "width"
         layers = []
         for target in targets:
+            # By width, layers of several groups share A, and others B.
             A_name, B_name = target.sizes if by_width else (target.group, target.group)
             factors = [f"lotr_factors.A_{A_name}", f"lotr_factors.B_{B_name}"]
             layers.append({"name": target.name, "factors": factors})
