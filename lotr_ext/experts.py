@@ -159,6 +159,9 @@ def lotr_grouped_linear(
     check_tensor("cores", cores, *lead, e, A.shape[1], B.shape[1])
     if bias is not None:
         check_tensor("bias", bias, e, n)
+        # A sum would silently have the wider dtype.
+        if bias.dtype != weight.dtype and dispatch.autocast_dtype(x) is None:
+            raise TypeError(f"bias: expected weight's dtype {weight.dtype}, got {bias.dtype}")
     check_values(x, {"weight": weight, "A": A, "B": B, "cores": cores})
     check_number("scaling", scaling)
     tasks = None

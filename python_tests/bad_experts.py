@@ -62,6 +62,7 @@ BAD_EXPERTS: list[Row] = [
     ("grouped offs int64", "offs", _grouped(offs=OFFS.long())),
     ("grouped offs too short", "offs", _grouped(offs=OFFS[:-1])),
     ("grouped offs descending", "offs", _grouped(offs=OFFS.flip(0))),
+    ("grouped bias in float64", "bias", _grouped(bias=torch.zeros(E, N).double())),
     ("grouped tokens int32", "tokens", _grouped(tokens=torch.zeros(50, dtype=torch.int32))),
     ("grouped tokens too large", "tokens", _grouped(tokens=torch.full((50,), M))),
     ("grouped tokens -1", "tokens", _grouped(tokens=torch.full((50,), -1))),
