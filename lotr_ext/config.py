@@ -4,8 +4,8 @@ Not here: which layers of a model a configuration means (targets.py).
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -23,6 +23,50 @@ HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT's names, as in T
 TASKS = (*HEADED_TASKS, "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION")
 PARTS = ("A", "B", "core")
 GroupBy = str | Mapping[str, str] | Callable[[str, nn.Module], str]
+
+
+# Settings of PEFT's LoRA that LoTR lacks or calls by another name, and what to use instead.
+LORA_SETTINGS = {
+    "r": "Here it is 'rank'.",
+    "lora_alpha": "Here it is 'alpha'.",
+    "lora_dropout": "Here it is 'dropout'.",
+    "use_rslora": "Here it is 'rslora'.",
+    "init_lora_weights": "Here it is 'init'.",
+    "rank_pattern": "Layers that share factors have one rank.",
+    "alpha_pattern": "All layers have one scaling.",
+    "bias": "To train biases, use lotr_ext.peft. Its configuration has this field.",
+    "lora_bias": "An adapter has no bias.",
+    "use_dora": "LoTR has no magnitudes.",
+    "magnitude": "LoTR has no magnitudes.",
+    "fan_in_fan_out": "Conv1D layers are recognized without it.",
+    "layers_to_transform": "Pass a regular expression as target_modules.",
+    "layers_pattern": "Pass a regular expression as target_modules.",
+    "layer_replication": "Replicate the layers before they are adapted.",
+    "trainable_token_indices": "Name the embedding in modules_to_save.",
+    "target_parameters": "apply_lotr adapts experts.",
+    "loftq_config": "The base weights stay as they are.",
+    "eva_config": "lotr_ext.init_from_gradient starts an adapter from data.",
+    "corda_config": "lotr_ext.init_from_gradient starts an adapter from data.",
+}
+
+
+def check_names(names: Iterable[str], config_class: type) -> None:
+    """Checks that no name is a setting of PEFT's LoRA that a configuration does not have.
+
+    Args:
+        names: The names of the arguments.
+        config_class: The configuration's class, a dataclass.
+
+    Raises:
+        TypeError: If one is. The message says what to use.
+    """
+    field_names = {field.name for field in fields(config_class)}
+    for name in names:
+        if name in LORA_SETTINGS and name not in field_names:
+            raise TypeError(
+                f"{name}: expected a field of {config_class.__name__}, got one of PEFT's LoRA. "
+                f"{LORA_SETTINGS[name]}"
+            )
 
 
 def place_of(name: str) -> tuple[str, str]:
@@ -81,7 +125,8 @@ class LoTRConfig:
 
     Raises:
         TypeError, ValueError: If a field has a wrong type or value, or fields exclude each other.
-            The message names the field.
+            The message names the field. For a setting of PEFT's LoraConfig, such as r or
+            rank_pattern, it says what to use here.
     """
 
     rank: int | tuple[int, int] = 16
@@ -100,6 +145,11 @@ class LoTRConfig:
     target_parameters: Sequence[str] | None = None
     core: str | Callable[..., Any] = "dense"
     task_type: str | None = None
+
+    def __new__(cls, *_: Any, **settings: Any) -> "LoTRConfig":
+        # Before __init__, in which Python would only call the argument unexpected.
+        check_names(settings, cls)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         ranks = check_rank(self.rank)
@@ -150,6 +200,15 @@ class LoTRConfig:
                 'init: expected another init than "svd" with core_init="identity", '
                 'target_parameters or group_by="width", got "svd"'
             )
+
+    def __getattr__(self, name: str) -> Any:
+        """Explains what is missing to `peft.get_peft_model`, which reads these names first."""
+        if name in ("base_model_name_or_path", "peft_type"):
+            raise AttributeError(
+                "peft_config: expected a LoTRPeftConfig, got a LoTRConfig, which is for "
+                "apply_lotr. Use lotr_ext.peft.LoTRPeftConfig with PEFT's functions."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def ranks(self) -> tuple[int, int]:

@@ -74,12 +74,18 @@ class TaskFormat:
         tensors, metadata = tensors_in(path, where)
         # Names and shapes first, because they say best how another adapter differs.
         self.check(tensors, where)
-        for key, expected in self.metadata().items():
-            if metadata.get(key) != expected:
+        expected = self.metadata()
+        for key in ("format", "version", "scaling"):
+            if metadata.get(key) != expected[key]:
                 raise ValueError(
-                    f"{where}: expected a task with {key} {expected:.200}, as the adapter has, got "
-                    f"{metadata.get(key)!s:.200} in {path}. {_ANOTHER_ADAPTER}"
+                    f"{where}: expected a task with {key} {expected[key]:.200}, as the adapter "
+                    f"has, got {metadata.get(key)!s:.200} in {path}. {_ANOTHER_ADAPTER}"
                 )
+        if metadata.get("factors") != expected["factors"]:
+            raise ValueError(
+                f"{where}: expected a task for the A and B of this adapter, got one that was made "
+                f"for other A and B in {path}. {_ANOTHER_ADAPTER}"
+            )
         return tensors
 
     def metadata(self) -> dict[str, str]:

@@ -101,6 +101,14 @@ _CONFIG: list[Row] = [
     ("PEFT init svd", "init", _config("init", "svd")),
     ("PEFT core custom", "core", _config("core", "custom")),
     ("PEFT group_by a callable", "group_by", _config("group_by", lambda name, module: "g")),
+    ("PEFT lora_alpha", "lora_alpha", _config("lora_alpha", 8)),
+    ("PEFT rank_pattern", "rank_pattern", _config("rank_pattern", {})),
+    ("PEFT use_dora", "use_dora", _config("use_dora", True)),
+    (
+        "PEFT target_parameters",
+        "target_parameters",
+        _config("target_parameters", ["experts.down_proj"]),
+    ),
     ("PEFT bias of LoRA", "bias", _config("bias", "lora_only")),
     (
         "PEFT layers_to_transform",

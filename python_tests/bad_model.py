@@ -90,6 +90,14 @@ _CONFIGS = [
     ("core_init", ["ones", None]),
     ("core", ["sparse", 3, None]),
     ("task_type", ["SEQ", 3]),
+    *(
+        (name, [1])
+        for name in (
+            *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "use_dora"),
+            *("rank_pattern", "alpha_pattern", "bias", "layers_to_transform", "layers_pattern"),
+            "fan_in_fan_out",
+        )
+    ),
 ]
 BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
     *(

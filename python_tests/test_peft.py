@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from lotr_ext import LoTRConfig
 from lotr_ext.init import START
 from lotr_ext.peft import LoTRPeftConfig, LoTRPeftLinear
 from lotr_ext.peft import config as peft_config
@@ -512,6 +513,12 @@ def test_the_first_versions_files_load(tmp_path: Path) -> None:
         for read in (LoTRPeftConfig, peft.PeftConfig):
             with pytest.raises(ERRORS, match=r"magnitude|use_dora|target_parameters"):
                 read.from_pretrained(str(tmp_path))
+
+
+def test_a_configuration_for_apply_lotr_is_refused_by_name() -> None:
+    with pytest.raises(AttributeError, match="expected a LoTRPeftConfig, got a LoTRConfig"):
+        peft.get_peft_model(zoo.net("mlp"), LoTRConfig(rank=2))
+    assert copy.deepcopy(LoTRConfig()) == LoTRConfig()
 
 
 def test_a_saved_configuration_has_its_scaling_as_a_number(tmp_path: Path) -> None:

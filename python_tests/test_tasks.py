@@ -623,7 +623,7 @@ def test_files_of_other_factors_scalings_and_kinds_are_refused(tmp_path: Path) -
     again.lotr_tasks.replace(1, path)  # the same factors: `trained` is deterministic
     for other, reason in (
         (banked("attention", scaling=2.0), "scaling"),
-        (banked("attention", seed=3), "factors"),
+        (banked("attention", seed=3), "made for other A and B"),
         (banked("attention", rank=2), "ranks"),
         (banked("attention", rank=2, scaling=2.0), "ranks"),
         (banked("mlp"), "missing"),

@@ -25,7 +25,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "integers": (lambda t, m: t.update({KEY: t[KEY].int()}), f"{KEY}: expected a floating"),
     "no core": (lambda t, m: t.pop(KEY), f"expected the model's 8, got 7: missing {KEY}"),
     "another layer": (lambda t, m: t.update(other=t[KEY].clone()), "not in the model other"),
-    "other factors": (lambda t, m: m.update(factors="0" * 64), "expected a task with factors"),
+    "other factors": (lambda t, m: m.update(factors="0" * 64), "made for other A and B"),
     "another scaling": (lambda t, m: m.update(scaling="3.0"), "expected a task with scaling"),
     "another format": (lambda t, m: m.update(format="pt"), "expected a task with format"),
     "a newer version": (lambda t, m: m.update(version="9"), "expected a task with version"),

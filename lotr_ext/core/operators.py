@@ -42,7 +42,7 @@ TWO_PASS = 0  # the base product, then the adapter's product is added to it
 BETA = 1  # the adapter's product, then the base product accumulates onto it
 FUSED = 2  # both in one kernel on Hopper GPUs. Shapes that it refuses run as BETA
 
-# The types whose subclasses the kernels do not see. NoneType is that of an absent argument.
+# The types whose subclasses the kernels do not see. NoneType is the type of an absent argument.
 PLAIN_TYPES = {Tensor, nn.Parameter, type(None)}
 
 

@@ -9,7 +9,7 @@ import peft
 from peft.config import PeftConfig
 
 from ..checks import check_choice
-from ..config import LoTRConfig
+from ..config import LoTRConfig, check_names
 from ..old_files import config_of_version_1
 
 if tuple(map(int, re.findall(r"\d+", peft.__version__)[:2])) < (0, 21):
@@ -112,20 +112,15 @@ class LoTRPeftConfig(PeftConfig):
     )
 
     def __new__(cls, *_: Any, **values: Any) -> "LoTRPeftConfig":
-        # From the file of another version, PEFT's base class would drop them with a warning.
-        for name in _FORMER:
-            if values.get(name):
-                raise TypeError(
-                    f"{name}: expected none, because this version does not have it, got "
-                    f"{values[name]!r}"
-                )
+        # What an old file has and this class lacks is dropped by PEFT, with a warning.
+        check_names((n for n, value in values.items() if value or n not in _FORMER), cls)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LOTR
-        given = [rank for rank in (self.rank, self.r) if rank is not None]
-        self.rank = given[0] if given else 16
+        if self.rank is None:
+            self.rank = 16 if self.r is None else self.r
         if self.r not in (None, self.rank):
             raise ValueError(f"r: expected rank = {self.rank!r}, or only one, got {self.r!r}")
         if callable(self.group_by) or callable(self.core) or self.core == "custom":
