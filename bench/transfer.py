@@ -326,7 +326,7 @@ def draw_short_runs(ax: Axes, recorded: pd.DataFrame) -> None:
         ax.plot([], [], "-", color=f"C{number}", label=target)
     ax.set(title="after 20 steps, on a fixed pair", xscale="log", ylim=(0.2, 1.1))
     ax.set(xlabel="share of the squared gradient captured")
-    ax.legend(fontsize=6)
+    ax.legend(fontsize=6, ncols=2, loc="lower left")
 
 
 # ---- a collection of LoRAs -----------------------------------------------------------------------
