@@ -58,7 +58,7 @@ class Form(NamedTuple):
     core: str
     only: str = ""
     b: str = ""
-    norm: str = "2"
+    norm: str = ""
 
     @staticmethod
     def of(text: str) -> "Form":

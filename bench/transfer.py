@@ -136,7 +136,7 @@ def build(form: Form, target: str, seed: int) -> nn.Module:
         parent, _, last = name.rpartition(".")
         has_b = with_b.fullmatch(name) is not None
         # Adam moves each number by the rate, so a larger B is a higher rate of b alone.
-        norm = float(form.norm) if has_b else USUAL_NORM
+        norm = float(form.norm) if has_b and form.norm else USUAL_NORM
         vectors = Vectors(model.get_submodule(name), A, B, has_b, norm)
         setattr(model.get_submodule(parent), last, vectors)
     return model
@@ -201,6 +201,12 @@ def next_runs(recorded: pd.DataFrame, options: argparse.Namespace) -> list[Run]:
 # ---- tables --------------------------------------------------------------------------------------
 
 
+def other_runs() -> pd.DataFrame:
+    """Returns the runs of bench.accuracy that are compared."""
+    runs = runs_in(RESULTS / "accuracy.jsonl")
+    return runs[(runs["scaling"] == "") & runs["method"].str.match("base|lo|vera|full")].copy()
+
+
 def results_of(
     recorded: pd.DataFrame, target: str
 ) -> list[tuple[accuracy.Point, accuracy.Interval]]:
@@ -208,8 +214,7 @@ def results_of(
 
     The point of the runs has the form as its method.
     """
-    others = runs_in(RESULTS / "accuracy.jsonl")
-    others = others[(others["scaling"] == "") & others["method"].str.match("base|lo|vera|full")]
+    others = other_runs()
     others["form"] = others["method"].combine(others["rank"], accuracy.name_of)
     forms = recorded.rename(columns={"target": "task", "numbers": "parameters"})
     runs = pd.concat([forms, others])
@@ -232,7 +237,7 @@ def short_runs(recorded: pd.DataFrame) -> pd.DataFrame:
     The gain is that of the validation loss.
     """
     runs = recorded[recorded["steps"] < STEPS]
-    others = accuracy.runs_in(RESULTS / "accuracy.jsonl")
+    others = other_runs()
     base = others[others["method"] == "base"].groupby("task")["validation"].first()
     of_lora = runs[runs["form"] == "peft/all/4/lora"]
     lora = of_lora.groupby(["target", "steps"])["validation"].min().rename("lora")

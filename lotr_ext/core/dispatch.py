@@ -216,8 +216,7 @@ def choose_plan(
         return Plan.ONE_NODE
     # Another form for few tokens would add a guard, and one compilation per form.
     is_known = isinstance(tokens, int)
-    is_much_work = not is_known or x.numel() * (A.shape[1] + 16) >= LITTLE_WORK
-    if layers != 1 and is_much_work:
+    if layers != 1 and (not is_known or x.numel() * (A.shape[1] + 16) >= LITTLE_WORK):
         return Plan.PROJECTION
     return Plan.ONE_NODE_FEW_TOKENS if is_known and tokens < FEW_TOKENS else Plan.ONE_NODE
 
