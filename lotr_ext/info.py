@@ -76,7 +76,6 @@ def _cuda_summary() -> str:
     build = build_info()["cuda"]
     if not build["built"]:
         return "not built"
-    archs = ", ".join(arch.removesuffix("-real") for arch in build["archs"])
     gpu_count = torch.cuda.device_count()
     if gpu_count == 0:
         where = "no GPU here"
@@ -84,7 +83,7 @@ def _cuda_summary() -> str:
         where = f"they run on {gpu_count} GPU{'s' * (gpu_count > 1)} here"
     else:
         where = "they cannot run here"
-    return f"built for {archs}, {where}"
+    return f"built for {build['archs'].replace('-real', '')}, {where}"
 
 
 def plans(m: int, k: int, n: int, r: int) -> list[str]:

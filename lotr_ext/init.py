@@ -23,21 +23,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from .checks import check_choice, check_tensor
-
-__all__ = [
-    "CORE_INITS",
-    "FACTOR_INITS",
-    "START",
-    "CapturedGradient",
-    "fill_core_",
-    "fill_factor_",
-    "start_from_gradients",
-    "tucker2",
-    "tucker2_of",
-]
 
 # Multiplies the initial factors, and divides s by its cube (factors.scaling_of). With AdamW,
 # factors and cores times a, the rate times a, and s times a^-3 give exactly the same path. So this
@@ -350,29 +337,6 @@ def _captured(
     return CapturedGradient(sum(captured.values()) / sum(norms.values()), shares)
 
 
-class _Tap(Function):
-    """Returns y. Its backward adds products of the layer's gradient g^T x to `products`.
-
-    The frozen weights need no gradient. The anchor is a scalar that requires one, so that autograd
-    runs the taps of all layers.
-    """
-
-    @staticmethod
-    def forward(ctx, anchor: Tensor, y: Tensor, x: Tensor, products: _Products) -> Tensor:
-        ctx.x = x.detach()
-        ctx.products = products
-        return y.detach()  # not a view: models add to a layer's output in place
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        products = ctx.products
-        x = ctx.x.reshape(-1, ctx.x.shape[-1]).to(products.V.dtype)
-        g_rows = g.reshape(-1, g.shape[-1]).to(products.V.dtype)
-        products.right.add_(g_rows.T @ (x @ products.V))
-        products.left.add_(x.T @ (g_rows @ products.U))
-        return torch.zeros((), device="cpu"), g, None, None
-
-
 def _products_of_gradients(
     model: nn.Module,
     inputs: Sequence[tuple[nn.Module, Tensor, Tensor]],
@@ -381,6 +345,9 @@ def _products_of_gradients(
 ) -> list[_Products]:
     """Returns dW V and dW^T U of each layer, summed over the batches and all processes.
 
+    The frozen weights need no gradient. Each layer adds a scalar to its output that requires one,
+    so that autograd computes the gradients g of all outputs.
+
     Buffers and the random state are as before afterwards.
 
     Args:
@@ -388,31 +355,28 @@ def _products_of_gradients(
     """
     anchor = torch.zeros((), device="cpu", requires_grad=True)
     all_products = []
-    # A batch norm, for example, counts the batches.
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(torch.random.fork_rng())
+        for buffer in model.buffers():  # a batch norm, for example, counts the batches
+            stack.callback(buffer.copy_, buffer.detach().clone())
         for layer, V, U in inputs:
-            right = V.new_zeros(len(U), V.shape[1])
-            left = V.new_zeros(len(V), U.shape[1])
-            products = _Products(V, U, right, left)
+            products = _Products(
+                V,
+                U,
+                right=V.new_zeros(len(U), V.shape[1]),
+                left=V.new_zeros(len(V), U.shape[1]),
+            )
             all_products.append(products)
             hook = partial(_tap, anchor, products)
-            handle = layer.register_forward_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
-        try:
-            for batch in batches:
-                value = loss(model, batch)
-                (gradient,) = torch.autograd.grad(value, anchor, allow_unused=True)
-                # If no layer has a part in the loss, or if a checkpoint hides its part.
-                if gradient is None:
-                    raise ValueError(
-                        "loss: expected one that depends on the adapted layers, got one in which "
-                        "none has a part. Under checkpointing, use_reentrant=False is needed."
-                    )
-        finally:
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            stack.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
+        for batch in batches:
+            (gradient,) = torch.autograd.grad(loss(model, batch), anchor, allow_unused=True)
+            # If no layer has a part in the loss, or if a checkpoint hides its part.
+            if gradient is None:
+                raise ValueError(
+                    "loss: expected one that depends on the adapted layers, got one in which none "
+                    "has a part. Under checkpointing, use_reentrant=False is needed."
+                )
     # Every process has other batches, and all of them need the same A and B.
     if dist.is_available() and dist.is_initialized():
         for products in all_products:
@@ -429,9 +393,22 @@ def _tap(
     kwargs: dict[str, Tensor],
     y: Tensor,
 ) -> Tensor:
-    """Puts a `_Tap` onto the output of a layer: a forward hook, after its first two arguments."""
-    # In a part of the model that runs under no_grad, a tap would have no backward.
+    """Adds products of the layer's gradient g^T x in backward.
+
+    A forward hook, after its first two arguments.
+    """
+    # In a part of the model that runs under no_grad, a layer has no backward.
     if not torch.is_grad_enabled():
         return y
-    x = args[0] if args else next(iter(kwargs.values()))
-    return _Tap.apply(anchor, y, x, products)
+    inputs = (*args, *kwargs.values())
+    x = inputs[0].detach()
+
+    def add_products(g: Tensor) -> None:
+        x_rows = x.reshape(-1, x.shape[-1]).to(products.V.dtype)
+        g_rows = g.reshape(-1, g.shape[-1]).to(products.V.dtype)
+        products.right.add_(g_rows.T @ (x_rows @ products.V))
+        products.left.add_(x_rows.T @ (g_rows @ products.U))
+
+    tapped = y + anchor
+    tapped.register_hook(add_products)
+    return tapped
