@@ -52,8 +52,7 @@ def report() -> list[str]:
         obstacle = cuda_obstacle(0)
         if obstacle is not None:
             lines.append(f"           they cannot run: {obstacle}")
-    strategy = strategy_from_environment() or "by tokens"
-    lines.append(f"strategy   {strategy} on CUDA (LOTR_STRATEGY)")
+    lines.append(f"strategy   {strategy_from_environment() or 'by tokens'} on CUDA (LOTR_STRATEGY)")
     names = {torch.device("cpu"): platform.processor() or platform.machine()}
     for index in range(torch.cuda.device_count()):
         names[torch.device("cuda", index)] = torch.cuda.get_device_name(index)

@@ -259,24 +259,24 @@ def start_from_gradients(
     if not batches:
         raise ValueError("batches: expected at least one, got none")
     generator = torch.Generator("cpu").manual_seed(0)
-    pairs = [layer.factors for layer in layers.values()]
-    factors = dict.fromkeys(factor for pair in pairs for factor in (pair.A, pair.B))
+    factors = dict.fromkeys(
+        factor for layer in layers.values() for factor in (layer.factors.A, layer.factors.B)
+    )
     directions = {factor: _random_directions(factor, generator) for factor in factors}
     for _ in range(_ITERATIONS):
         inputs = [
-            (layer, directions[pair.A], directions[pair.B])
-            for layer, pair in zip(layers.values(), pairs)
+            (layer, directions[layer.factors.A], directions[layer.factors.B])
+            for layer in layers.values()
         ]
         products = _products_of_gradients(model, inputs, batches, loss)
         blocks: dict[nn.Module, list[Tensor]] = {factor: [] for factor in directions}
-        for pair, product in zip(pairs, products):
-            blocks[pair.A].append(product.left)
-            blocks[pair.B].append(product.right)
+        for layer, product in zip(layers.values(), products):
+            blocks[layer.factors.A].append(product.left.double())
+            blocks[layer.factors.B].append(product.right.double())
         for factor, factor_blocks in blocks.items():
             _check_gradients(factor_blocks)
             previous = directions[factor]
-            wide_blocks = [block.double() for block in factor_blocks]
-            directions[factor] = leading_vectors(wide_blocks, previous.shape[1]).to(previous)
+            directions[factor] = leading_vectors(factor_blocks, previous.shape[1]).to(previous)
 
     kept_directions = {factor: vectors[:, : factor.rank] for factor, vectors in directions.items()}
     captured = _captured(model, layers, kept_directions, batches, loss)
@@ -327,9 +327,7 @@ def _captured(
     captured: dict[str, float] = {}
     norms: dict[str, float] = {}
     for name, layer, product in zip(layers, layers.values(), products):
-        r = directions[layer.factors.A].shape[1]
-        in_A = product.right[:, :r].double()
-        outside = product.right[:, r:].double()
+        in_A, outside = product.right.double().tensor_split([-_PROBES], dim=1)
         captured[name] = float((directions[layer.factors.B].double().T @ in_A).square().sum())
         norms[name] = float(in_A.square().sum() + outside.square().sum() / _PROBES)
     # A layer may have no gradient at all. Not all layers, see `_check_gradients`.

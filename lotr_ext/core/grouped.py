@@ -66,7 +66,6 @@ def _torch_can_run(x: Tensor, weight: Tensor) -> bool:
 
     It accepts bfloat16 on a GPU from sm_80 on, if the rows or columns are aligned to 16 bytes.
     """
-    wide_stride = max(weight.stride(1), weight.stride(2))
     return (
         x.is_cuda
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
@@ -75,7 +74,7 @@ def _torch_can_run(x: Tensor, weight: Tensor) -> bool:
         and x.stride(1) == 1
         and 1 in (weight.stride(1), weight.stride(2))
         and x.stride(0) % 8 == 0
-        and wide_stride % 8 == 0
+        and max(weight.stride(1), weight.stride(2)) % 8 == 0
     )
 
 
