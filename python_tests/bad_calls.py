@@ -301,6 +301,28 @@ EXPERTS: list[Row] = [
         grouped_tasks(torch.zeros(M + 1, dtype=torch.int64)),
     ),
     ("grouped scaling NaN", "scaling", grouped(scaling=NAN)),
+    # The fake kernels would return memory that was never written.
+    (
+        "grouped_mm, weight on meta",
+        "grouped_mm",
+        lambda: torch.ops.lotr.grouped_mm(
+            torch.ones(3, K), torch.ones(E, N, K, device="meta"), OFFS
+        ),
+    ),
+    (
+        "grouped_mm, x on meta",
+        "grouped_mm",
+        lambda: torch.ops.lotr.grouped_mm(
+            torch.ones(3, K, device="meta"), torch.ones(E, N, K), OFFS
+        ),
+    ),
+    (
+        "grouped_outer, x on meta",
+        "grouped_outer",
+        lambda: torch.ops.lotr.grouped_outer(
+            torch.ones(3, N), torch.ones(3, K, device="meta"), OFFS
+        ),
+    ),
     # computed cores
     ("diagonal of two ranks", "rank", partial(FORMS["diagonal"], PLACES, (3, 4))),
     ("cores of no places", "places", partial(FORMS["diagonal"], [], 4)),
