@@ -21,15 +21,26 @@ import pytest
 import torch
 import torch.distributed as dist
 import zoo
-from helpers import worst
+from helpers import refused, worst
 from models import trained_parameters
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from lotr_ext import init_from_gradient, load_adapter, merge, save_adapter, sharded, unload
+from lotr_ext import (
+    LoTRConfig,
+    apply_lotr,
+    init_from_gradient,
+    load_adapter,
+    merge,
+    save_adapter,
+    sharded,
+    unload,
+)
 from lotr_ext.core import dispatch
 from lotr_ext.cores import FORMS
 
@@ -231,6 +242,18 @@ def a_failed_save_raises_in_all() -> None:
         sharded.save_adapter(shard(build()), "/dev/null/adapter")
 
 
+def sharded_nets_are_not_adapted() -> None:
+    net = zoo.net("mlp")
+    mesh = init_device_mesh("cpu", (2,))
+    net.head.weight = nn.Parameter(distribute_tensor(net.head.weight.detach(), mesh))
+    with refused("target_modules", TypeError):
+        apply_lotr(net, LoTRConfig(rank=2))
+    apply_lotr(net, LoTRConfig(rank=2, exclude_modules=["head"]))
+    for wrap in (fully_shard, DistributedDataParallel):
+        with refused("model", TypeError):
+            apply_lotr(wrap(zoo.net("mlp")), LoTRConfig(rank=2))
+
+
 # ---- DeepSpeed -----------------------------------------------------------------------------------
 
 
@@ -310,6 +333,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     ),
     "fsdp2, a tied head": partial(saved_and_loaded, tie_and_shard),
     "fsdp2, functions for full tensors": sharded_nets_are_refused,
+    "fsdp2 before apply_lotr": sharded_nets_are_not_adapted,
     "fsdp2, collectives": fsdp2_reduces_each_factor_once,
     "a failed save": a_failed_save_raises_in_all,
     "a start from the gradients": gradient_start,

@@ -239,7 +239,6 @@ def check_captured(model: nn.Module, plain: nn.Module, captured: CapturedGradien
 
 def test_a_full_rank_captures_all_gradients() -> None:
     captured = init_from_gradient(started("mlp", rank=64), [zoo.inputs("mlp")], loss_of)
-    assert captured.total == pytest.approx(1)
     assert all(share == pytest.approx(1) for share in captured.layers.values())
 
 
