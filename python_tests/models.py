@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lotr_ext import LoTRConfig, apply_lotr
 from lotr_ext.model import adapted_layers
+from lotr_ext.sharded import full_tensor
 
 # Ways to adapt a network. Each is tried on each network that it is for.
 WAYS: dict[str, dict[str, object]] = {
@@ -20,7 +21,7 @@ WAYS: dict[str, dict[str, object]] = {
     "block": {"group_by": "block", "rank": 3},
     "name": {"group_by": "name"},
     "layer": {"group_by": "layer"},
-    "identity": {"core_init": "identity", "rslora": True, "alpha": 3.0},
+    "identity": {"core_init": "identity", "rslora": True, "alpha": 3.0, "scaling": "auto"},
     "svd": {"init": "svd"},
     "diagonal": {"core": "diagonal"},
     "train": {"core": "train"},
@@ -41,10 +42,8 @@ def config(name: str, way: str = "shape", **settings: object) -> LoTRConfig:
     Its scaling keeps the outputs near the outputs of the plain network.
     """
     field = "target_parameters" if name == "mixture" else "target_modules"
-    values = {"rank": 3, field: zoo.TARGETS[name], **WAYS[way], **settings}
-    if "alpha" not in values:
-        values.setdefault("scaling", 1.5)
-    return LoTRConfig.from_dict(values)
+    settings = {"rank": 3, "scaling": 1.5, field: zoo.TARGETS[name], **WAYS[way], **settings}
+    return LoTRConfig.from_dict(settings)
 
 
 def started(name: str, way: str = "shape", **settings: object) -> nn.Module:
@@ -85,6 +84,15 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     assert same(state(model), before[0])
     assert flags() == before[1]
     assert set(vars(model)) == before[2]
+
+
+def trained_values(model: nn.Module) -> dict[str, Tensor]:
+    """Returns copies of the trained parameters, also of a sharded or wrapped model."""
+    return {
+        name.removeprefix("module."): full_tensor(parameter).detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -371,9 +371,6 @@ def experts_of(layout: str) -> nn.Module:
             self.act_fn = nn.SiLU()
             self.post_expert_norm = nn.LayerNorm(HIDDEN)
 
-        def forward(self) -> None:
-            raise NotImplementedError
-
     config = PreTrainedConfig()
     config._experts_implementation = "batched_mm"
     return nn.ModuleDict({"experts": Experts(config)}).double()

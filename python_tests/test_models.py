@@ -84,7 +84,7 @@ def truth(model: nn.Module, name: str, x: Tensor) -> Tensor:
                 plain.get_submodule(layer_name).weight.copy_(layer.weight)
     weights = written_out(model, plain)
     x = x.double() if x.is_floating_point() else x
-    y = torch.func.functional_call(plain, weights, (x,), zoo.settings_of(plain))
+    y = torch.func.functional_call(plain, weights, (x,))
     return y if isinstance(y, Tensor) else y.logits
 
 
@@ -849,13 +849,6 @@ def test_an_adapter_over_offloaded_layers_is_in_memory_and_trains(tmp_path: Path
         assert relative(zoo.output(loaded, x), zoo.output(model, x)) < 1e-6
 
 
-class Idle(zoo.Children):
-    """One of three layers is read and never called, as some models do."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.also(nn.functional.linear(self.called(x), self.read.weight))
-
-
 def at_first_step(model: nn.Module, parameters: Iterable[nn.Parameter], x: Tensor) -> list[str]:
     """Returns the warnings of three steps of an optimizer over these parameters."""
     optimizer = torch.optim.SGD(parameters, 1e-3)
@@ -869,8 +862,10 @@ def at_first_step(model: nn.Module, parameters: Iterable[nn.Parameter], x: Tenso
 
 
 def idle() -> nn.Module:
-    layers = {name: nn.Linear(zoo.WIDTH, zoo.WIDTH) for name in ("called", "read", "also")}
-    return apply_lotr(Idle(**layers), LoTRConfig(rank=2))
+    """A model that calls one of its four adapted layers."""
+    model = started("mlp")
+    model.forward = lambda x: model.blocks[0]["up"](x)
+    return model
 
 
 def with_head() -> nn.Module:
@@ -902,7 +897,7 @@ def with_frozen_adapter() -> nn.Module:
 NOT_OF_THE_ADAPTER = r"none of the adapter's parameters"
 # The model, the parameters of its optimizer, and the warning.
 FIRST_STEPS = {
-    "an idle layer": (idle, trained_parameters, r"called 1 of 3 .*'read'"),
+    "an idle layer": (idle, trained_parameters, r"called 3 of 4 .*'blocks.0.down'"),
     "before apply_lotr": (lambda: started("mlp"), older_parameters, NOT_OF_THE_ADAPTER),
     "before apply_lotr, with a head": (with_head, older_parameters, NOT_OF_THE_ADAPTER),
     "merged": (lambda: merge(with_head()), trained_parameters, r"merged into the weights.*unmerge"),
@@ -1004,10 +999,9 @@ def test_explain_says_what_runs_and_why(x: Tensor, model: nn.Module) -> None:
     lotr_ext.TaskBank(model, 2).add()
     with lotr_ext.use_tasks(model, torch.tensor([0, -1, 0])):
         assert explain(model, x).splitlines() == lines
-    del model.lotr_tasks
-    assert explain(merge(model), x).count("merged") == 2
-    layer = LoTRLinear(4, 4, rank=2)
-    assert explain(layer, torch.randn(2, 4)).startswith("1 x LoTRLinear 4 -> 4 at rank 2")
+    assert explain(merge(trained("mlp")), x).count("merged") == 2
+    one_layer = explain(LoTRLinear(4, 4, rank=2), torch.randn(2, 4))
+    assert one_layer.startswith("1 x LoTRLinear 4 -> 4 at rank 2")
     mixed = apply_lotr(zoo.net("bert", torch.bfloat16), config("bert", adapter_dtype="float16"))
     assert "the PyTorch fallback, because A is torch.float16" in explain(mixed, zoo.inputs("bert"))
     assert explain(trained("mixture"), zoo.inputs("mixture")).count("LoTRHostedExperts") == 2

@@ -181,13 +181,7 @@ def inputs(name: str, rows: int = 3, tokens: int = 5, dtype: torch.dtype = torch
     return torch.randint(3, VOCABULARY, (rows, tokens), generator=generator)
 
 
-def settings_of(model: nn.Module) -> dict[str, bool]:
-    """Returns the keyword arguments of a call: language models keep no cache."""
-    is_language_model = hasattr(model, "config") and model.config.model_type != "bert"
-    return {"use_cache": False} if is_language_model else {}
-
-
 def output(model: nn.Module, x: Tensor) -> Tensor:
     """Returns the model's output as one tensor: the logits of a transformers model."""
-    y = model(x, **settings_of(model))
+    y = model(x)
     return y if isinstance(y, Tensor) else y.logits
