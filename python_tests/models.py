@@ -102,10 +102,8 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Returns A, B and then the cores of a model (or what they are computed from), each once."""
     layers = adapted_layers(model).values()
-    every = [p for layer in layers for p in layer.factors.A.parameters()]
-    every += [p for layer in layers for p in layer.factors.B.parameters()]
-    every += [p for layer in layers for p in layer.core_parameters()]
-    return list(dict.fromkeys(every))
+    parts = {parameter: part for layer in layers for part, parameter in layer.parts()}
+    return sorted(parts, key=parts.get)
 
 
 def written_out(model: nn.Module, plain: nn.Module) -> dict[str, Tensor]:

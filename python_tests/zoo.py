@@ -4,8 +4,6 @@
 drawn parameter by parameter, from one generator.
 """
 
-import contextlib
-import io
 import os
 from collections.abc import Callable
 from functools import partial
@@ -82,8 +80,7 @@ def _transformers(family: str, head: str, **settings: object) -> nn.Module:
 
     transformers.logging.set_verbosity_error()
     config = getattr(transformers, f"{family}Config")(**settings)
-    with contextlib.redirect_stderr(io.StringIO()):
-        model = getattr(transformers, family + head)(config)
+    model = getattr(transformers, family + head)(config)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # torch's grouped product takes no float64
     return model
