@@ -21,7 +21,7 @@ WAYS: dict[str, dict[str, object]] = {
     "block": {"group_by": "block", "rank": 3},
     "name": {"group_by": "name"},
     "layer": {"group_by": "layer"},
-    "identity": {"core_init": "identity", "rslora": True, "alpha": 3.0, "scaling": "auto"},
+    "identity": {"core_init": "identity", "rslora": True, "alpha": 3.0},
     "svd": {"init": "svd"},
     "diagonal": {"core": "diagonal"},
     "train": {"core": "train"},
@@ -42,8 +42,10 @@ def config(name: str, way: str = "shape", **settings: object) -> LoTRConfig:
     Its scaling keeps the outputs near the outputs of the plain network.
     """
     field = "target_parameters" if name == "mixture" else "target_modules"
-    settings = {"rank": 3, "scaling": 1.5, field: zoo.TARGETS[name], **WAYS[way], **settings}
-    return LoTRConfig.from_dict(settings)
+    values = {"rank": 3, field: zoo.TARGETS[name], **WAYS[way], **settings}
+    if "alpha" not in values:
+        values.setdefault("scaling", 1.5)
+    return LoTRConfig.from_dict(values)
 
 
 def started(name: str, way: str = "shape", **settings: object) -> nn.Module:

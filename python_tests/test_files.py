@@ -718,7 +718,7 @@ def test_the_configuration_follows_what_is_loaded(
 def test_the_configuration_follows_a_file_of_a_hand_built_model(tmp_path: Path) -> None:
     model = trained("mlp", scaling=0.3)
     del model.lotr_config
-    assert reloaded(model, started("mlp", scaling="auto", alpha=2.0), tmp_path).lotr_config.s == 0.3
+    assert reloaded(model, started("mlp", alpha=2.0), tmp_path).lotr_config.s == 0.3
 
 
 # ---- other places --------------------------------------------------------------------------------
