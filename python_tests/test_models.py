@@ -265,6 +265,14 @@ def timm() -> nn.Module:
     return model
 
 
+def distilled_timm() -> nn.Module:
+    """timm's DeiT, which has a second head for its teacher's labels."""
+    layers = {"features": nn.Linear(8, 8), "head": nn.Linear(8, 3), "head_dist": nn.Linear(8, 3)}
+    model = zoo.Children(**layers)
+    model.get_classifier = lambda: (model.head, model.head_dist)
+    return model
+
+
 def two_heads() -> nn.Module:
     """A model with the names of DistilBERT's heads."""
     children = {"query": nn.Linear(8, 8), "pre_classifier": nn.Linear(8, 8)}
@@ -376,6 +384,7 @@ SELECTED = [
     ),
     ("mixture", {"target_parameters": ["down_proj"]}, DOWN_EXPERTS, ()),
     (timm, {}, ["features"], ()),
+    (distilled_timm, {}, ["features"], ()),
     (two_heads, {}, ["query"], ()),
     (two_heads, {"task_type": "SEQ_CLS"}, ["query"], ("pre_classifier", "classifier")),
     (
