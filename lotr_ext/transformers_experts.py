@@ -26,7 +26,7 @@ from .core import dispatch, grouped
 from .core.operators import DTYPES
 from .experts import LoTRExperts, Routing
 from .factors import LoTRFactors, set_unregistered
-from .layers import check_plain
+from .layers import check_plain, device_of
 
 CHILD = "lotr"  # the child of an experts module that holds the adapters, by parameter
 _IMPLEMENTATION = "lotr"  # the name of our forward in transformers' interface
@@ -134,7 +134,7 @@ class LoTRHostedExperts(LoTRExperts):
         set_unregistered(self, "host", host)  # which has this module as its child
         self.parameter = parameter
         self.num_experts, self.in_features, self.out_features = expert_sizes(host, parameter)
-        self._add_adapter(factors, scaling, dropout, self.weight.device, (self.num_experts,))
+        self._add_adapter(factors, scaling, dropout, device_of(host), (self.num_experts,))
         self.train(host.training)
 
     def called_module(self) -> nn.Module:
