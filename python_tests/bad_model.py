@@ -282,7 +282,13 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
     ),
     # files
     ("save a plain model", "model", lambda: save_adapter(zoo.net("mlp"), tempfile.mkdtemp())),
+    (
+        "load with an unknown strictness",
+        "strict",
+        lambda: load_adapter(zoo.net("mlp"), FOLDER / "dense", strict="layers"),
+    ),
     ("load a hub id", "directory", lambda: load_adapter(zoo.net("mlp"), "someone/adapter")),
+    ("load a missing folder", "directory", lambda: load_adapter(zoo.net("mlp"), FOLDER / "none")),
     ("load an empty folder", "directory", lambda: load_adapter(zoo.net("mlp"), tempfile.mkdtemp())),
     (
         "load into another model",
