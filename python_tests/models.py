@@ -87,6 +87,10 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     assert set(vars(model)) == before[2]
 
 
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Returns A, B and then the cores of a model (or what they are computed from), each once."""
     layers = adapted_layers(model).values()

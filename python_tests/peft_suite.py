@@ -74,9 +74,9 @@ TABLES = {
 LEFT_OUT = {
     "test_mixed_adapter_batches_unsupported_layer_raises": "refuses layers that LoTR does not have",
     "test_mixed_adapter_batches_mha_raises": "refuses layers that LoTR does not have",
-    "test_mixed_adapter_batches_length_mismatch_raises": "another wording; bad_interop.py has it",
-    "test_mixed_adapter_batches_training_mode_raises": "another wording; bad_interop.py has it",
-    "test_mixed_adapter_batches_merged_raises": "another wording; bad_interop.py has it",
+    "test_mixed_adapter_batches_length_mismatch_raises": "another wording; bad_calls.py has it",
+    "test_mixed_adapter_batches_training_mode_raises": "another wording; bad_calls.py has it",
+    "test_mixed_adapter_batches_merged_raises": "another wording; bad_calls.py has it",
     "test_from_pretrained": "reads the hub",
     "test_from_pretrained_cache_dir": "reads the hub",
     "test_save_pretrained_with_runtime_config": "reads the hub",

@@ -293,6 +293,13 @@ class Timm(zoo.Children):
         return self.fc
 
 
+class DistilledTimm(zoo.Children):
+    """timm's DeiT, which has a second head for its teacher's labels."""
+
+    def get_classifier(self) -> tuple[nn.Module, nn.Module]:
+        return self.head, self.head_dist
+
+
 class TwoHeads(zoo.Children):
     """DistilBERT's heads."""
 
@@ -302,6 +309,11 @@ class TwoHeads(zoo.Children):
 
 def timm() -> nn.Module:
     return Timm(features=nn.Linear(8, 8), fc=nn.Linear(8, 3))
+
+
+def distilled_timm() -> nn.Module:
+    heads = {"head": nn.Linear(8, 3), "head_dist": nn.Linear(8, 3)}
+    return DistilledTimm(features=nn.Linear(8, 8), **heads)
 
 
 def two_heads() -> nn.Module:
@@ -422,6 +434,7 @@ SELECTED = [
     ),
     ("mixture", {"target_parameters": ["down_proj"]}, DOWN_EXPERTS, ()),
     (timm, {}, ["features"], ()),
+    (distilled_timm, {}, ["features"], ()),
     (two_heads, {}, ["query"], ()),
     (two_heads, {"task_type": "SEQ_CLS"}, ["query"], ("pre_classifier", "classifier")),
     (

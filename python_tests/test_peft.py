@@ -375,9 +375,8 @@ def test_computed_cores_load_onto_a_model_in_another_order(core: str, tmp_path: 
     model = adapted("attention", core=core)
     model.save_pretrained(tmp_path)
     other = zoo.net("attention")
-    other.blocks = nn.ModuleList(
-        nn.ModuleDict(dict(reversed(block.items()))) for block in other.blocks
-    )
+    blocks = (zoo.AttentionBlock(dict(reversed(block.items()))) for block in other.blocks)
+    other.blocks = nn.Sequential(*blocks)
     x = zoo.inputs("attention")
     assert torch.equal(output(peft.PeftModel.from_pretrained(other, tmp_path), x), output(model, x))
 

@@ -52,27 +52,28 @@ class Mlp(nn.Module):
         return self.head(x)
 
 
-class Attention(nn.Module):
-    """Two attention blocks: q, k and v read the same x, o another.
+class AttentionBlock(nn.ModuleDict):
+    """q, k and v read the same x, o another: x [b, tokens, 16] -> [b, tokens, 16]."""
 
-    Token ids [b, tokens] -> [b, tokens, 29].
-    """
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.layer_norm(x, (WIDTH,))
+        weights = torch.softmax(self["q"](h) @ self["k"](h).mT / WIDTH**0.5, -1)
+        return x + self["o"](weights @ self["v"](h))
+
+
+class Attention(nn.Module):
+    """Two attention blocks: token ids [b, tokens] -> [b, tokens, 29]."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({n: nn.Linear(WIDTH, WIDTH) for n in "qkvo"}) for _ in range(2)
+        self.blocks = nn.Sequential(
+            *(AttentionBlock({n: nn.Linear(WIDTH, WIDTH) for n in "qkvo"}) for _ in range(2))
         )
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for block in self.blocks:
-            h = nn.functional.layer_norm(x, (WIDTH,))
-            weights = torch.softmax(block["q"](h) @ block["k"](h).mT / WIDTH**0.5, -1)
-            x = x + block["o"](weights @ block["v"](h))
-        return self.head(x)
+        return self.head(self.blocks(self.embed(ids)))
 
 
 def _transformers(family: str, head: str, **settings: object) -> nn.Module:
