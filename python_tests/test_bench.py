@@ -89,9 +89,9 @@ def test_strategies_and_float32_adapters_are_rivals(
 def test_require_kernels_refuses_the_fallback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    support = importlib.import_module("lotr_ext.core.kernel_support")
-    for module in (support, importlib.import_module("lotr_ext.core.dispatch")):
-        monkeypatch.setattr(module, "kernel_obstacle", lambda *arguments: "they are asleep")
+    for module in ("kernel_support", "dispatch"):
+        name = f"lotr_ext.core.{module}.kernel_obstacle"
+        monkeypatch.setattr(name, lambda *arguments: "they are asleep")
     # a rank of which dispatch has not kept the answer
     assert run("layer", tmp_path, "--require-kernels", "--shapes", "32x48x40x7") == 1
     assert "they are asleep" in capsys.readouterr().err
@@ -233,8 +233,9 @@ def test_cuda_error_ends_the_program_with_its_line(
 
 def test_killed_program_keeps_the_rounds_that_it_measured(tmp_path: Path) -> None:
     words = words_of("layer", tmp_path, "--rounds", "1000000", "--rivals", "frozen,lotr_ext")
-    command = [sys.executable, "-m", "bench.layer", *words]
-    process = subprocess.Popen(command, cwd=common.ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.layer", *words], cwd=common.ROOT, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not rows_in(tmp_path, "layer") and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -462,8 +463,8 @@ def test_accuracy_continues_from_recorded_runs(
     assert accuracy.main(words) == 0
     output = capsys.readouterr()
     assert output.err.count("'seed'") == 1 and "ours less rival" in output.out
-    losses = accuracy.runs_in(path)["loss"]
-    assert losses.iloc[-1] == recorded["loss"].iloc[-1]  # the same run, the same numbers
+    # The same run has the same numbers.
+    assert accuracy.runs_in(path)["loss"].iloc[-1] == recorded["loss"].iloc[-1]
 
 
 def test_recorded_results_can_be_shown_and_drawn(
@@ -472,8 +473,7 @@ def test_recorded_results_can_be_shown_and_drawn(
     files = [path for path in common.RESULTS.rglob("*.jsonl") if path.stem in SMALL]
     assert files
     for path in files:
-        program = importlib.import_module(f"bench.{path.stem}").PROGRAM
-        assert program.main(["--show", str(path), "--device", "cpu"]) == 0
+        assert program_of(path.stem).main(["--show", str(path), "--device", "cpu"]) == 0
     assert "lotr_ext" in capsys.readouterr().out
     shutil.copy(common.RESULTS / "accuracy.jsonl", tmp_path)
     assert plot.main([str(tmp_path)]) == 0
