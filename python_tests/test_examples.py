@@ -50,7 +50,9 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         shutil.copy(file, folder / "model")
     # Long enough for the two tasks of serve.py that continue the first four words of a line.
     start = "A line that is long enough for a prompt of four words and an answer of many more, with"
-    lines = [f"{start} numbers such as {i} and {7 * i} at its end.\n" for i in range(200)]
+    lines = [
+        f"{start} numbers such as {i} and {i * i} and {7 * i} at its end.\n" for i in range(200)
+    ]
     (folder / "text").write_text("".join(lines))
     return ["--model", str(folder / "model"), "--text", str(folder / "text")]
 
