@@ -181,7 +181,7 @@ class LoTRConfig:
         svd = self.init == "svd"
         trained = set(self.train or ())
         # At the start, one part has a gradient: with zero cores the core, with identity cores B.
-        needed = "core" if self.core_init == "zero" else "B"
+        needed = {"zero": "core", "identity": "B"}[self.core_init]
         if not trained or not trained <= set(PARTS) or not (svd or needed in trained):
             raise ValueError(
                 f"train: expected some of {', '.join(PARTS)}, with {needed!r} among them, because "
