@@ -330,7 +330,9 @@ def test_operator_refuses_freed_and_short_memory(name: str, sample: int, i: int)
         values = list(arguments(name)[sample])
         if values[i].numel() == 0:
             return
-        values[i] = values[i].clone()
+        # A view that does not start at the beginning of its storage.
+        elements = values[i].flatten()
+        values[i] = torch.cat([elements[:1], elements])[1:].view_as(values[i])
         storage = values[i].untyped_storage()
         one_too_few = storage.nbytes() - values[i].element_size()
         storage.resize_(0 if elements_are_freed else one_too_few)
