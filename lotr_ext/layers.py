@@ -616,6 +616,14 @@ def _contains_adapter(module: nn.Module) -> bool:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Returns the device of a module's tensors, the CPU if it has none."""
+    """Returns the device on which a module computes: that of its tensors, the CPU if it has none.
+
+    accelerate keeps the tensors of an offloaded module on the meta device between two forwards, and
+    moves them to the device of its hook for each.
+    """
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
-    return torch.device("cpu") if tensor is None else tensor.device
+    if tensor is None:
+        return torch.device("cpu")
+    if tensor.is_meta and hasattr(module, "_hf_hook"):  # accelerate's
+        return torch.device(module._hf_hook.execution_device)
+    return tensor.device

@@ -26,6 +26,7 @@ from .core import dispatch, grouped
 from .core.operators import DTYPES
 from .experts import LoTRExperts, Routing
 from .factors import LoTRFactors, set_unregistered
+from .layers import device_of
 from .sharded_tensors import is_sharded
 
 CHILD = "lotr"  # the child of an experts module that holds the adapters, by parameter
@@ -135,7 +136,7 @@ class LoTRHostedExperts(LoTRExperts):
         self.parameter = parameter
         self.num_experts, self.in_features, self.out_features = expert_sizes(host, parameter)
         lead = (self.num_experts,)
-        self._add_adapter(factors, scaling, dropout, self.weight.device, lead)
+        self._add_adapter(factors, scaling, dropout, device_of(host), lead)
         self.train(host.training)
 
     def called_module(self) -> nn.Module:

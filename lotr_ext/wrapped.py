@@ -77,7 +77,7 @@ def _dequantized_8bit(module: nn.Module) -> Tensor | None:
     return None if scales is None else int8_vectorwise_dequant(weight.data, scales)
 
 
-def _matrix_of(base: nn.Module) -> Tensor:
+def matrix_of(base: nn.Module) -> Tensor:
     """Returns W [n, k] of a base with a plain weight, a view of it.
 
     Raises:
@@ -101,7 +101,7 @@ def check_mergeable(base: nn.Module) -> Tensor:
     Raises:
         TypeError: If the base is another module, or its weight cannot be written.
     """
-    weight = _matrix_of(base)
+    weight = matrix_of(base)
     check_plain(base, "merge")
     if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks:
         return weight
@@ -171,7 +171,7 @@ class LoTRWrapped(LoTRLayer):
         return self._dispatch(x, core, choice, base_output=self.base_layer(x))
 
     def weight_matrix(self) -> Tensor:
-        return _matrix_of(self.base_layer)
+        return matrix_of(self.base_layer)
 
     def _weight_to_write(self, caller: str) -> Tensor:
         check_plain(self.base_layer, caller)
