@@ -267,6 +267,17 @@ def grouped_tasks(core_index: Tensor) -> Callable[[], object]:
     return grouped(cores=torch.zeros(2, E, *R), core_index=core_index)
 
 
+row_core = partial(
+    torch.ops.lotr.row_core,
+    torch.ones(4, 3),
+    torch.ones(2, 3, 5),
+    index=None,
+    offs=None,
+    tokens=None,
+    scaling=1.0,
+)
+
+
 def call_experts(offs: Tensor, *tokens: Tensor) -> Callable[[], object]:
     return lambda: LoTRExperts(E, K, N, R)(torch.zeros(M, K), offs, *tokens)
 
@@ -301,6 +312,18 @@ EXPERTS: list[Row] = [
         grouped_tasks(torch.zeros(M + 1, dtype=torch.int64)),
     ),
     ("grouped scaling NaN", "scaling", grouped(scaling=NAN)),
+    # the operator that computes with a core per row
+    ("row_core, index too large", "index", partial(row_core, index=torch.tensor([0, 1, 2, 0]))),
+    ("row_core, index -2", "index", partial(row_core, index=torch.tensor([0, 1, -2, 0]))),
+    ("row_core, index too short", "index", partial(row_core, index=torch.tensor([0, 1, 0]))),
+    (
+        "row_core, tokens too large",
+        "tokens",
+        partial(row_core, index=torch.tensor([0, 1]), tokens=torch.tensor([0, 4])),
+    ),
+    ("row_core, offs descending", "offs", partial(row_core, offs=torch.tensor([3, 2]).int())),
+    ("row_core, offs too large", "offs", partial(row_core, offs=torch.tensor([3, 5]).int())),
+    ("row_core, too many offs", "offs", partial(row_core, offs=torch.tensor([1, 2, 4]).int())),
     # The fake kernels would return memory that was never written.
     (
         "grouped_mm, weight on meta",
@@ -368,13 +391,10 @@ def banked(tasks: int = 3, **settings: object) -> nn.Module:
     return model
 
 
-def call_with_tasks(index: object, x: Tensor | None = None) -> Callable[[], object]:
-    def run() -> None:
-        model = banked()
-        with use_tasks(model, index):
-            model(zoo.inputs("mlp") if x is None else x)
-
-    return run
+def run_with_tasks(index: object, x: Tensor | None = None) -> None:
+    model = banked()
+    with use_tasks(model, index):
+        model(zoo.inputs("mlp") if x is None else x)
 
 
 def saved(model: nn.Module) -> str:
@@ -586,27 +606,41 @@ MODELS: list[Row] = [
         "use_tasks",
         lambda: use_tasks(trained("mlp"), torch.zeros(3, dtype=torch.long)).__enter__(),
     ),
-    ("an index as a list", "index", call_with_tasks([0, 1, 0])),
-    ("an index of floats", "index", call_with_tasks(torch.zeros(3))),
-    ("an index beyond the bank", "index", call_with_tasks(torch.tensor([0, 1, 3]))),
-    ("an index below -1", "index", call_with_tasks(torch.tensor([0, 1, -2]))),
-    ("an index of a free slot", "index", call_with_tasks(torch.tensor([0, 1, 2]))),
-    ("an index without columns", "index", call_with_tasks(torch.zeros(3, 0, dtype=torch.long))),
+    ("an index as a list", "index", partial(run_with_tasks, [0, 1, 0])),
+    ("an index of floats", "index", partial(run_with_tasks, torch.zeros(3))),
+    ("an index beyond the bank", "index", partial(run_with_tasks, torch.tensor([0, 1, 3]))),
+    ("an index below -1", "index", partial(run_with_tasks, torch.tensor([0, 1, -2]))),
+    ("an index of a free slot", "index", partial(run_with_tasks, torch.tensor([0, 1, 2]))),
+    (
+        "an index without columns",
+        "index",
+        partial(run_with_tasks, torch.zeros(3, 0, dtype=torch.long)),
+    ),
     (
         "an index of three dimensions",
         "index",
-        call_with_tasks(torch.zeros(3, 5, 1, dtype=torch.long)),
+        partial(run_with_tasks, torch.zeros(3, 5, 1, dtype=torch.long)),
     ),
-    ("an index of other rows", "x", call_with_tasks(torch.zeros(4, dtype=torch.long))),
-    ("an index of other tokens", "x", call_with_tasks(torch.zeros(3, 4, dtype=torch.long))),
-    ("an index per token of other rows", "x", call_with_tasks(torch.zeros(4, 5, dtype=torch.long))),
+    ("an index of other rows", "x", partial(run_with_tasks, torch.zeros(4, dtype=torch.long))),
+    ("an index of other tokens", "x", partial(run_with_tasks, torch.zeros(3, 4, dtype=torch.long))),
+    (
+        "an index per token of other rows",
+        "x",
+        partial(run_with_tasks, torch.zeros(4, 5, dtype=torch.long)),
+    ),
     (
         "an index per token of a flat x",
         "x",
-        call_with_tasks(torch.zeros(3, 5, dtype=torch.long), x=torch.randn(15, 16)),
+        partial(run_with_tasks, torch.zeros(3, 5, dtype=torch.long), x=torch.randn(15, 16)),
     ),
     # files
     ("save a plain model", "model", lambda: save_adapter(zoo.net("mlp"), tempfile.mkdtemp())),
+    (
+        "load with an unknown strictness",
+        "strict",
+        lambda: load_adapter(zoo.net("mlp"), FOLDER / "dense", strict="layers"),
+    ),
+    ("load a missing folder", "directory", lambda: load_adapter(zoo.net("mlp"), FOLDER / "none")),
     ("load a hub id", "directory", lambda: load_adapter(zoo.net("mlp"), "someone/adapter")),
     ("load an empty folder", "directory", lambda: load_adapter(zoo.net("mlp"), tempfile.mkdtemp())),
     (
@@ -683,15 +717,10 @@ def tuned(
     return peft.get_peft_model(zoo.net("attention") if net is None else net, config, name)
 
 
-def call_named(
-    names: object, change: Callable[[peft.PeftModel], object] = nn.Module.eval
-) -> Callable[[], object]:
-    def run() -> None:
-        model = tuned()
-        change(model)
-        model(zoo.inputs("attention"), adapter_names=names)
-
-    return run
+def run_named(names: object, prepare: Callable[[peft.PeftModel], object] = nn.Module.eval) -> None:
+    model = tuned()
+    prepare(model)
+    model(zoo.inputs("attention"), adapter_names=names)
 
 
 def add_second(name: str) -> Callable[[], object]:
@@ -764,18 +793,18 @@ OTHER_PACKAGES: list[Row] = [
     ("PEFT adapter_name keys", "adapter_name", lambda: tuned(name="keys")),
     ("PEFT adapter_name of a layer", "adapter_name", add_second("q")),
     ("PEFT adapter_name of a group", "adapter_name", add_second("A_16x16")),
-    ("PEFT adapter_names a word", "adapter_names", call_named("default")),
-    ("PEFT too few adapter_names", "adapter_names", call_named(["default"] * 2)),
-    ("PEFT unknown adapter_names", "adapter_names", call_named(["nobody"] * 3)),
+    ("PEFT adapter_names a word", "adapter_names", partial(run_named, "default")),
+    ("PEFT too few adapter_names", "adapter_names", partial(run_named, ["default"] * 2)),
+    ("PEFT unknown adapter_names", "adapter_names", partial(run_named, ["nobody"] * 3)),
     (
         "PEFT adapter_names in training",
         "adapter_names",
-        call_named(["default"] * 3, nn.Module.train),
+        partial(run_named, ["default"] * 3, nn.Module.train),
     ),
     (
         "PEFT adapter_names of merged",
         "adapter_names",
-        call_named(["default"] * 3, lambda model: model.eval().merge_adapter()),
+        partial(run_named, ["default"] * 3, lambda model: model.eval().merge_adapter()),
     ),
     (
         "PEFT a state of other layers",

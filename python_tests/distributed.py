@@ -21,15 +21,26 @@ import pytest
 import torch
 import torch.distributed as dist
 import zoo
-from helpers import worst
-from models import trained_parameters
+from helpers import refused, worst
+from models import trained_parameters, trained_values
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from lotr_ext import init_from_gradient, load_adapter, merge, save_adapter, sharded, unload
+from lotr_ext import (
+    LoTRConfig,
+    apply_lotr,
+    init_from_gradient,
+    load_adapter,
+    merge,
+    save_adapter,
+    sharded,
+    unload,
+)
 from lotr_ext.core import dispatch
 from lotr_ext.cores import FORMS
 
@@ -92,29 +103,20 @@ def batch(rank: int, step: int) -> Tensor:
     return torch.randint(3, zoo.VOCABULARY, (2, 20), generator=generator)
 
 
-def trained(net: nn.Module) -> dict[str, Tensor]:
-    """Returns the trained parameters as full tensors."""
-    return {
-        name.removeprefix("module."): sharded.full_tensor(parameter).detach().clone()
-        for name, parameter in net.named_parameters()
-        if parameter.requires_grad
-    }
-
-
 def train(net: nn.Module, ranks: list[int]) -> dict[str, Tensor]:
     """Takes steps of SGD on the mean loss of the batches of these ranks.
 
     Returns:
         How each trained parameter has changed.
     """
-    before = trained(net)
+    before = trained_values(net)
     optimizer = torch.optim.SGD(trained_parameters(net), lr=RATE)
     for step in range(STEPS):
         optimizer.zero_grad()
         losses = [zoo.output(net, batch(rank, step)).square().mean() for rank in ranks]
         (sum(losses) / len(losses)).backward()
         optimizer.step()
-    return {name: after - before[name] for name, after in trained(net).items()}
+    return {name: after - before[name] for name, after in trained_values(net).items()}
 
 
 def check_equal(
@@ -144,7 +146,7 @@ def gradient_start() -> None:
         net = models.started("attention", adapter_dtype="float64").double()
         batches = [batch(rank, 0) for rank in ranks]
         captured = init_from_gradient(net, batches, lambda net, ids: net(ids).square().mean())
-        return {**trained(net), "captured": torch.tensor(list(captured.layers.values()))}
+        return {**trained_values(net), "captured": torch.tensor(list(captured.layers.values()))}
 
     actual = start([dist.get_rank()])
     with mock.patch.object(dist, "is_initialized", return_value=False):
@@ -197,9 +199,9 @@ def saved_and_loaded(wrap: Wrap, **settings: Any) -> None:
     for net in (source, target):  # a backward frees what FSDP2 has gathered
         net(ids).sum().backward()
     with torch.no_grad():
-        expected = {"output": source(ids), **trained(source)}
+        expected = {"output": source(ids), **trained_values(source)}
         for net in (target, plain):
-            check_equal({"output": net(ids), **trained(net)}, expected)
+            check_equal({"output": net(ids), **trained_values(net)}, expected)
 
 
 def ddp_is_saved_by_process_0() -> None:
@@ -229,6 +231,18 @@ def a_failed_save_raises_in_all() -> None:
     """Also in process 1, which does not write."""
     with pytest.raises((RuntimeError, OSError, ValueError)):
         sharded.save_adapter(shard(build()), "/dev/null/adapter")
+
+
+def sharded_nets_are_not_adapted() -> None:
+    net = zoo.net("mlp")
+    mesh = init_device_mesh("cpu", (2,))
+    net.head.weight = nn.Parameter(distribute_tensor(net.head.weight.detach(), mesh))
+    with refused("target_modules", TypeError):
+        apply_lotr(net, LoTRConfig(rank=2))
+    apply_lotr(net, LoTRConfig(rank=2, exclude_modules=["head"]))
+    for wrap in (fully_shard, DistributedDataParallel):
+        with refused("model", TypeError):
+            apply_lotr(wrap(zoo.net("mlp")), LoTRConfig(rank=2))
 
 
 # ---- DeepSpeed -----------------------------------------------------------------------------------
@@ -262,7 +276,7 @@ def zero(stage: int, prepare: Wrap = nn.Module.train, core: str = "dense") -> No
     """Trains two steps, saves, loads into another engine, and takes the third step with it."""
     folder = shared_folder()
     build_net = partial(build, dtype="float32", core=core)
-    before = trained(build_net())
+    before = trained_values(build_net())
     expected = train(build_net(), [0, 1])
     source = zero_engine(prepare(build_net()), stage)
     target = zero_engine(prepare(build_net()), stage)
@@ -270,7 +284,7 @@ def zero(stage: int, prepare: Wrap = nn.Module.train, core: str = "dense") -> No
     sharded.save_adapter(source, folder)
     sharded.load_adapter(target, folder)
     zero_steps(target, range(STEPS - 1, STEPS))
-    changes = {name: after - before[name] for name, after in trained(target.module).items()}
+    changes = {name: after - before[name] for name, after in trained_values(target.module).items()}
     check_equal(changes, expected, bound=1e-4)
 
 
@@ -310,6 +324,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     ),
     "fsdp2, a tied head": partial(saved_and_loaded, tie_and_shard),
     "fsdp2, functions for full tensors": sharded_nets_are_refused,
+    "fsdp2 before apply_lotr": sharded_nets_are_not_adapted,
     "fsdp2, collectives": fsdp2_reduces_each_factor_once,
     "a failed save": a_failed_save_raises_in_all,
     "a start from the gradients": gradient_start,

@@ -239,21 +239,14 @@ def check_captured(model: nn.Module, plain: nn.Module, captured: CapturedGradien
 
 def test_a_full_rank_captures_all_gradients() -> None:
     captured = init_from_gradient(started("mlp", rank=64), [zoo.inputs("mlp")], loss_of)
-    assert captured.total == pytest.approx(1)
     assert all(share == pytest.approx(1) for share in captured.layers.values())
 
 
-class WithState(zoo.Children):
-    """A model with buffers and random numbers."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.norm(self.net(x).flatten(0, 1)))
-
-
 def test_the_gradient_start_changes_nothing_else() -> None:
-    config = LoTRConfig(rank=2, target_modules=["up", "down"], modules_to_save=["norm"])
-    plain = WithState(net=zoo.net("mlp"), norm=nn.BatchNorm1d(3), dropout=nn.Dropout(0.5))
-    model = apply_lotr(plain.train(), config)
+    """The model has buffers, and draws random numbers."""
+    net = nn.Sequential(zoo.net("mlp"), nn.Flatten(0, 1), nn.BatchNorm1d(3), nn.Dropout(0.5))
+    config = LoTRConfig(rank=2, target_modules=["up", "down"], modules_to_save=["2"])
+    model = apply_lotr(net.train(), config)
     before = state(model)
     trained = [parameter.requires_grad for parameter in model.parameters()]
     random_state = torch.get_rng_state()
@@ -261,7 +254,7 @@ def test_the_gradient_start_changes_nothing_else() -> None:
     after = state(model)
     changed = {name for name in before if not torch.equal(after[name], before[name])}
     assert after.keys() == before.keys()
-    assert changed == {f"lotr_factors.{i}.value" for i in range(4)}
+    assert changed == {name for name in before if "lotr_factors" in name}
     assert torch.equal(torch.get_rng_state(), random_state)
     assert trained == [parameter.requires_grad for parameter in model.parameters()]
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -131,9 +131,10 @@ NOT_A_PRODUCT = {
 }
 
 
-@pytest.mark.parametrize("case", NOT_A_PRODUCT)
-def test_only_a_product_with_a_parameter_is_merged_into(case: str) -> None:
-    make, message = NOT_A_PRODUCT[case]
+@pytest.mark.parametrize(("make", "message"), NOT_A_PRODUCT.values(), ids=NOT_A_PRODUCT)
+def test_only_a_product_with_a_parameter_is_merged_into(
+    make: Callable[[], LoTRLinear], message: str
+) -> None:
     with pytest.raises(TypeError, match=f"merge: expected {message}"):
         make().merge()
 

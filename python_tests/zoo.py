@@ -4,8 +4,6 @@
 drawn parameter by parameter, from one generator.
 """
 
-import contextlib
-import io
 import os
 from collections.abc import Callable
 from functools import partial
@@ -82,8 +80,7 @@ def _transformers(family: str, head: str, **settings: object) -> nn.Module:
 
     transformers.logging.set_verbosity_error()
     config = getattr(transformers, f"{family}Config")(**settings)
-    with contextlib.redirect_stderr(io.StringIO()):
-        model = getattr(transformers, family + head)(config)
+    model = getattr(transformers, family + head)(config)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # torch's grouped product takes no float64
     return model
@@ -181,13 +178,7 @@ def inputs(name: str, rows: int = 3, tokens: int = 5, dtype: torch.dtype = torch
     return torch.randint(3, VOCABULARY, (rows, tokens), generator=generator)
 
 
-def settings_of(model: nn.Module) -> dict[str, bool]:
-    """Returns the keyword arguments of a call: language models keep no cache."""
-    is_language_model = hasattr(model, "config") and model.config.model_type != "bert"
-    return {"use_cache": False} if is_language_model else {}
-
-
 def output(model: nn.Module, x: Tensor) -> Tensor:
     """Returns the model's output as one tensor: the logits of a transformers model."""
-    y = model(x, **settings_of(model))
+    y = model(x)
     return y if isinstance(y, Tensor) else y.logits
