@@ -14,11 +14,10 @@ Not here: making them (model.py, tasks.py) and what a layer computes (layers.py)
 from collections.abc import Mapping
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from .factors import set_unregistered
-from .layers import LoTRLayer, device_of
+from .layers import LoTRLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -73,19 +72,6 @@ def expect_unmerged(layers: Mapping[str, LoTRLayer], caller: str) -> None:
             f"{caller}: expected unmerged layers, got {merged[0]!r}, which is merged. Call "
             f"unmerge(model) first."
         )
-
-
-def compute_device(module: nn.Module) -> torch.device:
-    """Returns the device on which a module computes.
-
-    It is the device of its tensors. accelerate keeps those of an offloaded module on the meta
-    device between two forwards, and moves them to the device of its hook for each.
-    """
-    device = device_of(module)
-    hook = getattr(module, "_hf_hook", None)
-    if device.type == "meta" and hook is not None:  # accelerate's
-        return torch.device(hook.execution_device)
-    return device
 
 
 def attach(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -29,7 +29,7 @@ from .checks import check_number, check_probability
 from .config import LoTRConfig, place_of
 from .core.operators import DTYPES
 from .cores import FORMS
-from .storage import checksum, errors_of, json_object, put_tensors, tensors_in
+from .storage import checksum, errors_of, put_tensors, tensors_in
 
 FILE_NAME = "lotr_adapter.safetensors"
 VERSION = "3"  # 1 and 2 were a JSON file next to a safetensors file
@@ -113,8 +113,8 @@ class AdapterState:
             "lotr_ext_version": __version__,
             "config": None if self.config is None else self.config.to_dict(),
             "layers": {name: asdict(entry) for name, entry in self.layers.items()},
-            "modules_to_save": list(self.modules_to_save),
-            "tied": None if self.tied is None else list(self.tied),
+            "modules_to_save": self.modules_to_save,
+            "tied": self.tied,
             "base": asdict(self.base),
         }
 
@@ -174,8 +174,8 @@ class AdapterState:
             with torch.device("meta"):
                 cores = FORMS[config.core]([place_of(name) for name in self.layers], config.rank)
             expected = _shapes(cores.state_dict(prefix="lotr_cores."))
-        shapes = _shapes(self.tensors).items()
-        actual = {name: shape for name, shape in shapes if name.startswith("lotr_cores.")}
+        tensors = self.tensors.items()
+        actual = _shapes({name: t for name, t in tensors if name.startswith("lotr_cores.")})
         if actual != expected:
             raise ValueError(
                 f"lotr_cores: expected {expected} for core {config.core!r} and rank "
@@ -245,7 +245,8 @@ def _document_of(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path}: expected sha256 {metadata.get('sha256')!s:.80}, got {actual}. The file is "
             f"damaged."
         )
-    return json_object(text, "directory", path), tensors
+    with errors_of(str(path)):
+        return json.loads(text), tensors
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:

@@ -7,30 +7,29 @@ in several processes (sharded.py).
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .adapted import adapted_layers, expect_unmerged, layers_in
+from .adapted import Model, adapted_layers, expect_unmerged, layers_in
 from .adapter_state import AdapterState, LayerEntry
 from .base_model import BaseModel, Gather, parameters_in_file, refuse_or_warn
 from .config import LoTRConfig
 from .cores import CoreAt
 from .factors import LoTRFactor
 from .layers import LoTRLayer
-from .model import Start, clear_start, install, set_start, unchanged_on_error
+from .model import Start, install, set_start, unchanged_on_error
 from .old_files import start_key
-from .sharded_tensors import copy_full, expect_full, full_shape, full_tensors_in
+from .sharded_tensors import copy_full, expect_full, full_shape, full_tensors_in, imported_class
 from .storage import expect_names
 from .targets import parameter_name, saved_in, select, tied_names
 
-Model = TypeVar("Model", bound=nn.Module)
 Strictness = bool | Literal["targets"]
 
 
@@ -220,6 +219,7 @@ def _tensors_of(model: nn.Module, entries: Mapping[str, LayerEntry]) -> dict[str
     A core that a module computes is absent.
     """
     tensors: dict[str, Tensor | None] = {}
+    modules: dict[str, nn.Module] = {}  # all of whose tensors belong to the adapter
     for name, layer in layers_in(model).items():
         entry = entries[name]
         for key, factor in ((entry.A, layer.factors.A), (entry.B, layer.factors.B)):
@@ -228,24 +228,19 @@ def _tensors_of(model: nn.Module, entries: Mapping[str, LayerEntry]) -> dict[str
         if layer.core_source() is None:
             tensors[f"{name}.core"] = layer.core
         tensors[f"{name}.start_core"] = layer.start_core
-        form = layer._modules.get("core_form")
-        if form is not None:
-            tensors.update(_prefixed(f"{name}.core_form", form))
-    cores = getattr(model, "lotr_cores", None)
-    if cores is not None:
-        tensors.update(_prefixed("lotr_cores", cores))
-    for name, module in saved_in(model).items():
-        tensors.update(_prefixed(name, module))
+        if "core_form" in layer._modules:
+            modules[f"{name}.core_form"] = layer.core_form
+    if hasattr(model, "lotr_cores"):
+        modules["lotr_cores"] = model.lotr_cores
+    modules |= saved_in(model)
+    for name, module in modules.items():
+        tensors |= module.state_dict(prefix=f"{name}.", keep_vars=True)
     first_keys: dict[int, str] = {}  # a tied tensor has several names
     for key, tensor in tensors.items():
         # A start may be None, and a module's extra state any object.
         if isinstance(tensor, Tensor):
             first_keys.setdefault(id(tensor), key)
     return {key: tensors[key] for key in first_keys.values()}
-
-
-def _prefixed(name: str, module: nn.Module) -> dict[str, Tensor]:
-    return module.state_dict(prefix=f"{name}.", keep_vars=True)
 
 
 def _full_core(layer: LoTRLayer, gather: Gather) -> Tensor:
@@ -260,19 +255,24 @@ def _full_core(layer: LoTRLayer, gather: Gather) -> Tensor:
         return source()
 
 
-def unwrap(model: nn.Module, *engines: Any) -> tuple[nn.Module, bool]:
-    """Takes a model out of DistributedDataParallel, torch.compile and the classes `engines`.
+def unwrap(model: nn.Module) -> tuple[nn.Module, bool]:
+    """Takes a model out of DistributedDataParallel, torch.compile and DeepSpeed's engine.
 
     Returns:
         The model, and whether this process writes its files.
     """
     writes = True
-    ddp = nn.parallel.DistributedDataParallel
-    while isinstance(model, (ddp, *engines)) or hasattr(model, "_orig_mod"):
-        if isinstance(model, ddp):
-            writes = dist.get_rank(model.process_group) == 0
+    wrappers = (
+        nn.parallel.DistributedDataParallel,
+        imported_class("deepspeed.runtime.engine", "DeepSpeedEngine"),
+    )
+    while hasattr(model, "_orig_mod") or isinstance(model, wrappers):
         # torch.compile's wrapper passes `module` on to what it wraps, so its name comes first.
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            writes = dist.get_rank(getattr(model, "process_group", None)) == 0
+            model = model.module
     return model, writes
 
 
@@ -301,7 +301,6 @@ def load_state(
     cast: bool = False,
     strict: Strictness = "targets",
     gather: Gather = expect_full,
-    copy: Callable[[Tensor, Tensor], None] = copy_full,
 ) -> None:
     """Loads an adapter into a model, as `load_adapter` does.
 
@@ -310,7 +309,6 @@ def load_state(
         state: The adapter.
         cast: As for `load_adapter`, as is strict.
         gather: Returns the full tensor of one that may be sharded.
-        copy: Copies a full value into a tensor of the model.
     """
     if not isinstance(strict, bool) and strict != "targets":
         raise ValueError(f'strict: expected True, False or "targets", got {strict!r}')
@@ -320,7 +318,7 @@ def load_state(
             _adapt_as_saved(model, state, refuse_other_targets=bool(strict))
         model_tensors = _matching_tensors(model, state, cast)
         state.base.check(model, gather, refuse=strict is True)
-    _copy_to(model, state, model_tensors, copy)
+    _copy_to(model, state, model_tensors)
 
 
 def _adapt_as_saved(model: nn.Module, state: AdapterState, refuse_other_targets: bool) -> None:
@@ -361,8 +359,7 @@ def _exact_config(state: AdapterState, linear: list[str]) -> LoTRConfig:
         target_parameters=experts or None,
         exclude_modules=None,
         group_by="width" if state.config.group_by == "width" else pairs,
-        # Loaded values replace these. "svd" would factorize every weight first.
-        init="kaiming" if state.config.init == "svd" else state.config.init,
+        init="kaiming",  # the cheapest: loaded values replace the factors
     )
 
 
@@ -396,8 +393,8 @@ def _matching_tensors(model: nn.Module, state: AdapterState, cast: bool) -> dict
     model_tensors = {k: t for k, t in tensors if not k.endswith((".start", ".start_core"))}
     expected = model_tensors | _expected_starts(state, layers)
     # A file has the value of every core, also where the model computes it from parameters.
-    cores = {f"{name}.core" for name in layers}
-    expect_names("tensors", expected.keys() | cores, state.tensors)
+    names = expected.keys() | {f"{name}.core" for name in layers}
+    expect_names("tensors", names, state.tensors)
     for key, tensor in expected.items():
         _check_tensor(key, tensor, state.tensors[key], cast)
     return model_tensors
@@ -438,7 +435,7 @@ def _check_structure(
         return
     tied = _tied_to(model, saved_in(model))
     present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    saved_tied = sorted(present.intersection(state.tied))
+    saved_tied = sorted(name for name in present if name in state.tied)
     if saved_tied != list(tied):
         # Of two tied parameters only one is in the file. The other would keep the base's value.
         raise ValueError(
@@ -485,38 +482,6 @@ def _expected_starts(state: AdapterState, layers: Mapping[str, LoTRLayer]) -> di
     return starts
 
 
-def _copy_to(
-    model: nn.Module,
-    state: AdapterState,
-    model_tensors: Mapping[str, Tensor],
-    copy: Callable[[Tensor, Tensor], None],
-) -> None:
-    """Copies scalings, dropout, starts and values into an adapted model that fits."""
-    layers = layers_in(model)
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, entry in state.layers.items():
-        groups.setdefault((entry.A, entry.B), []).append(name)
-    for (A, B), names in groups.items():
-        group = [layers[name] for name in names]
-        if group[0].start_core is not None:
-            clear_start(group)  # with the old scaling, which made it
-        for name, layer in zip(names, group):
-            layer.scaling = state.layers[name].scaling
-            layer.dropout = state.layers[name].dropout
-        if start_key(A) in state.tensors:
-            cores = torch.stack([state.tensors[f"{name}.start_core"] for name in names])
-            set_start(group, Start(state.tensors[start_key(A)], state.tensors[start_key(B)], cores))
-    for key, tensor in model_tensors.items():
-        copy(tensor, state.tensors[key])
-    config = getattr(model, "lotr_config", None)
-    first = next(iter(state.layers.values()))
-    # An equal configuration stays: its alpha says more than the number that follows from it.
-    if config is not None and (config.s, config.dropout) != (first.scaling, first.dropout):
-        model.lotr_config = replace(
-            config, alpha=None, rslora=False, scaling=first.scaling, dropout=first.dropout
-        )
-
-
 def _check_tensor(key: str, target: Tensor, tensor: Tensor, cast: bool) -> None:
     """Checks that a tensor of a file fits the model's."""
     shape = full_shape(target)
@@ -531,4 +496,30 @@ def _check_tensor(key: str, target: Tensor, tensor: Tensor, cast: bool) -> None:
         raise RuntimeError(
             f"load_adapter: expected a model with values, got {key} on the meta device. "
             f"Materialize it first."
+        )
+
+
+def _copy_to(model: nn.Module, state: AdapterState, model_tensors: Mapping[str, Tensor]) -> None:
+    """Copies scalings, dropout, starts and values into an adapted model that fits."""
+    layers = layers_in(model)
+    # All of them first: a layer needs the old scaling for it, and the start of shared factors.
+    for layer in layers.values():
+        layer.give_start_back()
+    for name, entry in state.layers.items():
+        layer = layers[name]
+        layer.scaling = entry.scaling
+        layer.dropout = entry.dropout
+        layer.factors.A.start = None
+        layer.factors.B.start = None
+        if start_key(entry.A) in state.tensors:
+            keys = (start_key(entry.A), start_key(entry.B), f"{name}.start_core")
+            set_start(layer, Start(*(state.tensors[key] for key in keys)))
+    for key, tensor in model_tensors.items():
+        copy_full(tensor, state.tensors[key])
+    config = getattr(model, "lotr_config", None)
+    first = next(iter(state.layers.values()))
+    # An equal configuration stays: its alpha says more than the number that follows from it.
+    if config is not None and (config.s, config.dropout) != (first.scaling, first.dropout):
+        model.lotr_config = replace(
+            config, alpha=None, rslora=False, scaling=first.scaling, dropout=first.dropout
         )

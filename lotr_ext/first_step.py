@@ -8,6 +8,7 @@ model that is watched, so importing lotr_ext changes nothing.
 
 import warnings
 import weakref
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,17 +19,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .adapted import Attachment, layers_in
 
 _watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_hook_is_registered = False
 
 
 def watch(model: nn.Module) -> None:
     """Checks the next optimizer steps of an adapted model, until one trains the adapter."""
-    global _hook_is_registered
     _watched.add(model)
-    if not _hook_is_registered:
-        # For good: torch iterates over its hooks, so a hook cannot remove itself.
-        register_optimizer_step_post_hook(_after_step)
-        _hook_is_registered = True
+    _register_hook()
+
+
+@cache
+def _register_hook() -> None:
+    # For good: torch iterates over its hooks, so a hook cannot remove itself.
+    register_optimizer_step_post_hook(_after_step)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -23,24 +23,23 @@ from .adapted import (
     Model,
     adapted_layers,
     attach,
-    compute_device,
     detach_all,
     expect_unmerged,
     layers_in,
 )
 from .bypasses import block_bypasses, restore_bypasses
-from .config import LoTRConfig, place_of
+from .config import GroupBy, LoTRConfig, place_of
 from .core import fallback
 from .core.request import ADAPTER_OFF, open_request
 from .cores import FORMS, Cores
 from .factors import LoTRFactor, LoTRFactors
 from .first_step import watch
 from .init import START, CapturedGradient, fill_core_, start_from_gradients, tucker2
-from .layers import LoTRLayer, plus
+from .layers import LoTRLayer, device_of, plus
 from .merging import merge_layers, unmerge
 from .targets import Selection, Target, heads, select
 from .transformers_experts import adapt_parameter
-from .wrapped import LoTRWrapped, adapt, layer_class
+from .wrapped import LoTRWrapped, adapt, layer_class, matrix_of
 
 # ---- apply ---------------------------------------------------------------------------------------
 
@@ -112,11 +111,15 @@ def install(model: nn.Module, selection: Selection) -> None:
     config = selection.config
     starts = {}
     if config.init == "svd":  # first, because it reads the plain weights and may raise
-        starts = {group: _svd_start(targets, config) for group, targets in selection.groups.items()}
+        weights = {
+            group: [_plain_weight(target) for target in targets]
+            for group, targets in selection.groups.items()
+        }
+        starts = {group: _svd_starts(matrices, config) for group, matrices in weights.items()}
     cores = cores_of(
         config,
         [target.name for target in selection.targets],
-        device=compute_device(selection.targets[0].module),
+        device=device_of(selection.targets[0].module),
         dtype=config.adapter_dtype,
     )
     # From here on the model changes. `unchanged_on_error` undoes it.
@@ -131,15 +134,12 @@ def install(model: nn.Module, selection: Selection) -> None:
             group,
             targets[0].sizes,
             config,
-            device=compute_device(targets[0].module),
+            device=device_of(targets[0].module),
             dtype=config.adapter_dtype,
         )
-        layers = [_adapt_target(model, target, factors, config) for target in targets]
-        if cores is not None:
-            for target, layer in zip(targets, layers):
-                layer.use_core(cores.at(place_of(target.name), owned=False))
-        if starts:
-            set_start(layers, starts[group])
+        layers = [_adapt_target(model, target, factors, cores, config) for target in targets]
+        for layer, start in zip(layers, starts.get(group, ())):
+            set_start(layer, start)
     # After the layers: the owner of what is attached may depend on where they are.
     attach(model, "lotr_factors", nn.ModuleList(all_factors.values()))
     if cores is not None:
@@ -154,6 +154,20 @@ def install(model: nn.Module, selection: Selection) -> None:
     watch(model)
 
 
+def factor_names(group: str, sizes: tuple[int, int], group_by: GroupBy) -> list[str]:
+    """Returns the names of A and B of a group of layers.
+
+    Args:
+        group: The group.
+        sizes: (in_features, out_features) of its layers.
+        group_by: As in the configuration. With "width", layers of several groups share A, and
+            others B.
+    """
+    if group_by == "width":
+        return [f"A_{sizes[0]}", f"B_{sizes[1]}"]
+    return [f"A_{group}", f"B_{group}"]
+
+
 def pair_of(
     factors: MutableMapping[str, LoTRFactor] | nn.ModuleDict,
     group: str,
@@ -166,8 +180,7 @@ def pair_of(
     """Returns the pair of A and B for a group of layers.
 
     Args:
-        factors: All factors so far, by part and group, or with group_by="width" by part and width.
-            New ones are added.
+        factors: All factors so far, by `factor_names`. New ones are added.
         group: The group.
         sizes: (in_features, out_features) of its layers.
         config: The configuration.
@@ -176,20 +189,17 @@ def pair_of(
     """
     # "kaiming" is the cheapest: `set_start` overwrites the values.
     init = "kaiming" if config.init == "svd" else config.init
-    pair = []
-    for part, features, rank in zip("AB", sizes, config.ranks):
-        owner = features if config.group_by == "width" else group
-        name = f"{part}_{owner}"
+    names = factor_names(group, sizes, config.group_by)
+    for name, features, rank in zip(names, sizes, config.ranks):
         if name not in factors:
             factors[name] = LoTRFactor(features, rank, init=init, device=device, dtype=dtype)
-            if part == "B" and config.core_init == "identity":
+            if name.startswith("B") and config.core_init == "identity":
                 nn.init.zeros_(factors[name].value)  # the model starts unchanged, as with LoRA
-        pair.append(factors[name])
-    return LoTRFactors.of(*pair)
+    return LoTRFactors.of(*(factors[name] for name in names))
 
 
 def _adapt_target(
-    model: nn.Module, target: Target, factors: LoTRFactors, config: LoTRConfig
+    model: nn.Module, target: Target, factors: LoTRFactors, cores: Cores | None, config: LoTRConfig
 ) -> LoTRLayer:
     """Puts an adapted layer, with its first core, into all places of a target."""
     settings = {"scaling": config.s, "dropout": config.dropout}
@@ -201,10 +211,10 @@ def _adapt_target(
             model.set_submodule(name, layer)
     # `install` registers the factors once, with the model.
     layer.leave_factors_to_owner()
-    # A layer makes its core where its weight is. That may be the meta device, if it is offloaded.
-    device = compute_device(target.module)
-    layer.core = nn.Parameter(torch.empty_like(layer.core, device=device))
-    fill_core_(layer.core, config.core_init)
+    if cores is None:
+        fill_core_(layer.core, config.core_init)
+    else:
+        layer.use_core(cores.at(place_of(target.name), owned=False))
     return layer
 
 
@@ -249,63 +259,50 @@ def cores_of(
 
 
 class Start(NamedTuple):
-    """Where the layers of a group start with init "svd".
+    """Where a layer starts with init "svd".
 
-    Their weights are reduced by s B G_l^T A^T, so that they start as the base.
+    Its weight is reduced by s B G^T A^T, so that it starts as the base.
     """
 
-    A: Tensor  # [K, r_in]
+    A: Tensor  # [K, r_in], of all layers of the group, as B
     B: Tensor  # [N, r_out]
-    cores: Tensor  # [l, r_in, r_out]
+    core: Tensor  # [r_in, r_out]
+
+
+def _plain_weight(target: Target) -> Tensor:
+    """Returns W [n, k] of a layer, which init "svd" reads and writes."""
+    if layer_class(target.module) is LoTRWrapped:
+        raise ValueError(
+            f'init: expected weights that "svd" can read and write, got {target.name!r} '
+            f"({type(target.module).__name__})"
+        )
+    return matrix_of(target.module)
 
 
 @torch.no_grad()
-def _svd_start(targets: Sequence[Target], config: LoTRConfig) -> Start:
+def _svd_starts(weights: Sequence[Tensor], config: LoTRConfig) -> list[Start]:
     """Returns the Tucker-2 factorization of the weights of a group.
 
     A and B are START times orthonormal factors.
     """
-    weights = []
-    for target in targets:
-        if layer_class(target.module) is LoTRWrapped:
-            raise ValueError(
-                f'init: expected weights that "svd" can read and write, got {target.name!r} '
-                f"({type(target.module).__name__})"
-            )
-        weight = target.module.weight
-        weights.append(weight if isinstance(target.module, nn.Linear) else weight.T)
     A, B, cores = tucker2(weights, config.ranks)
-    return Start(START * A, START * B, cores / (START**2 * config.s))
+    return [Start(START * A, START * B, core / (START**2 * config.s)) for core in cores]
 
 
 @torch.no_grad()
-def set_start(layers: Sequence[LoTRLayer], start: Start) -> None:
-    """Starts the layers of a group at A, B and cores, which are subtracted from their weights.
-
-    Args:
-        layers: All layers of the group. They have no start, see `clear_start`.
-        start: Where they start.
-    """
-    A = layers[0].factors.A
-    B = layers[0].factors.B
+def set_start(layer: LoTRLayer, start: Start) -> None:
+    """Sets A, B and the core of a layer that has no start, and subtracts them from its weight."""
+    A = layer.factors.A
+    B = layer.factors.B
     for factor, value in ((A, start.A), (B, start.B)):
         factor.start = value.to(factor.value)
         factor.value.copy_(factor.start)
-    for layer, core in zip(layers, start.cores):
-        # What is subtracted has the rounding of what the layer computes with.
-        layer.start_core = core.to(layer.core)
-        layer.core.copy_(layer.start_core)
-        weight = layer._weight_to_write("init")
-        delta = fallback.delta_weight(A.start, B.start, layer.start_core, layer.scaling)
-        weight.copy_(plus(weight, -delta))
-
-
-def clear_start(layers: Sequence[LoTRLayer]) -> None:
-    """Undoes `set_start`: restores the base's weights. A, B and the cores keep their values."""
-    for layer in layers:
-        layer.give_start_back()
-    layers[0].factors.A.start = None
-    layers[0].factors.B.start = None
+    # What is subtracted has the rounding of what the layer computes with.
+    layer.start_core = start.core.to(layer.core)
+    layer.core.copy_(layer.start_core)
+    weight = layer._weight_to_write("init")
+    delta = fallback.delta_weight(A.start, B.start, layer.start_core, layer.scaling)
+    weight.copy_(plus(weight, -delta))
 
 
 # ---- without the adapter -------------------------------------------------------------------------

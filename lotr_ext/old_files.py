@@ -52,8 +52,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if version == 1:
         with errors_of(str(path)):
             document = _document_of_version_1(document)
-    sha256 = str(content.get("tensors_sha256"))
-    return document, tensors_in(path.parent / name, "directory", sha256)[0]
+    tensors, _ = tensors_in(path.parent / name, "directory", str(content.get("tensors_sha256")))
+    return document, tensors
 
 
 def remove(directory: Path) -> None:
@@ -83,8 +83,7 @@ def config_of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
     config = dict(values)
     if config.pop("magnitude", False):
         raise ValueError("magnitude: expected False, got True, which this version does not have")
-    train = config.get("train", PARTS)
-    config["train"] = [part for part in train if part != "magnitude"]
+    config["train"] = [part for part in config.get("train", PARTS) if part != "magnitude"]
     if config.get("init") == "gradient":
         config["init"] = "orthonormal"
     if config.get("scaling") is None:

@@ -21,8 +21,8 @@ from .core.request import ADAPTER_OFF, state_of
 from .core.strategy import strategy_note
 from .layers import LoTRLayer
 
-# The group of a part of the adapter, and of any other parameter.
-_GROUPS = {"A": "factors", "B": "factors", "core": "cores", None: "other"}
+# The groups of an optimizer, by the part of the adapter.
+_GROUPS = {"A": "factors", "B": "factors", "core": "cores"}
 
 
 # ---- for an optimizer ----------------------------------------------------------------------------
@@ -43,8 +43,11 @@ def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def _adapter_parts(model: nn.Module) -> dict[nn.Parameter, str]:
     """Returns the part of each parameter of the adapter: "A", "B" or "core"."""
-    layers = adapted_layers(model).values()
-    parts = {parameter: part for layer in layers for part, parameter in layer.parts()}
+    parts = {
+        parameter: part
+        for layer in adapted_layers(model).values()
+        for part, parameter in layer.parts()
+    }
     # Not only of the model itself: an adapted model with a bank may be inside it.
     for module in model.modules():
         if isinstance(module, Attachment):
@@ -70,17 +73,16 @@ def parameter_groups(
         RuntimeError: If the model has no adapter.
     """
     parts = _adapter_parts(model)
+    members: dict[str, list[nn.Parameter]] = {"cores": [], "factors": [], "other": []}
+    for p in model.parameters():
+        if p.requires_grad:
+            members[_GROUPS.get(parts.get(p), "other")].append(p)
+    groups = [{"params": members[name], "name": name} for name in members if members[name]]
     rates = {"cores": lr, "factors": lr, "other": lr if other_lr is None else other_lr}
-    groups = []
-    for name, rate in rates.items():
-        parameters = [
-            p for p in model.parameters() if p.requires_grad and _GROUPS[parts.get(p)] == name
-        ]
-        group: dict[str, Any] = {"params": parameters, "name": name}
+    for group in groups:
+        rate = rates[group["name"]]
         if rate is not None:  # without "lr", the optimizer's rate is used
             group["lr"] = rate
-        if parameters:
-            groups.append(group)
     return groups
 
 
@@ -210,6 +212,7 @@ def _what_runs(layer: LoTRLayer, x: Tensor) -> str:
     fallback_reason = layer.factors.read(reason)
     if fallback_reason:
         return f"the PyTorch fallback, because {fallback_reason}"
-    sizes = (layer.in_features, layer.out_features, layer.factors.A.rank)
-    note = strategy_note(*sizes, x.dtype, x.device)
+    note = strategy_note(
+        layer.in_features, layer.out_features, layer.factors.A.rank, x.dtype, x.device
+    )
     return ", ".join(filter(None, ("the kernels of lotr_ext", note)))

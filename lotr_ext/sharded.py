@@ -8,25 +8,24 @@ full tensors for the file and shard them again.
 Not here: how a sharded tensor is recognized and gathered (sharded_tensors.py).
 """
 
-import sys
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from . import files
+from .adapted import Model
 from .adapter_state import AdapterState
 from .factors import LoTRFactor
 from .files import Strictness
-from .sharded_tensors import copy_full, full_tensor, imported_class
+from .sharded_tensors import full_tensor, imported_class
 
 __all__ = ["full_tensor", "load_adapter", "save_adapter", "shard_factors"]
 
 T = TypeVar("T")
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def shard_factors(model: Model, **options: Any) -> Model:
@@ -64,7 +63,7 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
     Raises:
         RuntimeError: In all other processes if one of them fails.
     """
-    inner = unwrapped(model)
+    inner, _ = files.unwrap(model)
     path = Path(directory)
     _reshard(inner)
     state = files.state_of(inner, full_tensor)
@@ -72,7 +71,7 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
 
     # All have the full tensors now. Several writers would replace each other's file.
     def write() -> None:
-        if _process_count() == 1 or dist.get_rank() == 0:
+        if not _has_processes() or dist.get_rank() == 0:
             state.write(path)
 
     _in_agreement("save_adapter", write)
@@ -101,21 +100,11 @@ def load_adapter(
     Raises:
         RuntimeError: In all other processes if one of them cannot read the directory.
     """
-    inner = unwrapped(model)
+    inner, _ = files.unwrap(model)
     state = _in_agreement("load_adapter", lambda: AdapterState.read(files.local_folder(directory)))
     _reshard(inner)
-    files.load_state(inner, state, cast=cast, strict=strict, gather=full_tensor, copy=_copy)
+    files.load_state(inner, state, cast=cast, strict=strict, gather=full_tensor)
     return model
-
-
-def _copy(target: Tensor, value: Tensor) -> None:
-    copy_full(target, value)
-    _update_master(target)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Takes a model out of DistributedDataParallel, torch.compile and DeepSpeed's engine."""
-    return files.unwrap(model, imported_class("deepspeed.runtime.engine", "DeepSpeedEngine"))[0]
 
 
 def _reshard(model: nn.Module) -> None:
@@ -130,32 +119,11 @@ def _reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _update_master(parameter: Tensor) -> None:
-    """Copies a parameter into the float32 copy of a ZeRO optimizer.
-
-    The optimizer's next step would restore the old value from its copy.
-    """
-    fragments = sys.modules.get("deepspeed.utils.tensor_fragment")
-    if fragments is None:
-        return
-    if hasattr(parameter, "_z3_optimizer") and parameter.requires_grad:
-        # The shard of this process: nothing is sent.
-        master = fragments.safe_get_local_fp32_param(parameter)
-        if master is not None:
-            shard = parameter.ds_tensor.detach().float().view_as(master)
-            fragments.safe_set_local_fp32_param(parameter, shard)
-    elif hasattr(parameter, "_hp_mapping"):
-        master = fragments.safe_get_full_fp32_param(parameter)
-        if master is not None:
-            value = parameter.detach().float().view_as(master)
-            fragments.safe_set_full_fp32_param(parameter, value)
-
-
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def _process_count() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def _has_processes() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _in_agreement(where: str, work: Callable[[], T]) -> T:
@@ -164,19 +132,21 @@ def _in_agreement(where: str, work: Callable[[], T]) -> T:
     Raises:
         RuntimeError: If another process fails.
     """
-    if _process_count() == 1:
+    if not _has_processes():
         return work()
     result = None
     error = None
+    message = None
     # A process that raises leaves the others waiting in the next collective operation.
     try:
         result = work()
     # Also KeyboardInterrupt, because the others wait for an answer.
     except BaseException as caught:
         error = caught
-    failures: list[str | None] = [None] * _process_count()
-    # As text, because an error of another package may not be importable in the other processes.
-    dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}")
+        # As text, because an error of another package may not be importable in other processes.
+        message = f"{type(error).__name__}: {error}"
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, message)
     if error is not None:
         raise error
     for rank, failure in enumerate(failures):

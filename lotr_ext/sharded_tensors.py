@@ -91,7 +91,11 @@ def expect_full(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_full(target: Tensor, value: Tensor) -> None:
-    """Copies a full value, which all processes have, into a tensor that may be sharded."""
+    """Copies a full value, which all processes have, into a tensor that may be sharded.
+
+    The float32 copy that a ZeRO optimizer has of a parameter is set, too. The optimizer's next step
+    would restore the old value from it.
+    """
     if _is_zero3(target):
         # DeepSpeed takes the changed value from process 0. All processes have the same.
         with _gathered_by_zero3(target, modifier_rank=0):
@@ -106,6 +110,12 @@ def copy_full(target: Tensor, value: Tensor) -> None:
         )
     else:
         target.copy_(value)
+    fragments = sys.modules.get("deepspeed.utils.tensor_fragment")
+    if hasattr(target, "_z3_optimizer"):
+        # The shard of this process: nothing is sent.
+        fragments.safe_set_local_fp32_param(target, target.ds_tensor)
+    elif hasattr(target, "_hp_mapping"):
+        fragments.safe_set_full_fp32_param(target, target)
 
 
 @contextmanager

@@ -45,10 +45,11 @@ def errors_of(where: str) -> Iterator[None]:
     """Turns whatever Python raises for a malformed document into one ValueError that names it."""
     try:
         yield
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         # With its type, because a KeyError prints only the key.
-        problem = f"{type(error).__name__}: {error!s:.500}"
-        raise ValueError(f"{where}: expected a well-formed adapter, got {problem}") from None
+        raise ValueError(
+            f"{where}: expected a well-formed adapter, got {type(error).__name__}: {error!s:.500}"
+        ) from None
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -162,33 +163,20 @@ def checksum(tensors: Iterable[tuple[str, Tensor]], start: bytes = b"") -> str:
     return digest.hexdigest()
 
 
-def json_object(text: str | bytes, name: str, path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON text.
-
-    Args:
-        text: The text.
-        name: The name of the caller's argument, for the error.
-        path: The file that has the text.
-
-    Raises:
-        ValueError: If text is not a JSON object.
-    """
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: expected a JSON file {path}, got {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{name}: expected a JSON object in {path}, got {content!r:.80}")
-    return content
-
-
 def json_in(path: Path, name: str) -> dict[str, Any]:
     """Returns the object in a JSON file.
+
+    Args:
+        path: The file.
+        name: The name of the caller's argument, for the error.
 
     Raises:
         ValueError: If there is no such file, or it has something else.
     """
     try:
-        return json_object(read_bytes(path), name, path)
-    except OSError as error:
+        content = json.loads(read_bytes(path))
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"{name}: expected a JSON file {path}, got {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{name}: expected a JSON object in {path}, got {content!r:.80}")
+    return content

@@ -7,7 +7,7 @@ Not here: how they are adapted (model.py).
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +66,7 @@ class Selection:
             one.
         targets: The layers to be adapted, in the model's order.
         saved: The modules that are fully trained, by name.
+        groups: The targets by group.
         left_out: The names of the layers that target_modules matches and that are not adapted, by
             the reason.
     """
@@ -73,15 +74,8 @@ class Selection:
     config: LoTRConfig
     targets: list[Target]
     saved: dict[str, nn.Module]
+    groups: dict[str, list[Target]]
     left_out: dict[str, list[str]]
-
-    @property
-    def groups(self) -> dict[str, list[Target]]:
-        """The targets by group."""
-        groups: dict[str, list[Target]] = {}
-        for target in self.targets:
-            groups.setdefault(target.group, []).append(target)
-        return groups
 
 
 def select(model: nn.Module, config: LoTRConfig) -> Selection:
@@ -107,8 +101,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
             f"{config.target_modules!r} in {type(model).__name__}. Left out: "
             f"{'; '.join(reasons) or 'none'}."
         )
-    check_targets(targets)
-    return Selection(config, targets, saved, left_out)
+    return Selection(config, targets, saved, in_groups(targets), left_out)
 
 
 def modules_with_names(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
@@ -124,19 +117,14 @@ def modules_with_names(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
 # ---- names ---------------------------------------------------------------------------------------
 
 
-def name_ends_with(name: str, ending: str) -> bool:
-    """Whether ending is the last dotted part or parts of name.
+def name_matches(name: str, pattern: Iterable[str] | str | None) -> bool:
+    """Whether name matches a regular expression, or ends with one of a list of names.
 
-    "query" matches "layer.0.query", not "layer.0.my_query".
+    "query" in a list matches "layer.0.query", not "layer.0.my_query".
     """
-    return f".{name}".endswith(f".{ending}")
-
-
-def _matches(name: str, pattern: Sequence[str] | str | None) -> bool:
-    """Whether name matches a regular expression, or ends with one of a list of names."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
-    return any(name_ends_with(name, ending) for ending in pattern or ())
+    return any(f".{name}".endswith(f".{ending}") for ending in pattern or ())
 
 
 # ---- linear layers -------------------------------------------------------------------------------
@@ -173,7 +161,7 @@ def _linear_targets(
         reason = None
         if id(module) in inside_saved:
             reason = "fully trained: modules_to_save"
-        elif any(_matches(name, config.exclude_modules) for name in names):
+        elif any(name_matches(name, config.exclude_modules) for name in names):
             reason = "exclude_modules"
         elif config.everything:
             # A layer that the user names is refused instead, see `linear_target`.
@@ -195,7 +183,7 @@ def _is_selected(module: nn.Module, names: Sequence[str], config: LoTRConfig) ->
     # A regular expression filters the layers that can be adapted. A list names them.
     if isinstance(config.target_modules, str) and not has_sizes:
         return False
-    return any(_matches(name, config.target_modules) for name in names)
+    return any(name_matches(name, config.target_modules) for name in names)
 
 
 def why_not_adapted(
@@ -318,10 +306,10 @@ def output_layers(model: nn.Module) -> dict[int, str]:
     outputs = list(heads(model).values())
     for module in model.modules():
         for getter in ("get_output_embeddings", "get_classifier"):
-            output = getattr(module, getter, lambda: None)()
+            output = getattr(module, getter, tuple)()
             # None without one, and a tuple of two for timm's distilled models.
-            if isinstance(output, nn.Module):
-                outputs.append(output)
+            candidates = output if isinstance(output, tuple) else (output,)
+            outputs += [m for m in candidates if isinstance(m, nn.Module)]
     reason = "the output layer or a head: name it to adapt it, or to train it, in modules_to_save"
     # A classifier may be a block of several layers.
     return {id(child): reason for output in outputs for child in output.modules()}
@@ -343,8 +331,8 @@ def _with_heads(model: nn.Module, config: LoTRConfig) -> LoTRConfig:
             f"{type(model).__name__} without one of the known names ({', '.join(_HEADS)}). Name "
             f"its head in modules_to_save."
         )
-    new = [name for name in known_heads if not _matches(name, saved)]
-    return replace(config, modules_to_save=(*saved, *new)) if new else config
+    new = [name for name in known_heads if not name_matches(name, saved)]
+    return replace(config, modules_to_save=(*saved, *new))
 
 
 def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
@@ -357,9 +345,8 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
     for name, module in model.named_modules(remove_duplicate=False):
         # Also called for the file of an adapted model, which registers lotr_factors and the like:
         # their children have numbers as names, which a name in modules_to_save may match.
-        if any(part.startswith("lotr_") for part in name.split(".")):
-            continue
-        if not _matches(name, config.modules_to_save):
+        is_of_adapter = any(part.startswith("lotr_") for part in name.split("."))
+        if is_of_adapter or not name_matches(name, config.modules_to_save):
             continue
         for inner_name, p in module.named_parameters():
             is_plain = type(p) is nn.Parameter or is_dtensor(p)
@@ -388,10 +375,10 @@ def _expert_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]
     """
     targets = []
     for name, module in model.named_modules():
-        if id(module) in inside_saved or _matches(name, config.exclude_modules):
+        if id(module) in inside_saved or name_matches(name, config.exclude_modules):
             continue
         for full_name, _ in module.named_parameters(name, recurse=False):
-            if not _matches(full_name, config.target_parameters):
+            if not name_matches(full_name, config.target_parameters):
                 continue
             parameter = full_name.rpartition(".")[2]
             reason = expert_obstacle(module, parameter)
@@ -400,8 +387,7 @@ def _expert_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]
                     f"target_parameters: expected the 3-D weights of a mixture's experts, got "
                     f"{full_name!r}, {reason}"
                 )
-            _, in_features, out_features = expert_sizes(module, parameter)
-            sizes = (in_features, out_features)
+            sizes = expert_sizes(module, parameter)[1:]
             layer_name = f"{full_name.removesuffix(parameter)}{CHILD}.{parameter}"
             group = group_of(layer_name, module, sizes, config.group_by)
             targets.append(Target((layer_name,), module, sizes, group, parameter))
@@ -420,14 +406,13 @@ def parameter_name(layer_name: str) -> str:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-    # It reduces the gradients of those parameters that the model had when it was wrapped.
-    if is_ddp or hasattr(model, "_orig_mod"):  # torch.compile's
+    # DDP reduces the gradients of those parameters that the model had when it was wrapped.
+    # `_orig_mod` is torch.compile's.
+    if isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         raise TypeError(
             f"model: expected the plain model, before it is wrapped or compiled, got "
             f"{type(model).__name__}"
         )
-    peft_layer = imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")
     for name, module in model.named_modules():
         class_name = type(module).__name__
         # Adapting freezes the model, so another adapter would stop training without an error.
@@ -442,7 +427,7 @@ def _check_model(model: nn.Module) -> None:
                 f"model: expected full tensors, got {name or class_name!r} sharded by FSDP. Call "
                 f"apply_lotr before it."
             )
-        if isinstance(module, peft_layer):
+        if isinstance(module, imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")):
             raise RuntimeError(
                 f"model: expected one without PEFT's adapters, got {class_name} at {name!r}, which "
                 f"would be frozen. Merge it first (merge_and_unload), or use LoTR as a PEFT method "
@@ -454,15 +439,16 @@ def _check_patterns(model: nn.Module, config: LoTRConfig) -> None:
     """Checks that each name of a configuration matches something."""
     modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     parameters = [name for name, _ in model.named_parameters()]
-    for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+    fields = dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), modules)
+    fields["target_parameters"] = parameters
+    for field, names in fields.items():
         value = getattr(config, field)
         if field == "target_modules" and config.everything:
             continue
-        names = parameters if field == "target_parameters" else modules
         patterns = [value] if isinstance(value, str) else [[ending] for ending in value or ()]
         # One by one, so that a misspelt name among others is noticed.
         for pattern in patterns:
-            if not any(_matches(name, pattern) for name in names):
+            if not any(name_matches(name, pattern) for name in names):
                 raise ValueError(
                     f"{field}: expected names in the model, got {pattern!r}, which matches none. A "
                     f"list has name endings in full dotted parts, a string is a regular expression "
@@ -470,20 +456,26 @@ def _check_patterns(model: nn.Module, config: LoTRConfig) -> None:
                 )
 
 
-def check_targets(targets: Sequence[Target]) -> None:
-    """Checks that the layers of each group have one shape."""
-    # By the name of the group, because a mapping or a callable may join any layers.
-    first: dict[str, Target] = {}
+# ---- groups --------------------------------------------------------------------------------------
+
+
+def in_groups(targets: Sequence[Target]) -> dict[str, list[Target]]:
+    """Returns targets by group.
+
+    Raises:
+        ValueError: If the layers of a group have several shapes.
+    """
+    groups: dict[str, list[Target]] = {}
     for target in targets:
-        other = first.setdefault(target.group, target)
-        if target.sizes != other.sizes:
+        groups.setdefault(target.group, []).append(target)
+        # A mapping or a callable may join any layers.
+        first = groups[target.group][0]
+        if target.sizes != first.sizes:
             raise ValueError(
                 f"group_by: expected layers of one shape in group {target.group!r}, got "
-                f"{other.name!r} {other.sizes} and {target.name!r} {target.sizes}"
+                f"{first.name!r} {first.sizes} and {target.name!r} {target.sizes}"
             )
-
-
-# ---- groups --------------------------------------------------------------------------------------
+    return groups
 
 
 def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) -> str:
@@ -509,7 +501,7 @@ def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) 
         group = {
             "shape": shape,
             "width": shape,
-            "block": f"{block}_{shape}" if block else shape,
+            "block": "_".join(filter(None, (block, shape))),
             "name": f"{name.rpartition('.')[2]}_{shape}",
             "layer": name.replace(".", "_"),
         }[by]

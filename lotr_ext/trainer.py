@@ -35,7 +35,7 @@ class AdapterCheckpoints:
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        load_adapter(self.model if model is None else model, resume_from_checkpoint)
+        load_adapter(model or self.model, resume_from_checkpoint)
 
     def _load_best_model(self, *args: Any) -> None:
         load_adapter(self.model, self.state.best_model_checkpoint)

@@ -77,7 +77,7 @@ def _dequantized_8bit(module: nn.Module) -> Tensor | None:
     return None if scales is None else int8_vectorwise_dequant(weight.data, scales)
 
 
-def _matrix_of(base: nn.Module) -> Tensor:
+def matrix_of(base: nn.Module) -> Tensor:
     """Returns W [n, k] of a base with a plain weight, a view of it.
 
     Raises:
@@ -101,7 +101,7 @@ def check_mergeable(base: nn.Module) -> Tensor:
     Raises:
         TypeError: If the base is another module, or its weight cannot be written.
     """
-    weight = _matrix_of(base)
+    weight = matrix_of(base)
     check_plain(base, "merge")
     if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks:
         return weight
@@ -143,12 +143,11 @@ class LoTRWrapped(LoTRLayer):
             is not registered, so state_dict does not contain it.
     """
 
-    quantized_base: nn.Module | None
     replaced = False
 
     @staticmethod
-    def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
-        return features(linear)
+    def adapts(linear: object) -> bool:
+        return features(linear) is not None
 
     def _take_base(self, linear: nn.Module) -> None:
         self.base_layer = linear
@@ -171,7 +170,7 @@ class LoTRWrapped(LoTRLayer):
         return self._dispatch(x, core, choice, base_output=self.base_layer(x))
 
     def weight_matrix(self) -> Tensor:
-        return _matrix_of(self.base_layer)
+        return matrix_of(self.base_layer)
 
     def _weight_to_write(self, caller: str) -> Tensor:
         check_plain(self.base_layer, caller)
@@ -212,7 +211,7 @@ class LoTRWrapped(LoTRLayer):
                 quantized base without dequantize, because rounding would remove the adapter, and
                 for a base that returns something else than x W^T + bias.
         """
-        self._check_unmerged()
+        # A layer that is merged already has a plain weight, and is refused there.
         if dequantize is False or has_plain_weight(self.base_layer):
             check_mergeable(self.base_layer)
             super().merge(safe, keep_backup)
@@ -227,10 +226,10 @@ class LoTRWrapped(LoTRLayer):
         merged = plus(dense.to(accumulate_dtype(dense.dtype)), self.delta_weight()).to(dtype)
         if safe:
             check_finite(merged)
-        new_bias = None if bias is None else bias.detach().to(dtype, copy=True)
+        replacement = linear_of(merged, bias, self.training)
         # All that can fail is done. From here on the layer changes.
         set_unregistered(self, "quantized_base", self.base_layer if keep_backup else None)
-        self.base_layer = linear_of(merged, new_bias, self.training)
+        self.base_layer = replacement
         self.merged = True
         self.replaced = True
 

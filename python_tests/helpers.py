@@ -47,8 +47,7 @@ def relative(actual: Tensor | None, expected: Tensor | None) -> float:
     A missing tensor stands for zero. The result is infinite for a NaN and for another shape.
     """
     if actual is None or expected is None:
-        present = expected if actual is None else actual
-        is_zero = present is None or not bool(present.any())
+        is_zero = not any(t.any() for t in (actual, expected) if t is not None)
         return 0.0 if is_zero else float("inf")
     if actual.shape != expected.shape:
         return float("inf")
@@ -60,7 +59,7 @@ def relative(actual: Tensor | None, expected: Tensor | None) -> float:
 
 def worst(actual: Iterable[Tensor | None], expected: Iterable[Tensor | None]) -> float:
     """Returns the largest relative error of pairs of tensors."""
-    pairs = zip(list(actual), list(expected), strict=True)
+    pairs = zip(actual, expected, strict=True)
     return max((relative(a, b) for a, b in pairs), default=0.0)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lotr_ext import LoTRConfig, apply_lotr
 from lotr_ext.model import adapted_layers
+from lotr_ext.sharded import full_tensor
 
 # Ways to adapt a network. Each is tried on each network that it is for.
 WAYS: dict[str, dict[str, object]] = {
@@ -73,27 +74,38 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def flags_of(model: nn.Module) -> list[bool]:
+    return [parameter.requires_grad for parameter in model.parameters()]
+
+
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Checks that a block leaves the tensors, flags and attributes of a model as they are."""
-
-    def flags() -> list[bool]:
-        return [parameter.requires_grad for parameter in model.parameters()]
-
-    before = (state(model), flags(), set(vars(model)))
+    before = (state(model), flags_of(model), set(vars(model)))
     yield
     assert same(state(model), before[0])
-    assert flags() == before[1]
+    assert flags_of(model) == before[1]
     assert set(vars(model)) == before[2]
+
+
+def trained_values(model: nn.Module) -> dict[str, Tensor]:
+    """Returns copies of the trained parameters, also of a sharded or wrapped model."""
+    return {
+        name.removeprefix("module."): full_tensor(parameter).detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Returns A, B and then the cores of a model (or what they are computed from), each once."""
     layers = adapted_layers(model).values()
-    every = [p for layer in layers for p in layer.factors.A.parameters()]
-    every += [p for layer in layers for p in layer.factors.B.parameters()]
-    every += [p for layer in layers for p in layer.core_parameters()]
-    return list(dict.fromkeys(every))
+    parts = {parameter: part for layer in layers for part, parameter in layer.parts()}
+    return sorted(parts, key=parts.get)
 
 
 def written_out(model: nn.Module, plain: nn.Module) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ TESTS = {
     "lotr_ext/trainer.py": ("trainer",),
     "lotr_ext/convert": ("convert", "bad_input"),
     "lotr_ext/vllm": ("vllm_files", "bad_input"),
-    "csrc": ("operators", "layers"),
+    "csrc": ("operators", "layers", "bad_input"),
 }
 
 

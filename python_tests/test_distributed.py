@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -19,11 +18,11 @@ from torch import nn
 
 from lotr_ext.sharded import full_tensor
 
-NAMES = [name for name in CHECKS if not name.startswith(("zero", "collectives"))]
+NAMES = [name for name in CHECKS if not name.startswith("zero")]
 
 
-def run_in_two_processes(names: list[str], path: Path) -> dict[str, Any]:
-    """Returns the results of checks of distributed.py by name, which are written to path."""
+def run_in_two_processes(names: list[str], path: Path) -> dict[str, str]:
+    """Returns what checks of distributed.py raised, by name, which is written to path."""
     program = Path(__file__).with_name("distributed.py")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = subprocess.run(
@@ -37,19 +36,13 @@ def run_in_two_processes(names: list[str], path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("distributed") / "results.json"
-    return run_in_two_processes([*NAMES, "collectives"], path)
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_in_two_processes(NAMES, tmp_path_factory.mktemp("distributed") / "results.json")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_equals_one_process(results: dict[str, Any], name: str) -> None:
-    assert isinstance(results[name], float), results[name]
-    assert results[name] < 1e-10
-
-
-def test_fsdp2_reduces_each_factor_once(results: dict[str, Any]) -> None:
-    assert results["collectives"] == [5, 5]  # two blocks, the root, A and B
+def test_equals_one_process(errors: dict[str, str], name: str) -> None:
+    assert not errors[name], errors[name]
 
 
 def test_a_parameter_of_zero3_is_read_while_it_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:

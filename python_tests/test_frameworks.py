@@ -33,14 +33,13 @@ def _frameworks_last_on_the_path() -> Any:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return run_in_two_processes(ZERO, tmp_path_factory.mktemp("zero") / "results.json")
 
 
 @pytest.mark.parametrize("name", ZERO)
-def test_zero_equals_one_process(results: dict[str, Any], name: str) -> None:
-    assert isinstance(results[name], float), results[name]
-    assert results[name] < 1e-4  # float32
+def test_zero_equals_one_process(errors: dict[str, str], name: str) -> None:
+    assert not errors[name], errors[name]
 
 
 TRL = """

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,9 @@ from unittest import mock
 import peft
 import pytest
 import torch
-import torch.distributed as dist
 import zoo
 from helpers import ERRORS, refused, relative, worst
+from layers import Scaled
 from models import (
     CASES,
     LINEAR,
@@ -34,17 +34,14 @@ from models import (
     started,
     state,
     trained,
+    trained_parameters,
     unchanged,
     written_out,
 )
 from safetensors.torch import load_file
 from test_quantized import Dense
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -74,20 +71,32 @@ from lotr_ext.config import place_of
 from lotr_ext.cores import FORMS
 from lotr_ext.model import adapted_layers
 from lotr_ext.peft import LoTRPeftConfig
+from lotr_ext.reports import TrainableSummary
 from lotr_ext.targets import saved_modules
 
 
 def truth(model: nn.Module, name: str, x: Tensor) -> Tensor:
     """Returns the model's output for x in float64, as a function of the model's parameters."""
-    plain = zoo.net(name, torch.float64)
+    plain = zoo.net(name, next(model.parameters()).dtype).double()
     with torch.no_grad():  # init "svd" has changed the weights
         for layer_name, layer in adapted_layers(model).items():
             if layer.start_core is not None:
                 plain.get_submodule(layer_name).weight.copy_(layer.weight)
     weights = written_out(model, plain)
     x = x.double() if x.is_floating_point() else x
-    y = torch.func.functional_call(plain, weights, (x,), zoo.settings_of(plain))
-    return y if isinstance(y, Tensor) else y.logits
+    return zoo.output(partial(torch.func.functional_call, plain, weights), x)
+
+
+def check_with_truth(model: nn.Module, name: str, bound: float) -> None:
+    """Compares the output of the named model, and the gradients of its adapter, with float64."""
+    x = zoo.inputs(name, dtype=next(model.parameters()).dtype)
+    parameters = adapter_parameters(model)
+    y = zoo.output(model, x).double()
+    y64 = truth(model, name, x)
+    dy = torch.randn_like(y64)
+    expected = torch.autograd.grad(y64, parameters, dy)
+    y.backward(dy)
+    assert worst([y, *(p.grad for p in parameters)], [y64, *expected]) < bound
 
 
 def bound_of(way: str) -> float:
@@ -106,14 +115,7 @@ def test_starts_as_the_plain_model(name: str, way: str) -> None:
 
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_output_and_gradients_are_those_of_the_weights_written_out(name: str, way: str) -> None:
-    model = trained(name, way)
-    x = zoo.inputs(name)
-    y = zoo.output(model, x)
-    y64 = truth(model, name, x)
-    dy = torch.randn(y64.shape, dtype=torch.float64)
-    gradients = torch.autograd.grad((y.double() * dy).sum(), adapter_parameters(model))
-    gradients64 = torch.autograd.grad((y64 * dy).sum(), adapter_parameters(model))
-    assert worst([y, *gradients], [y64, *gradients64]) < bound_of(way)
+    check_with_truth(trained(name, way), name, bound_of(way))
 
 
 @pytest.mark.parametrize(("name", "way"), CASES)
@@ -139,16 +141,10 @@ def test_unload_gives_plain_layers_back(name: str, way: str, merges: bool) -> No
         merge(model)
     assert unload(model, merge=merges) is model
     assert relative(zoo.output(model, x), expected) < 2e-5
-    if not merges:
-        error = worst(model.state_dict().values(), plain.state_dict().values())
-        assert error <= (1e-6 if way == "svd" else 0)
     assert [(key, type(m)) for key, m in model.named_modules()] == [
         (key, type(m)) for key, m in plain.named_modules()
     ]
-    assert not [key for key in vars(model) if key.startswith("lotr")]
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     apply_lotr(model, config(name))  # nothing that would refuse a new adapter is left
-    assert relative(zoo.output(model, x), expected) < 2e-5
 
 
 @pytest.mark.parametrize(("name", "way"), LINEAR)
@@ -177,7 +173,6 @@ def test_a_copy_shares_nothing(name: str, way: str, copied: Callable) -> None:
     other = copied(model)
     y = zoo.output(model, x)
     assert torch.equal(zoo.output(other, x), y)
-    assert other.state_dict().keys() == model.state_dict().keys()
     moved(other, 8)
     assert not torch.equal(zoo.output(other, x), y)
     unload(other)
@@ -186,54 +181,32 @@ def test_a_copy_shares_nothing(name: str, way: str, copied: Callable) -> None:
 
 @pytest.mark.parametrize("name", zoo.NETS)
 def test_half_precision_model_with_float32_adapter(name: str) -> None:
-    x = zoo.inputs(name, dtype=torch.bfloat16)
     model = moved(apply_lotr(zoo.net(name, torch.bfloat16), config(name)))
-    assert {p.dtype for p in lotr_parameters(model)} == {torch.float32}
-    expected = zoo.output(trained(name), zoo.inputs(name))
-    bound = 0.5 if name == "mixture" else 0.1  # rounding routes some tokens to other experts
-    assert relative(zoo.output(model, x), expected) < bound
-    zoo.output(model, x).float().square().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in lotr_parameters(model))
+    check_with_truth(
+        model, name, 0.6 if name == "mixture" else 0.1
+    )  # rounding routes tokens elsewhere
+    assert {p.grad.dtype for p in lotr_parameters(model)} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "mixture"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_of_transformers(name: str, reentrant: bool) -> None:
     model = trained(name).train()
-    x = zoo.inputs(name)
     model.enable_input_require_grads()
-    parameters = adapter_parameters(model)
-    zoo.output(model, x).square().sum().backward()
-    expected = [p.grad.clone() for p in parameters]
-    model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    zoo.output(model, x).square().sum().backward()
-    assert worst([p.grad for p in parameters], expected) < 1e-6
+    check_with_truth(model, name, bound_of("shape"))
 
 
-@pytest.mark.parametrize("name", ["mlp", "llama"])
-def test_a_checkpoint_recomputes_in_the_state_of_its_context(name: str) -> None:
-    model = trained(name)
-    x = zoo.inputs(name)
-    with disabled(model):
-        anchor = torch.zeros((), requires_grad=True)
-        y = checkpoint(lambda a: zoo.output(model, x) + a, anchor, use_reentrant=False)
-        y.sum().backward()
-    assert relative(y, zoo.output(zoo.net(name), x)) < 1e-7
-    assert all(p.grad is None for p in adapter_parameters(model))
-
-
-def test_contexts_of_other_threads_and_out_of_order(x: Tensor, model: nn.Module) -> None:
+def test_contexts_are_those_of_a_thread_and_end_in_any_order(x: Tensor, model: nn.Module) -> None:
     adapted = model(x)
-    first = disabled(model)
-    second = disabled(model)
-    first.__enter__()
-    second.__enter__()
-    assert not torch.equal(model(x), adapted)
+    contexts = [disabled(model), disabled(model)]
+    for context in contexts:
+        context.__enter__()
     with ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(model, x).result(), adapted)
-        pool.submit(first.__exit__, None, None, None).result()
-    second.__exit__(None, None, None)
+        pool.submit(contexts[0].__exit__, None, None, None).result()
+    assert not torch.equal(model(x), adapted)
+    contexts[1].__exit__(None, None, None)
     assert torch.equal(model(x), adapted)
 
 
@@ -261,8 +234,7 @@ GROUPS = [
 
 @pytest.mark.parametrize(("name", "by", "factors", "pairs"), GROUPS)
 def test_groups_share_factors(name: str, by: object, factors: int, pairs: int) -> None:
-    settings = LoTRConfig(rank=2, target_modules=zoo.TARGETS[name], group_by=by)
-    model = apply_lotr(zoo.net(name), settings)
+    model = started(name, group_by=by)
     layers = adapted_layers(model)
     assert {f for m in layers.values() for f in m.factors.children()} == {*model.lotr_factors}
     assert trainable_summary(model).groups == pairs
@@ -286,27 +258,27 @@ def test_a_place_ends_at_the_first_number_of_a_name() -> None:
     assert {name: place_of(name) for name in PLACES} == PLACES
 
 
-class Timm(zoo.Children):
-    """A model that names its classifier as timm's do."""
-
-    def get_classifier(self) -> nn.Module:
-        return self.fc
-
-
-class TwoHeads(zoo.Children):
-    """DistilBERT's heads."""
-
-    def get_output_embeddings(self) -> None:
-        return None
-
-
 def timm() -> nn.Module:
-    return Timm(features=nn.Linear(8, 8), fc=nn.Linear(8, 3))
+    """A model that names its classifier as timm's do."""
+    model = zoo.Children(features=nn.Linear(8, 8), fc=nn.Linear(8, 3))
+    model.get_classifier = lambda: model.fc
+    return model
+
+
+def distilled_timm() -> nn.Module:
+    """timm's DeiT, which has a second head for its teacher's labels."""
+    layers = {"features": nn.Linear(8, 8), "head": nn.Linear(8, 3), "head_dist": nn.Linear(8, 3)}
+    model = zoo.Children(**layers)
+    model.get_classifier = lambda: (model.head, model.head_dist)
+    return model
 
 
 def two_heads() -> nn.Module:
+    """A model with the names of DistilBERT's heads."""
     children = {"query": nn.Linear(8, 8), "pre_classifier": nn.Linear(8, 8)}
-    return TwoHeads(**children, classifier=nn.Linear(8, 3))
+    model = zoo.Children(**children, classifier=nn.Linear(8, 3))
+    model.get_output_embeddings = lambda: None
+    return model
 
 
 def shared_memory() -> nn.Module:
@@ -321,18 +293,13 @@ class Router(nn.Linear):
         return super().forward(x), x
 
 
-class Doubled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
 def reads() -> nn.Module:
     """Layers that "all-linear" leaves out for what they are, and one that it wraps."""
     tied = nn.Linear(8, 8)
     return zoo.Children(
         attention=nn.MultiheadAttention(8, 2, batch_first=True),
         router=Router(8, 8),
-        doubled=Doubled(8, 8),
+        doubled=Scaled(8, 8),
         tied=tied,
         embed=nn.Embedding(8, 8, _weight=tied.weight),
     )
@@ -367,11 +334,6 @@ def fused() -> nn.Module:
 
 def inner_bert() -> nn.Module:
     return nn.ModuleDict({"inner": zoo.net("bert")})
-
-
-def three_layers() -> nn.Module:
-    """A container names its children by numbers, as a model names its factors."""
-    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4))
 
 
 def network(net: str | Callable[[], nn.Module]) -> nn.Module:
@@ -422,6 +384,7 @@ SELECTED = [
     ),
     ("mixture", {"target_parameters": ["down_proj"]}, DOWN_EXPERTS, ()),
     (timm, {}, ["features"], ()),
+    (distilled_timm, {}, ["features"], ()),
     (two_heads, {}, ["query"], ()),
     (two_heads, {"task_type": "SEQ_CLS"}, ["query"], ("pre_classifier", "classifier")),
     (
@@ -433,7 +396,13 @@ SELECTED = [
     (shared_memory, {}, ["c"], ()),
     (reads, {}, ["doubled"], ()),
     (fused, {}, ["attention.to_qkv"], ()),
-    (three_layers, {"modules_to_save": ["1", "2"], "train": ["core"]}, ["0"], ("1", "2")),
+    # A container names its children by numbers, as a model names its factors.
+    (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)),
+        {"modules_to_save": ["1", "2"], "train": ["core"]},
+        ["0"],
+        ("1", "2"),
+    ),
 ]
 
 
@@ -516,14 +485,12 @@ def test_encoder_layers_run_their_adapters_also_without_gradients() -> None:
 
 def test_a_layer_in_two_places_stays_one_layer() -> None:
     layer = nn.Linear(4, 4)
-    layer.tag = "kept"
     model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer, nn.Tanh())})
     apply_lotr(model, LoTRConfig(rank=2, target_modules=["a"]))
     assert model["a"] is model["b"][0]
     assert list(adapted_layers(model)) == ["a"]
     unload(model)
     assert model["a"] is model["b"][0] is layer
-    assert layer.tag == "kept"
 
 
 class Pipeline(nn.Sequential):
@@ -553,45 +520,45 @@ def run(container: nn.Module, x: Tensor) -> Tensor:
     return nn.Sequential(*container.children())(x)
 
 
-@pytest.mark.filterwarnings("ignore")  # tasks are saved separately
 @pytest.mark.parametrize("core", ["dense", "diagonal"])
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_the_children_of_a_container_stay_its_only_children(
-    x: Tensor, name: str, core: str, tmp_path: Path
+    x: Tensor, name: str, core: str
 ) -> None:
     plain = zoo.fill(CONTAINERS[name]())
     settings = LoTRConfig(rank=2, scaling=1.5, core=core)
     model = moved(apply_lotr(copy.deepcopy(plain), settings))
     lotr_ext.TaskBank(model, 1).add()
     assert [n for n, _ in model.named_children()] == [n for n, _ in plain.named_children()]
-    assert {id(p) for p in lotr_parameters(model)} <= {id(p) for p in model.parameters()}
+    assert set(lotr_parameters(model)) <= set(model.parameters())
     y = run(model, x)
     with disabled(model):
         assert relative(run(model, x), run(plain, x)) < 1e-6 < relative(y, run(plain, x))
-    # A copy, a state_dict and a file hold the adapter.
     other = apply_lotr(copy.deepcopy(plain), settings)
     lotr_ext.TaskBank(other, 1)
     other.load_state_dict(model.state_dict())
-    assert torch.equal(run(copy.deepcopy(model), x), y) and torch.equal(run(other, x), y)
-    lotr_ext.save_adapter(model, tmp_path)
-    loaded = lotr_ext.load_adapter(copy.deepcopy(plain), tmp_path)
-    assert torch.equal(run(loaded, x), y)
-    assert loaded.lotr_config == settings
+    assert torch.equal(run(copy.deepcopy(model), x), y)
+    assert torch.equal(run(other, x), y)
     unload(model)
-    assert same(state(model), state(plain)) and torch.equal(run(model, x), run(plain, x))
+    assert same(state(model), state(plain))
     assert not any(key.startswith("lotr") for m in model.modules() for key in vars(m))
 
 
+def registers_its_factors(container: nn.Module) -> nn.Module:
+    """Returns a model of the same children that lists its factors among them.
+
+    Containers did so in 0.1.0.
+    """
+    return zoo.Children(**dict(container.named_children()))
+
+
 @pytest.mark.parametrize("core", ["dense", "diagonal"])
+@pytest.mark.parametrize("saved_as", [nn.Module.eval, registers_its_factors])
 @pytest.mark.parametrize("name", CONTAINERS)
-def test_a_container_loads_a_file_whose_factors_it_registered(
-    name: str, core: str, tmp_path: Path
-) -> None:
-    """A container registered its factors itself in 0.1.0."""
+def test_files_of_containers(name: str, saved_as: Callable, core: str, tmp_path: Path) -> None:
     plain = zoo.fill(CONTAINERS[name]())
     settings = LoTRConfig(rank=2, scaling=1.5, core=core)
-    children = dict(copy.deepcopy(plain).named_children())
-    model = moved(apply_lotr(zoo.Children(**children), settings))
+    model = moved(apply_lotr(saved_as(copy.deepcopy(plain)), settings))
     lotr_ext.save_adapter(model, tmp_path)
     loaded = lotr_ext.load_adapter(plain, tmp_path)
     assert worst(adapter_parameters(loaded), adapter_parameters(model)) == 0
@@ -599,18 +566,14 @@ def test_a_container_loads_a_file_whose_factors_it_registered(
 
 def test_wraps_hooked_and_parametrized_layers(x: Tensor) -> None:
     plain = zoo.net("mlp")
-    hook = mock.Mock(return_value=None)
-    plain.blocks[0]["down"].register_forward_hook(hook)
+    plain.blocks[0]["down"].register_forward_hook(mock.Mock(return_value=None))
     parametrizations.weight_norm(plain.blocks[1]["up"])
-    model = moved(apply_lotr(copy.deepcopy(plain), LoTRConfig(rank=2, scaling=1.5)))
-    layers = adapted_layers(model)
-    wrapped = [name for name, layer in layers.items() if isinstance(layer, LoTRWrapped)]
+    model = apply_lotr(copy.deepcopy(plain), LoTRConfig(rank=2))
+    layers = adapted_layers(model).items()
+    wrapped = [name for name, layer in layers if isinstance(layer, LoTRWrapped)]
     assert wrapped == ["blocks.0.down", "blocks.1.up"]
-    assert not torch.equal(model(x), plain(x))
-    assert model.blocks[0]["down"].base_layer._forward_hooks
     with unchanged(model), pytest.raises(TypeError, match="blocks"):  # of the weight norm
         merge(model)
-    assert not any(layer.merged for layer in layers.values())
     unload(model)
     assert same(state(model), state(plain))
     assert torch.equal(model(x), plain(x))
@@ -653,15 +616,13 @@ def test_a_model_from_the_meta_device_is_filled_from_a_state_dict(
 def test_a_checkpoint_of_transformers_has_the_factors_once(tmp_path: Path) -> None:
     model = trained("gpt2")
     x = zoo.inputs("gpt2")
-    y = zoo.output(model, x)
     model.tie_weights()
-    assert torch.equal(zoo.output(model, x), y)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert sum("lotr_factors" in key for key in saved) == len(model.lotr_factors)
     other = started("gpt2")
     other.load_state_dict(saved, strict=False)  # the file lacks the tied head
-    assert torch.equal(zoo.output(other, x), y)
+    assert torch.equal(zoo.output(other, x), zoo.output(model, x))
 
 
 def test_unmerge_changes_all_layers_or_none(x: Tensor) -> None:
@@ -671,19 +632,16 @@ def test_unmerge_changes_all_layers_or_none(x: Tensor) -> None:
     y = model(x)
     with refused("unmerge", RuntimeError):
         unmerge(model)
-    assert model[0].merged and torch.equal(model(x), y)
-    unload(model, merge=True)
     assert torch.equal(model(x), y)
 
 
-@pytest.mark.parametrize("hooks", [0, 1])
-def test_a_weight_that_was_tied_later_is_not_merged(hooks: int) -> None:
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_weight_that_was_tied_later_is_not_merged(is_wrapped: bool) -> None:
     model = zoo.net("mlp")
     layer = model.blocks[0]["up"]
-    for _ in range(hooks):
-        layer.register_forward_hook(lambda *_: None)
+    if is_wrapped:
+        layer.register_forward_hook(mock.Mock(return_value=None))
     apply_lotr(model, LoTRConfig(rank=2, target_modules=["up"]))
-    assert isinstance(model.blocks[0]["up"], LoTRWrapped) is bool(hooks)
     model.other = zoo.Children(weight=layer.weight)
     with refused("merge", RuntimeError):
         merge(model)
@@ -709,23 +667,35 @@ def test_a_single_layer_is_unloaded_to_its_plain_layer() -> None:
 # ---- what trains ---------------------------------------------------------------------------------
 
 
-def test_summary_groups_and_parameters_count_the_same() -> None:
+def test_the_summary_counts_what_is_adapted_and_trained() -> None:
     model = started("bert", modules_to_save=["classifier"])
-    summary = trainable_summary(model)
-    assert summary.layers == 8
     r = 3
-    assert summary.adapter == 8 * r * r + r * (16 + 16) + r * (24 + 16)
-    assert summary.adapter == sum(p.numel() for p in lotr_parameters(model))
-    assert summary.trained == summary.adapter + 16 * 3 + 3
-    assert summary.parts == ("A", "B", "core", "classifier")
-    assert summary.total == sum(p.numel() for p in model.parameters())
-    groups = parameter_groups(model, 1e-3, other_lr=1e-2)
-    rates = {group["name"]: group["lr"] for group in groups}
-    assert rates == {"cores": 1e-3, "factors": 1e-3, "other": 1e-2}
-    assert sum(p.numel() for g in groups for p in g["params"]) == summary.trained
-    assert {g["lr"] for g in parameter_groups(model, 1e-3)} == {1e-3}
-    assert not any("lr" in g for g in parameter_groups(model))
-    torch.optim.AdamW(groups).step()
+    adapter = 8 * r * r + r * (16 + 16) + r * (24 + 16)
+    assert trainable_summary(model) == TrainableSummary(
+        adapter=adapter,
+        trained=adapter + 16 * 3 + 3,
+        total=sum(p.numel() for p in model.parameters()),
+        layers=8,
+        groups=2,
+        parts=("A", "B", "core", "classifier"),
+        left_out={},
+    )
+    assert sum(p.numel() for p in lotr_parameters(model)) == adapter
+
+
+# Rates for parameter_groups, and the rate of each group.
+RATES = [
+    ({}, [None, None, None]),
+    ({"lr": 1e-3}, [1e-3, 1e-3, 1e-3]),
+    ({"lr": 1e-3, "other_lr": 1e-2}, [1e-3, 1e-3, 1e-2]),
+]
+
+
+@pytest.mark.parametrize(("rates", "expected"), RATES)
+def test_groups_have_the_given_rates(rates: dict, expected: list[float | None]) -> None:
+    groups = parameter_groups(started("mlp", modules_to_save=["head"]), **rates)
+    assert [group["name"] for group in groups] == ["cores", "factors", "other"]
+    assert [group.get("lr") for group in groups] == expected
 
 
 def test_a_bank_that_trains_is_among_the_parameters() -> None:
@@ -733,12 +703,10 @@ def test_a_bank_that_trains_is_among_the_parameters() -> None:
     bank = lotr_ext.TaskBank(model, 2)
     without_bank = list(lotr_parameters(model))
     assert len(without_bank) == 4 + 4
-    assert set(without_bank).isdisjoint(bank.parameters())
     bank.requires_grad_()
     assert set(lotr_parameters(model)) == {*without_bank, *bank.parameters()}
-    cores, factors, other = (set(group["params"]) for group in parameter_groups(model))
+    cores, _, other = (set(group["params"]) for group in parameter_groups(model))
     assert set(bank.parameters()) < cores
-    assert len(factors) == 4
     assert other == set(model.head.parameters())
 
 
@@ -878,31 +846,18 @@ def offloaded() -> nn.Module:
 
 
 def test_an_adapter_over_offloaded_layers_is_in_memory_and_trains(tmp_path: Path) -> None:
-    in_memory = trained("llama")
     x = zoo.inputs("llama")
     model = moved(apply_lotr(offloaded(), config("llama")))
-    assert {p.device.type for p in lotr_parameters(model)} == {"cpu"}
-    y = zoo.output(model, x)
-    y_in_memory = zoo.output(in_memory, x)
-    gradients = torch.autograd.grad(y.square().sum(), adapter_parameters(model))
-    expected = torch.autograd.grad(y_in_memory.square().sum(), adapter_parameters(in_memory))
-    assert worst([y, *gradients], [y_in_memory, *expected]) < 1e-5
+    check_with_truth(model, "llama", bound_of("shape"))
     with refused("merge", RuntimeError):
         merge(model)
     lotr_ext.save_adapter(model, tmp_path)
     for base in (zoo.net("llama"), offloaded()):
         loaded = lotr_ext.load_adapter(base, tmp_path)
-        assert relative(zoo.output(loaded, x), y_in_memory) < 1e-6
+        assert relative(zoo.output(loaded, x), zoo.output(model, x)) < 1e-6
 
 
-class Idle(zoo.Children):
-    """One of three layers is read and never called, as some models do."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.also(nn.functional.linear(self.called(x), self.read.weight))
-
-
-def at_first_step(model: nn.Module, parameters: list[nn.Parameter], x: Tensor) -> list[str]:
+def at_first_step(model: nn.Module, parameters: Iterable[nn.Parameter], x: Tensor) -> list[str]:
     """Returns the warnings of three steps of an optimizer over these parameters."""
     optimizer = torch.optim.SGD(parameters, 1e-3)
     with warnings.catch_warnings(record=True) as caught:
@@ -915,8 +870,10 @@ def at_first_step(model: nn.Module, parameters: list[nn.Parameter], x: Tensor) -
 
 
 def idle() -> nn.Module:
-    layers = {name: nn.Linear(zoo.WIDTH, zoo.WIDTH) for name in ("called", "read", "also")}
-    return apply_lotr(Idle(**layers), LoTRConfig(rank=2))
+    """A model that calls one of its four adapted layers."""
+    model = started("mlp")
+    model.forward = lambda x: model.blocks[0]["up"](x)
+    return model
 
 
 def with_head() -> nn.Module:
@@ -928,10 +885,6 @@ def another_model() -> nn.Module:
     return zoo.Mlp()
 
 
-def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
 def older_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters that the model had before it was adapted."""
     adapter = set(lotr_parameters(model))
@@ -939,19 +892,20 @@ def older_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return list(model.head.requires_grad_().parameters())
+    return list(model.head.parameters())
 
 
-def all_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Returns all parameters, of which the head is trained."""
-    head_parameters(model)
-    return list(model.parameters())
+def with_frozen_adapter() -> nn.Module:
+    """A model of which the head is trained."""
+    model = with_head().requires_grad_(False)
+    model.head.requires_grad_()
+    return model
 
 
 NOT_OF_THE_ADAPTER = r"none of the adapter's parameters"
 # The model, the parameters of its optimizer, and the warning.
 FIRST_STEPS = {
-    "an idle layer": (idle, trained_parameters, r"called 1 of 3 .*'read'"),
+    "an idle layer": (idle, trained_parameters, r"called 3 of 4 .*'blocks.0.down'"),
     "before apply_lotr": (lambda: started("mlp"), older_parameters, NOT_OF_THE_ADAPTER),
     "before apply_lotr, with a head": (with_head, older_parameters, NOT_OF_THE_ADAPTER),
     "merged": (lambda: merge(with_head()), trained_parameters, r"merged into the weights.*unmerge"),
@@ -960,8 +914,8 @@ FIRST_STEPS = {
     "a head": (with_head, head_parameters, None),
     "a head of a merged model": (lambda: merge(with_head()), head_parameters, None),
     "merged, with a frozen adapter": (
-        lambda: merge(with_head().requires_grad_(False)),
-        all_parameters,
+        lambda: merge(with_frozen_adapter()),
+        nn.Module.parameters,
         None,
     ),
     "another model": (another_model, trained_parameters, None),
@@ -969,9 +923,12 @@ FIRST_STEPS = {
 }
 
 
-@pytest.mark.parametrize("case", FIRST_STEPS)
-def test_the_first_step_says_once_what_does_not_train(case: str) -> None:
-    make, parameters_of, expected = FIRST_STEPS[case]
+@pytest.mark.parametrize(
+    ("make", "parameters_of", "expected"), FIRST_STEPS.values(), ids=FIRST_STEPS
+)
+def test_the_first_step_says_once_what_does_not_train(
+    make: Callable[[], nn.Module], parameters_of: Callable, expected: str | None
+) -> None:
     model = make()
     messages = at_first_step(model, parameters_of(model), zoo.inputs("mlp"))
     assert len(messages) == int(expected is not None)
@@ -1053,10 +1010,9 @@ def test_explain_says_what_runs_and_why(x: Tensor, model: nn.Module) -> None:
     lotr_ext.TaskBank(model, 2).add()
     with lotr_ext.use_tasks(model, torch.tensor([0, -1, 0])):
         assert explain(model, x).splitlines() == lines
-    del model.lotr_tasks
-    assert explain(merge(model), x).count("merged") == 2
-    layer = LoTRLinear(4, 4, rank=2)
-    assert explain(layer, torch.randn(2, 4)).startswith("1 x LoTRLinear 4 -> 4 at rank 2")
+    assert explain(merge(trained("mlp")), x).count("merged") == 2
+    one_layer = explain(LoTRLinear(4, 4, rank=2), torch.randn(2, 4))
+    assert one_layer.startswith("1 x LoTRLinear 4 -> 4 at rank 2")
     mixed = apply_lotr(zoo.net("bert", torch.bfloat16), config("bert", adapter_dtype="float16"))
     assert "the PyTorch fallback, because A is torch.float16" in explain(mixed, zoo.inputs("bert"))
     assert explain(trained("mixture"), zoo.inputs("mixture")).count("LoTRHostedExperts") == 2
@@ -1105,19 +1061,3 @@ def test_a_refused_model_is_unchanged(
     model = network(net)
     with unchanged(model), pytest.raises(ERRORS, match=message):
         apply_lotr(model, LoTRConfig(rank=2, **settings))
-
-
-def test_refuses_sharded_models() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        model = zoo.net("mlp")
-        model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh))
-        with refused("target_modules", TypeError):
-            apply_lotr(model, LoTRConfig(rank=2))
-        apply_lotr(model, LoTRConfig(rank=2, exclude_modules=["head"]))
-        for wrap in (partial(fully_shard, mesh=mesh), nn.parallel.DistributedDataParallel):
-            with refused("model", TypeError):
-                apply_lotr(wrap(zoo.net("mlp")), LoTRConfig(rank=2))
-    finally:
-        dist.destroy_process_group()

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from models import same, started
-from torch import Tensor, nn
+from models import same, started, trained_values
 
 from lotr_ext import load_adapter
 from lotr_ext.adapted import adapted_layers
@@ -36,15 +35,11 @@ def trainer(folder: Path, **settings: object) -> AdapterTrainer:
     return AdapterTrainer(model, arguments, train_dataset=data, eval_dataset=data)
 
 
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def test_a_run_that_is_resumed_equals_one_that_is_not(tmp_path: Path) -> None:
     run = trainer(tmp_path / "one")
-    start = trained(run.model)
+    start = trained_values(run.model)
     run.train()
-    expected = trained(run.model)
+    expected = trained_values(run.model)
     assert not same(start, expected)
     checkpoint = tmp_path / "one" / "checkpoint-2"
     files = {path.name for path in checkpoint.iterdir()}
@@ -54,10 +49,10 @@ def test_a_run_that_is_resumed_equals_one_that_is_not(tmp_path: Path) -> None:
     resumed = trainer(tmp_path / "two")
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == 4
-    assert same(trained(resumed.model), expected)
+    assert same(trained_values(resumed.model), expected)
 
     loaded = load_adapter(zoo.net("llama"), tmp_path / "two" / "checkpoint-4")
-    assert same(trained(loaded), expected)
+    assert same(trained_values(loaded), expected)
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
@@ -71,6 +66,6 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     run.train()
     best = Path(run.state.best_model_checkpoint)
     assert best.name == "checkpoint-2"
-    assert same(trained(run.model), trained(load_adapter(zoo.net("llama"), best)))
+    assert same(trained_values(run.model), trained_values(load_adapter(zoo.net("llama"), best)))
     run.save_model(str(tmp_path / "end"))
     assert adapted_layers(load_adapter(zoo.net("llama"), tmp_path / "end"))

@@ -4,8 +4,6 @@
 drawn parameter by parameter, from one generator.
 """
 
-import contextlib
-import io
 import os
 from collections.abc import Callable
 from functools import partial
@@ -52,27 +50,28 @@ class Mlp(nn.Module):
         return self.head(x)
 
 
-class Attention(nn.Module):
-    """Two attention blocks: q, k and v read the same x, o another.
+class AttentionBlock(nn.ModuleDict):
+    """q, k and v read the same x, o another: x [b, tokens, 16] -> [b, tokens, 16]."""
 
-    Token ids [b, tokens] -> [b, tokens, 29].
-    """
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.layer_norm(x, (WIDTH,))
+        weights = torch.softmax(self["q"](h) @ self["k"](h).mT / WIDTH**0.5, -1)
+        return x + self["o"](weights @ self["v"](h))
+
+
+class Attention(nn.Module):
+    """Two attention blocks: token ids [b, tokens] -> [b, tokens, 29]."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({n: nn.Linear(WIDTH, WIDTH) for n in "qkvo"}) for _ in range(2)
+        self.blocks = nn.Sequential(
+            *(AttentionBlock({n: nn.Linear(WIDTH, WIDTH) for n in "qkvo"}) for _ in range(2))
         )
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for block in self.blocks:
-            h = nn.functional.layer_norm(x, (WIDTH,))
-            weights = torch.softmax(block["q"](h) @ block["k"](h).mT / WIDTH**0.5, -1)
-            x = x + block["o"](weights @ block["v"](h))
-        return self.head(x)
+        return self.head(self.blocks(self.embed(ids)))
 
 
 def _transformers(family: str, head: str, **settings: object) -> nn.Module:
@@ -81,8 +80,7 @@ def _transformers(family: str, head: str, **settings: object) -> nn.Module:
 
     transformers.logging.set_verbosity_error()
     config = getattr(transformers, f"{family}Config")(**settings)
-    with contextlib.redirect_stderr(io.StringIO()):
-        model = getattr(transformers, family + head)(config)
+    model = getattr(transformers, family + head)(config)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # torch's grouped product takes no float64
     return model
@@ -180,13 +178,7 @@ def inputs(name: str, rows: int = 3, tokens: int = 5, dtype: torch.dtype = torch
     return torch.randint(3, VOCABULARY, (rows, tokens), generator=generator)
 
 
-def settings_of(model: nn.Module) -> dict[str, bool]:
-    """Returns the keyword arguments of a call: language models keep no cache."""
-    is_language_model = hasattr(model, "config") and model.config.model_type != "bert"
-    return {"use_cache": False} if is_language_model else {}
-
-
 def output(model: nn.Module, x: Tensor) -> Tensor:
     """Returns the model's output as one tensor: the logits of a transformers model."""
-    y = model(x, **settings_of(model))
+    y = model(x)
     return y if isinstance(y, Tensor) else y.logits

@@ -150,13 +150,12 @@ def _share_of(rank: object) -> float | None:
     if not isinstance(rank, str):
         return None
     match = re.fullmatch(r"auto=(\d*\.?\d+)", rank)
-    share = float(match[1]) if match else 0.0
-    if not 0 < share <= 1:
+    if match is None or not 0 < float(match[1]) <= 1:
         raise ValueError(
             f"rank: expected a number, a pair, or auto=SHARE with a share above 0 and up to 1, "
             f"got {rank!r}"
         )
-    return share
+    return float(match[1])
 
 
 def _rank_that_keeps(share: float, collection: Collection, groups: Iterable[list[str]]) -> int:

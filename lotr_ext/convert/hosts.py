@@ -84,9 +84,9 @@ def _vllm_shared(parameters: Mapping[str, LoRA], host: Host) -> dict[str, Factor
                 f"experts: expected 'per-expert' or 'peft' for experts that are not gated, got "
                 f"'vllm-shared' for {parameter}"
             )
+        factors = (layer.A, layer.B)
         # vLLM's names in this form, for every model.
-        names = ("w1", "w3", "w2")
-        pairs |= _projections(parameter, (layer.A, layer.B), names, host.interleaved)
+        pairs |= _projections(parameter, factors, ("w1", "w3", "w2"), host.interleaved)
     return pairs
 
 

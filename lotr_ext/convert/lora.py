@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checks import check_number
 from ..storage import json_in, put_file, put_tensors
-from ..targets import name_ends_with
+from ..targets import name_matches
 
 Source = str | PathLike[str]
 CONFIG_NAME = "adapter_config.json"
@@ -96,9 +96,9 @@ def tensors_of(path: Path) -> Mapping[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged pickle makes torch.load raise errors of any kind.
     except Exception as error:
-        problem = f"{type(error).__name__} {error}"
         raise ValueError(
-            f"source: expected tensors by safetensors or torch.save in {path}, got {problem}"
+            f"source: expected tensors by safetensors or torch.save in {path}, got "
+            f"{type(error).__name__} {error}"
         ) from None
     if not isinstance(tensors, Mapping) or not all(
         isinstance(tensor, Tensor) for tensor in tensors.values()
@@ -129,11 +129,7 @@ def modules_of(names: Iterable[str], endings: Iterable[str] | None) -> list[str]
     for name in names:
         parts = name.split(".")
         modules |= {".".join(parts[:length]) for length in range(1, len(parts))}
-    return sorted(
-        module
-        for module in modules
-        if any(name_ends_with(module, ending) for ending in endings or ())
-    )
+    return sorted(module for module in modules if name_matches(module, endings))
 
 
 def read_config(directory: Path, peft_type: str) -> dict[str, Any]:
@@ -241,8 +237,8 @@ class LoRAFolder(Mapping[str, LoRA]):
     def _alpha(self, name: str) -> object:
         patterns = self.config.get("alpha_pattern") or {}
         # The first match, as in PEFT.
-        matches = (a for pattern, a in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
-        return next(matches, self.config.get("lora_alpha"))
+        alphas = (a for pattern, a in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
+        return next(alphas, self.config.get("lora_alpha"))
 
 
 def read_lora(source: Source) -> tuple[dict[str, LoRA], dict[str, Tensor], dict[str, Any]]:

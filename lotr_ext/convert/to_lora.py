@@ -11,7 +11,7 @@ rank: [lora_B, -start_B] [lora_A; start_A].
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ def _read_lotr_of_peft(directory: Path) -> AdapterState:
 
 
 def _as_lora(
-    A: Tensor, B: Tensor, core: Tensor, scaling: float, side: str | None = None
+    A: Tensor, B: Tensor, core: Tensor, scaling: float, into_A: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns (lora_A [.., r, k], lora_B [.., n, r]) in float32 (float64 for float64).
 
@@ -159,14 +159,13 @@ def _as_lora(
         B: [n, r_out].
         core: [r_in, r_out], or [e, r_in, r_out] for experts.
         scaling: s.
-        side: "A" or "B", into which the core is multiplied. The other one has no dimension of
-            experts. If None, the one that gives the smaller rank.
+        into_A: Whether the core is multiplied into A, else into B. The other one has no dimension
+            of experts.
     """
     # So that the result is rounded once.
     wide = accumulate_dtype(core.dtype)
     A, B, core = (tensor.detach().to(core.device, wide) for tensor in (A, B, core))
-    r_in, r_out = core.shape[-2:]
-    if side == "A" or (side is None and r_out <= r_in):
+    if into_A:
         return (A @ core).mT, scaling * B
     return A.mT, scaling * B @ core.mT
 
@@ -195,11 +194,12 @@ def _layer_of(adapter: AdapterState, name: str, form: str) -> LoRA:
     entry = adapter.layers[name]
     tensors = adapter.tensors
     core = tensors[f"{name}.core"]
-    side = None
+    r_in, r_out = core.shape[-2:]
+    into_A = r_out <= r_in  # which gives the smaller rank
     if entry.experts and form == "vllm-shared":
         # The factor on the side of the intermediate size has the dimension of experts.
-        side = "A" if name.endswith("down_proj") else "B"
-    A, B = _as_lora(tensors[entry.A], tensors[entry.B], core, entry.scaling, side)
+        into_A = name.endswith("down_proj")
+    A, B = _as_lora(tensors[entry.A], tensors[entry.B], core, entry.scaling, into_A)
     if start_key(entry.A) in tensors:
         # The base weight is W plus the start. For a LoRA of W, the start is subtracted.
         start_A, start_B = _as_lora(
@@ -207,6 +207,7 @@ def _layer_of(adapter: AdapterState, name: str, form: str) -> LoRA:
             tensors[start_key(entry.B)],
             tensors[f"{name}.start_core"],
             entry.scaling,
+            into_A,
         )
         A = torch.cat([A, start_A])
         B = torch.cat([B, -start_B], 1)
@@ -236,7 +237,10 @@ def _write_lora(
     layers = _lora_of(adapter, experts)
     linear = {name: layer for name, layer in layers.items() if not layer.experts}
     stacked = {name: layer for name, layer in layers.items() if layer.experts}
-    modules = set(adapter.modules_to_save)
+    saved = adapter.modules_to_save
+    inside_saved = tuple(f"{module}." for module in saved)
+    # A module inside another one is saved with it.
+    outermost = sorted(name for name in saved if not name.startswith(inside_saved))
     rank = next(iter(layers.values())).rank  # all have the same
     config = {
         "peft_type": "LORA",
@@ -250,7 +254,7 @@ def _write_lora(
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": _target_modules(linear, stacked, experts),
-        "modules_to_save": _outermost(modules) or None,
+        "modules_to_save": outermost or None,
     }
     if stacked and experts == "peft":
         config["target_parameters"] = sorted(stacked)
@@ -258,9 +262,7 @@ def _write_lora(
     for name, layer in sorted(linear.items()):
         written[f"{name}.lora_A.weight"] = layer.A
         written[f"{name}.lora_B.weight"] = layer.B
-    for key, tensor in adapter.tensors.items():
-        if any(key.startswith(f"{module}.") for module in modules):
-            written[key] = tensor
+    written |= {key: t for key, t in adapter.tensors.items() if key.startswith(inside_saved)}
     named = {f"base_model.model.{key}": tensor for key, tensor in written.items()}
     put_folder(directory, TENSORS_NAME, named, config)
     return layers
@@ -275,17 +277,8 @@ def _target_modules(
     other modules, too.
     """
     # Servers expect the experts' names of modules; PEFT reads them from target_parameters.
-    endings = set()
-    if experts != "peft":
-        endings = {name.rpartition(".")[2] for name in stacked}
+    endings = sorted({name.rpartition(".")[2] for name in stacked if experts != "peft"})
     if all("." in name for name in linear):
-        return [*sorted(linear), *sorted(endings)]
+        return [*sorted(linear), *endings]
     patterns = [re.escape(name) for name in sorted(linear)]
-    return "|".join([*patterns, *(rf".*\.{ending}" for ending in sorted(endings))])
-
-
-def _outermost(modules: Iterable[str]) -> list[str]:
-    """Returns the modules that are not inside another one, which saves them with it."""
-    return sorted(
-        name for name in modules if not any(name.startswith(f"{other}.") for other in modules)
-    )
+    return "|".join([*patterns, *(rf".*\.{ending}" for ending in endings)])

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapter_state import AdapterState, LayerEntry
 from ..base_model import BaseModel
 from ..config import LoTRConfig
 from ..init import START, tucker2_of
-from ..targets import Target, check_targets, group_of
+from ..targets import Target, group_of, in_groups
 from .lora import LoRA, Source, modules_of, read_lora, tensors_of
 
 GROUPS_OF_ONE_SHAPE = ("shape", "block", "name", "layer")
@@ -83,9 +83,8 @@ class Conversion:
             tensors |= {A: layer.A, B: layer.B, f"{name}.core": layer.core}
         cast = {key: tensor.to(config.adapter_dtype) for key, tensor in tensors.items()}
         modules = tuple(modules_of(saved, config.modules_to_save))
-        return Conversion(
-            AdapterState(config, entries, modules, BaseModel(), cast | dict(saved)), errors
-        )
+        adapter = AdapterState(config, entries, modules, BaseModel(), cast | dict(saved))
+        return Conversion(adapter, errors)
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
@@ -156,15 +155,11 @@ def groups_of(sizes: Mapping[str, tuple[int, int]], config: LoTRConfig) -> dict[
             f"pair, got {group_by!r}"
         )
     # No model is needed, so there are no layers. A group depends on names and shapes only.
-    layer = nn.Identity()
-    targets = []
-    groups: dict[str, list[str]] = {}
-    for name, shape in sizes.items():
-        group = group_of(name, layer, shape, group_by)
-        targets.append(Target((name,), layer, shape, group))
-        groups.setdefault(group, []).append(name)
-    check_targets(targets)
-    return groups
+    targets = [
+        Target((name,), None, shape, group_of(name, None, shape, group_by))
+        for name, shape in sizes.items()
+    ]
+    return {group: [t.name for t in members] for group, members in in_groups(targets).items()}
 
 
 def tucker2_of_loras(
@@ -199,8 +194,7 @@ def _in_basis(blocks: Sequence[Tensor], rank: int) -> tuple[Tensor, list[Tensor]
     """
     columns = torch.cat(list(blocks), 1)
     if not rank <= columns.shape[1] < len(columns):
-        identity = torch.eye(len(columns), dtype=columns.dtype, device=columns.device)
-        return identity, list(blocks)
+        return torch.eye(len(columns), dtype=columns.dtype), list(blocks)
     basis, coordinates = torch.linalg.qr(columns)
     return basis, list(coordinates.split([block.shape[1] for block in blocks], 1))
 

@@ -15,14 +15,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..adapted import compute_device
 from ..core import dispatch, fallback
 from ..core.call import LayerCall
 from ..core.operators import DTYPES, accumulate_dtype
 from ..factors import LoTRFactors, set_unregistered
 from ..init import fill_core_
-from ..layers import features, is_conv1d
-from ..wrapped import LoTRWrapped, check_mergeable, layer_class
+from ..layers import device_of, features, is_conv1d
+from ..wrapped import LoTRWrapped, check_mergeable, layer_class, matrix_of
 from .config import LoTRPeftConfig
 
 
@@ -38,9 +37,7 @@ class LoTRPeftAdapter(nn.Module):
     def __init__(self, factors: LoTRFactors, config: LoTRPeftConfig, form: nn.Module | None = None):
         super().__init__()
         if form is None:
-            A = factors.A.value
-            core = torch.empty(factors.r_in, factors.r_out, device=A.device, dtype=A.dtype)
-            self.core = nn.Parameter(core)
+            self.core = nn.Parameter(factors.A.value.new_empty(factors.r_in, factors.r_out))
             fill_core_(self.core, config.core_init)
         self.scaling = config.to_lotr().s
         self.dropout = config.dropout
@@ -140,7 +137,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         # A quantized weight has the dtype of its bytes.
         if dtype not in DTYPES.values():
             dtype = torch.float32
-        return compute_device(self.base_layer), dtype
+        return device_of(self.base_layer), dtype
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -155,7 +152,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         # PEFT also calls it before the values are loaded, when there is nothing to move.
         if not any(parameter.is_meta for _, parameter in adapter.parts()):
             for module in adapter.modules_of_parts().values():
-                module.to(self.place()[0] if device is None else device)
+                module.to(device or device_of(self.base_layer))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.pop("adapter_names", None)  # from the tuner's forward hooks
@@ -166,15 +163,16 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if names is not None:
             return self._per_row(x, names, self.base_layer(x, *args, **kwargs))
-        adapters = []
-        # The weight has them already.
-        if not self.merged:
-            active = self.active_adapters
-            adapters = [self.lotr_adapter[name] for name in active if name in self.lotr_adapter]
+        # A merged weight has them already.
+        adapters = [
+            self.lotr_adapter[name]
+            for name in self.active_adapters
+            if name in self.lotr_adapter and not self.merged
+        ]
         # More arguments than x are for the base's forward, which then has to be called.
         is_plain = layer_class(self.base_layer) is not LoTRWrapped
         if adapters and is_plain and not args and not kwargs:
-            y = adapters.pop(0)(x, weight=self.weight_matrix(), bias=self.base_layer.bias)
+            y = adapters.pop(0)(x, weight=matrix_of(self.base_layer), bias=self.base_layer.bias)
         else:
             y = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
@@ -201,11 +199,6 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         return y
 
     # ---- merging ---------------------------------------------------------------------------------
-
-    def weight_matrix(self) -> Tensor:
-        """Returns W [n, k], a view of the base's weight."""
-        weight = self.base_layer.weight
-        return weight.t() if is_conv1d(self.base_layer) else weight
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

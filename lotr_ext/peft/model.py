@@ -37,12 +37,12 @@ from torch import Tensor, nn
 
 from ..bypasses import block_bypasses, restore_bypasses
 from ..config import place_of
-from ..model import cores_of, pair_of
+from ..model import cores_of, factor_names, pair_of
 from ..sharded_tensors import is_sharded
 from ..storage import expect_names
 from ..targets import (
     Target,
-    check_targets,
+    in_groups,
     linear_target,
     modules_with_names,
     tied_names,
@@ -75,11 +75,6 @@ class LoTRPeftModel(BaseTuner):
     lotr_factors: nn.ModuleDict
     lotr_cores: nn.ModuleDict
 
-    def _parts(self, adapter_name: str) -> list[nn.Module]:
-        """Returns the modules outside of the layers that have parameters of an adapter."""
-        owners = (self.lotr_factors, self.lotr_cores)
-        return [owner[adapter_name] for owner in owners if adapter_name in owner]
-
     # ---- adding an adapter -----------------------------------------------------------------------
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
@@ -105,14 +100,12 @@ class LoTRPeftModel(BaseTuner):
             TypeError, ValueError: If a layer cannot be adapted.
         """
         targets = self._targets(peft_config, model)
-        check_targets(targets)
+        in_groups(targets)  # for its check
         self._groups = {target.name: target.group for target in targets}
-        by_width = peft_config.group_by == "width"
         layers = []
         for target in targets:
-            # By width, layers of several groups share A, and others B.
-            A_name, B_name = target.sizes if by_width else (target.group, target.group)
-            factors = [f"lotr_factors.A_{A_name}", f"lotr_factors.B_{B_name}"]
+            names = factor_names(target.group, target.sizes, peft_config.group_by)
+            factors = [f"lotr_factors.{name}" for name in names]
             layers.append({"name": target.name, "factors": factors})
         # Computed cores depend on the order of the layers, which a loaded adapter determines.
         order = {entry["name"]: i for i, entry in enumerate(peft_config.layers or ())}
@@ -126,14 +119,15 @@ class LoTRPeftModel(BaseTuner):
         tied = tied_names(model)
         is_everything = str(peft_config.target_modules).lower() == "all-linear"
         config = _maybe_include_all_linear_layers(peft_config, model)  # writes the names into it
-        adapted = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
         # PEFT does not look into layers that have an adapter already.
-        inside_adapted = tuple(f"{name}." for name in adapted)
+        inside_adapted = tuple(
+            f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)
+        )
         targets = []
         for module, names in modules_with_names(model):
             name = names[0]
-            is_inside = name.startswith(inside_adapted)
-            if is_inside or not self._check_target_module_exists(config, name):
+            is_selected = self._check_target_module_exists(config, name)
+            if name.startswith(inside_adapted) or not is_selected:
                 continue
             if len(names) > 1:
                 # PEFT would replace only the first.
@@ -207,8 +201,7 @@ class LoTRPeftModel(BaseTuner):
         if config.core != "dense" and adapter_name not in self.lotr_cores:
             A = factors.A.value
             names = [entry["name"] for entry in peft_config.layers]
-            cores = cores_of(config, names, device=A.device, dtype=A.dtype)
-            self.lotr_cores[adapter_name] = cores
+            self.lotr_cores[adapter_name] = cores_of(config, names, device=A.device, dtype=A.dtype)
         form = None
         if adapter_name in self.lotr_cores:
             form = self.lotr_cores[adapter_name].at(place_of(current_key), owned=False)
@@ -219,11 +212,10 @@ class LoTRPeftModel(BaseTuner):
         """Makes an adapter float32 if it has half precision, as PEFT does with its adapters."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         # super() sees only what is in the layers.
-        parts = self._parts(adapter_name) if autocast_adapter_dtype else []
-        for module in chain.from_iterable(part.modules() for part in parts):
-            dtypes = {parameter.dtype for parameter in module.parameters(recurse=False)}
-            if dtypes & {torch.bfloat16, torch.float16}:
-                module.float()
+        owners = [o for o in (self.lotr_factors, self.lotr_cores) if adapter_name in o]
+        for parameter in chain.from_iterable(o[adapter_name].parameters() for o in owners):
+            if autocast_adapter_dtype and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
 
     # ---- removing one ----------------------------------------------------------------------------
 
@@ -337,12 +329,12 @@ class LoTRPeftModel(BaseTuner):
         Raises:
             ValueError: If the adapter has other layers, of which PEFT would only warn.
         """
-        tensors = {}
-        for key, tensor in state_dict.items():
-            # The first version named them <group>.A and <group>.B.
-            new_key = re.sub(r"(lotr_factors)\.(.+)\.([AB])$", r"\1.\3_\2.value", key)
-            tensors[new_key] = tensor
-        tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
+        # The first version named them <group>.A and <group>.B.
+        renamed = {
+            re.sub(r"(lotr_factors)\.(.+)\.([AB])$", r"\1.\3_\2.value", key): tensor
+            for key, tensor in state_dict.items()
+        }
+        tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
         expected = {key for key in model.state_dict() if _prefix_of(adapter_name).search(key)}
         # The rest are biases and modules_to_save.
         actual = {key for key in tensors if re.search(r"\blotr_(factors|cores|adapter)\.", key)}

@@ -58,10 +58,6 @@ class Factors:
     spans: Mapping[str, slice]
     task_format: TaskFormat
 
-    def core_shape(self, layer: str) -> tuple[int, ...]:
-        """Returns (r_in, r_out) of a layer."""
-        return self.task_format.shapes[f"{layer}.core"]
-
 
 def factors_of(adapter: AdapterState, where: str) -> Factors:
     """Returns the factors of an adapter.

@@ -14,7 +14,7 @@ version moves or drops one.
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -79,9 +79,15 @@ def install(factors: Factors) -> None:
     utils._all_lora_classes = (*native_classes, *utils._all_lora_classes)
 
     def load(self: WorkerLoRAManager, request: LoRARequest) -> LoRAModel:
-        cores = read_task(get_adapter_absolute_path(request.lora_path), factors)
-        _check_layers(self, factors)
-        return _as_adapter(self, request.lora_int_id, cores)
+        path = get_adapter_absolute_path(request.lora_path)
+        cores = read_task(path, factors).to(self.lora_config.lora_dtype)
+        modules = self._adapter_manager.modules
+        layers = {name: m for name, m in modules.items() if isinstance(m, _LayerWithCores)}
+        _check_layers(layers.values(), factors)
+        # One "LoRA" of rank 1 for all layers, with the vector of all cores as lora_A. vLLM hands it
+        # to `set_lora` of each layer.
+        weights = LoRALayerWeights("all", 1, 1, cores, cores, scaling=1.0)
+        return LoRAModel(request.lora_int_id, 1, dict.fromkeys(layers, weights))
 
     WorkerLoRAManager._load_adapter = load
 
@@ -118,33 +124,16 @@ def _adapt_only(names: Collection[str]) -> None:
     FusedMoEConfig.__post_init__ = initialize_without_lora
 
 
-# ---- tasks as adapters of vLLM -------------------------------------------------------------------
-
-
-def _as_adapter(adapters: WorkerLoRAManager, number: int, cores: Tensor) -> LoRAModel:
-    """Returns an adapter that passes the vector of all cores as lora_A to each layer with cores."""
-    cores = cores.to(adapters.lora_config.lora_dtype)
-    # One "LoRA" of rank 1 with the vector as lora_A. vLLM hands it to `set_lora` of each layer.
-    weights = LoRALayerWeights("all", 1, 1, cores, cores, scaling=1.0)
-    modules = adapters._adapter_manager.modules
-    names = [name for name, module in modules.items() if isinstance(module, _LayerWithCores)]
-    return LoRAModel(number, 1, dict.fromkeys(names, weights))
-
-
-def _check_layers(adapters: WorkerLoRAManager, factors: Factors) -> None:
+def _check_layers(layers: Iterable["_LayerWithCores"], factors: Factors) -> None:
     """Checks that the engine adapts all layers of factors. Their sizes are checked already.
 
     Raises:
         ValueError: If it does not.
     """
-    if get_pp_group().world_size > 1:
-        return  # with pipeline parallelism, other processes have the other layers
-    adapted: set[str] = set()
-    for module in adapters._adapter_manager.modules.values():
-        if isinstance(module, _LayerWithCores):
-            adapted.update(module.base_layer.lotr_names)
+    adapted = {name for layer in layers for name in layer.base_layer.lotr_names}
     missing = [name for name in factors.layers if name not in adapted]
-    if missing:
+    # With pipeline parallelism, other processes have the other layers.
+    if missing and get_pp_group().world_size == 1:
         raise ValueError(
             f"factors: expected layers of the engine's model that accept adapters, got "
             f"{missing[0]!r}. They belong to another base model, or the engine's "
@@ -203,19 +192,18 @@ class _LayerWithCores:
                 "A and B, got True. Start the engine without it."
             )
         self.lora_config = lora_config
-        names = self.base_layer.lotr_names
         sizes = tuple(self.output_slices if self.n_slices > 1 else (self.output_size,))
         self.lotr_parts: list[Part] = []
         start = 0
-        for place, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        for place, (name, size) in enumerate(zip(self.base_layer.lotr_names, sizes, strict=True)):
             columns = slice(start, start + size)
             start += size
             if name in self.lotr_factors.layers:
                 self.lotr_parts.append(self._part(name, place, columns, max_loras))
         self.output_slices = sizes
         rank = max((max(part.cores.shape[1:]) for part in self.lotr_parts), default=1)
-        obstacle = kernel_obstacle(rank, lora_config.lora_dtype, torch.device(self.device))
-        self.lotr_has_kernels = obstacle is None
+        device = torch.device(self.device)
+        self.lotr_has_kernels = kernel_obstacle(rank, lora_config.lora_dtype, device) is None
         # vLLM's stacks of LoRAs, one per packed module. It reads only their shapes, so they have
         # one element of memory.
         element = torch.zeros(1, dtype=lora_config.lora_dtype, device=self.device)
@@ -232,8 +220,7 @@ class _LayerWithCores:
             columns: Its columns of the layer's output.
             slots: The number of slots.
         """
-        factors = self.lotr_factors
-        entry = factors.layers[name]
+        entry = self.lotr_factors.layers[name]
         A = self._factor(entry.A, "A", place)
         B = self._factor(entry.B, "B", place)
         expected = (self.input_size, columns.stop - columns.start)
@@ -242,8 +229,8 @@ class _LayerWithCores:
                 f"LOTR_FACTORS: expected {expected} features at {name}, got {(len(A), len(B))} of "
                 f"another base model. Export the factors from an adapter of this model."
             )
-        cores = A.new_zeros(slots, *factors.core_shape(name))
-        return Part(factors.spans[name], A, B, cores, columns)
+        cores = A.new_zeros(slots, A.shape[1], B.shape[1])
+        return Part(self.lotr_factors.spans[name], A, B, cores, columns)
 
     def _factor(self, key: str, side: str, place: int) -> Tensor:
         """Returns A [k, r_in] or B [n, r_out] for this process's part of the weight.
@@ -267,15 +254,17 @@ class _LayerWithCores:
 
     def _rows_of_process(self, full: Tensor, side: str, place: int) -> Tensor:
         """Returns this process's rows, by vLLM's rule for lora_A [r, k] or lora_B [n, r]."""
-        slice_lora = self.slice_lora_a if side == "A" else self.slice_lora_b
-        matrices: list[Tensor | None] = [None] * self.n_slices
-        matrices[place] = full.T if side == "A" else full
+        if side == "A":
+            return self._cut(self.slice_lora_a, full.T, place).T
+        return self._cut(self.slice_lora_b, full, place)
+
+    def _cut(self, rule: Callable[..., Any], matrix: Tensor, place: int) -> Tensor:
         # vLLM's rules take a list for a packed layer, and a tensor for any other.
         if self.n_slices == 1:
-            rows = slice_lora(matrices[0])
-        else:
-            rows = slice_lora(matrices)[place]
-        return rows.T if side == "A" else rows
+            return rule(matrix)
+        matrices: list[Tensor | None] = [None] * self.n_slices
+        matrices[place] = matrix
+        return rule(matrices)[place]
 
     def reset_lora(self, index: int) -> None:
         for part in self.lotr_parts:
@@ -286,8 +275,8 @@ class _LayerWithCores:
 
         Args:
             index: The slot.
-            lora_a: The vector of `_as_adapter`. vLLM's dummy adapters, which are zero, are
-                matrices.
+            lora_a: The vector of all cores, see `install`. vLLM's dummy adapters, which are zero,
+                are matrices.
             lora_b: Not read.
         """
         if not isinstance(lora_a, Tensor) or lora_a.dim() != 1:
@@ -307,18 +296,17 @@ class _LayerWithCores:
         for part in self.lotr_parts:
             # Once for all modules that share A.
             if id(part.A) not in projections:
-                u = lotr.shrink(x_rows, part.A) if self.lotr_has_kernels else x_rows @ part.A
-                projections[id(part.A)] = u
-            self._add(y[:, part.columns], projections[id(part.A)], part, slots)
+                projections[id(part.A)] = (
+                    lotr.shrink(x_rows, part.A) if self.lotr_has_kernels else x_rows @ part.A
+                )
+            u = projections[id(part.A)]
+            if self.lotr_has_kernels:
+                h = lotr.row_core(u, part.cores, slots, None, None, 1.0)
+                lotr.expand_add_(y[:, part.columns], h, part.B)
+            else:
+                h = fallback.row_core(u, part.cores, 1.0, RowChoice(slots))
+                y[:, part.columns].addmm_(h, part.B.T)
         return y.view(output.shape)
-
-    def _add(self, y: Tensor, u: Tensor, part: Part, slots: Tensor) -> None:
-        """Adds (u G_slot) B^T to y, a view of the output."""
-        if self.lotr_has_kernels:
-            h = lotr.row_core(u, part.cores, slots, None, None, 1.0)
-            lotr.expand_add_(y, h, part.B)
-        else:
-            y.addmm_(fallback.row_core(u, part.cores, 1.0, RowChoice(slots)), part.B.T)
 
 
 def _with_cores(
