@@ -188,18 +188,19 @@ def faulty_program(fault: str, message: str) -> Program:
     error = RuntimeError(f"first line of many\n{message}\nCompile with TORCH_USE_CUDA_DSA")
     raises = mock.Mock(side_effect=error)
 
+    raises_later = mock.Mock(side_effect=chain(repeat(None, 8), repeat(error)))
+    faults = {
+        "make": raises,
+        "first run": lambda: Step({"step": raises}),
+        "third round": lambda: Step({"step": raises_later}),
+    }
+
+    def good() -> Step:
+        return Step({"step": lambda _: time.sleep(1e-4)})
+
     def build(case: dict, options: argparse.Namespace) -> Group:
-        good = Step({"step": lambda _: time.sleep(1e-4)})
-        raises_later = mock.Mock(side_effect=chain(repeat(None, 8), repeat(error)))
-        faulty = {
-            "make": raises,
-            "first run": lambda: Step({"step": raises}),
-            "third round": lambda: Step({"step": raises_later}),
-        }
-        steps = {"frozen": lambda: good, "faulty": lambda: good}
-        if case["r"] == 2:
-            steps["faulty"] = faulty[fault]
-        return Group(steps, lambda name: steps[name]())
+        makers = {"frozen": good, "faulty": faults[fault] if case["r"] == 2 else good}
+        return Group(makers, lambda name: makers[name]())
 
     shapes = {"cpu": "1,2,3"}
     return Program("faulty", "", ["frozen", "faulty"], build, "r {r}", ("r",), shapes)
