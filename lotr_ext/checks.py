@@ -91,8 +91,9 @@ def check_choice(
         ValueError: If it is not.
     """
     if value not in choices:
-        listed = ", ".join(map(str, choices))
-        raise ValueError(f"{name}: expected one of {listed}{alternative}, got {value!r}")
+        raise ValueError(
+            f"{name}: expected one of {', '.join(map(str, choices))}{alternative}, got {value!r}"
+        )
 
 
 def check_index(name: str, index: object, count: int, x: Tensor | None = None) -> None:

@@ -25,17 +25,6 @@ from torch import Tensor, nn
 from .checks import check_dimension, check_rank
 from .factors import set_unregistered
 
-__all__ = [
-    "FORMS",
-    "CPCores",
-    "CoreAt",
-    "Cores",
-    "DiagonalCores",
-    "FewCores",
-    "TrainCores",
-    "TuckerCores",
-]
-
 
 class CoreAt(nn.Module):
     """The core [r_in, r_out] of one place.
@@ -46,8 +35,6 @@ class CoreAt(nn.Module):
         owned: Whether this module registers `cores`. False if another module does, such as the
             model of `apply_lotr`.
     """
-
-    cores: "Cores"
 
     def __init__(self, cores: "Cores", index: int, owned: bool = True):
         super().__init__()
@@ -196,8 +183,7 @@ class TuckerCores(Cores):
         self.slices = nn.Parameter(torch.zeros(count, self.r_in, self.r_out))
 
     def make(self, index: int) -> Tensor:
-        core = self.weights[index] @ self.slices.flatten(1)
-        return core.unflatten(-1, (self.r_in, self.r_out))
+        return (self.weights[index] @ self.slices.flatten(1)).unflatten(-1, (self.r_in, self.r_out))
 
     @torch.no_grad()
     def begin_as_identity(self) -> None:
@@ -250,8 +236,6 @@ class FewCores(Cores):
         seed: The seed from which R ~ N(0, 1 / r_in) is drawn.
     """
 
-    random: Tensor
-
     def __init__(
         self,
         places: Sequence[Hashable],
@@ -271,8 +255,7 @@ class FewCores(Cores):
         self.register_buffer("random", random)
 
     def make(self, index: int) -> Tensor:
-        is_tied = len(self.numbers) == 1
-        numbers = self.numbers[0 if is_tied else index]
+        numbers = self.numbers[index % len(self.numbers)]  # one row serves all places if tied
         random = self.random.to(numbers.dtype)  # FSDP2 casts parameters, not buffers
         return (numbers @ random.flatten(1)).unflatten(-1, (self.r_in, self.r_out))
 

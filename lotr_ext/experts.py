@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from .checks import (
     check_dimension,
-    check_dtype,
     check_index,
     check_integers,
     check_number,
@@ -232,7 +231,6 @@ class LoTRExperts(LoTRLayer):
         dtype: torch.dtype | None = None,
     ):
         # Before the weight is allocated, which may have gigabytes.
-        check_dtype(dtype)
         check_dimension("num_experts", num_experts)
         factors = factors_for(factors, rank, (in_features, out_features), device, dtype)
         s = scaling_of(factors.rank, alpha, rslora, scaling)

@@ -163,8 +163,6 @@ class LoTRFactors(nn.Module):
         caches: What calls with this A and this B share.
     """
 
-    rank: int | tuple[int, int]
-
     def __init__(
         self,
         in_features: int,
@@ -229,15 +227,15 @@ class LoTRFactors(nn.Module):
         """
         A = self.A
         B = self.B
-        if A._forward_pre_hooks or B._forward_pre_hooks:  # FSDP2 and ZeRO-3 gather in such hooks
-            return A(lambda A_value: B(partial(operation, A_value)))
-        # Without hooks: two calls of modules would cost 7 us per layer, and nn.Module.__getattr__
-        # 0.6 us per read (bench.host, one token). So plain parameters are read from nn.Module's
-        # dictionary, here and in the layers. It lacks them if they are computed (parametrize).
-        A_parameters = A._parameters
-        B_parameters = B._parameters
-        A_value = A_parameters["value"] if "value" in A_parameters else A.value
-        B_value = B_parameters["value"] if "value" in B_parameters else B.value
+        # Mostly without calls of the modules, which would cost 7 us per layer (bench.host, one
+        # token). nn.Module.__getattr__ would cost 0.6 us per read, so plain parameters are read
+        # from nn.Module's dictionary, here and in the layers.
+        A_value = A._parameters.get("value")
+        B_value = B._parameters.get("value")
+        is_computed = A_value is None or B_value is None  # by parametrize
+        # FSDP2 and ZeRO-3 gather in such hooks.
+        if is_computed or A._forward_pre_hooks or B._forward_pre_hooks:
+            return A(lambda value: B(partial(operation, value)))
         return operation(A_value, B_value)
 
 
@@ -264,9 +262,10 @@ def factors_for(
         dtype: The dtype of the layer. New factors are float32, or float64 for float64.
 
     Raises:
-        TypeError: If factors are not LoTRFactors.
+        TypeError: If factors are not LoTRFactors, or the dtype is not one in which layers compute.
         ValueError: If rank is not the rank of the factors.
     """
+    check_dtype(dtype)
     if factors is None:
         new_rank = DEFAULT_RANK if rank is None else rank
         factors_dtype = accumulate_dtype(dtype or torch.get_default_dtype())

@@ -435,7 +435,7 @@ def _check_structure(
         return
     tied = _tied_to(model, saved_in(model))
     present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    saved_tied = sorted(present.intersection(state.tied))
+    saved_tied = sorted(name for name in present if name in state.tied)
     if saved_tied != list(tied):
         # Of two tied parameters only one is in the file. The other would keep the base's value.
         raise ValueError(

@@ -52,8 +52,7 @@ def report() -> list[str]:
         obstacle = cuda_obstacle(0)
         if obstacle is not None:
             lines.append(f"           they cannot run: {obstacle}")
-    strategy = strategy_from_environment() or "by tokens"
-    lines.append(f"strategy   {strategy} on CUDA (LOTR_STRATEGY)")
+    lines.append(f"strategy   {strategy_from_environment() or 'by tokens'} on CUDA (LOTR_STRATEGY)")
     names = {torch.device("cpu"): platform.processor() or platform.machine()}
     for index in range(torch.cuda.device_count()):
         names[torch.device("cuda", index)] = torch.cuda.get_device_name(index)
@@ -76,7 +75,6 @@ def _cuda_summary() -> str:
     build = build_info()["cuda"]
     if not build["built"]:
         return "not built"
-    archs = ", ".join(arch.removesuffix("-real") for arch in build["archs"])
     gpu_count = torch.cuda.device_count()
     if gpu_count == 0:
         where = "no GPU here"
@@ -84,7 +82,7 @@ def _cuda_summary() -> str:
         where = f"they run on {gpu_count} GPU{'s' * (gpu_count > 1)} here"
     else:
         where = "they cannot run here"
-    return f"built for {archs}, {where}"
+    return f"built for {build['archs'].replace('-real', '')}, {where}"
 
 
 def plans(m: int, k: int, n: int, r: int) -> list[str]:

@@ -23,21 +23,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from .checks import check_choice, check_tensor
-
-__all__ = [
-    "CORE_INITS",
-    "FACTOR_INITS",
-    "START",
-    "CapturedGradient",
-    "fill_core_",
-    "fill_factor_",
-    "start_from_gradients",
-    "tucker2",
-    "tucker2_of",
-]
 
 # Multiplies the initial factors, and divides s by its cube (factors.scaling_of). With AdamW,
 # factors and cores times a, the rate times a, and s times a^-3 give exactly the same path. So this
@@ -272,24 +259,24 @@ def start_from_gradients(
     if not batches:
         raise ValueError("batches: expected at least one, got none")
     generator = torch.Generator("cpu").manual_seed(0)
-    pairs = [layer.factors for layer in layers.values()]
-    factors = dict.fromkeys(factor for pair in pairs for factor in (pair.A, pair.B))
+    factors = dict.fromkeys(
+        factor for layer in layers.values() for factor in (layer.factors.A, layer.factors.B)
+    )
     directions = {factor: _random_directions(factor, generator) for factor in factors}
     for _ in range(_ITERATIONS):
         inputs = [
-            (layer, directions[pair.A], directions[pair.B])
-            for layer, pair in zip(layers.values(), pairs)
+            (layer, directions[layer.factors.A], directions[layer.factors.B])
+            for layer in layers.values()
         ]
         products = _products_of_gradients(model, inputs, batches, loss)
         blocks: dict[nn.Module, list[Tensor]] = {factor: [] for factor in directions}
-        for pair, product in zip(pairs, products):
-            blocks[pair.A].append(product.left)
-            blocks[pair.B].append(product.right)
+        for layer, product in zip(layers.values(), products):
+            blocks[layer.factors.A].append(product.left.double())
+            blocks[layer.factors.B].append(product.right.double())
         for factor, factor_blocks in blocks.items():
             _check_gradients(factor_blocks)
             previous = directions[factor]
-            wide_blocks = [block.double() for block in factor_blocks]
-            directions[factor] = leading_vectors(wide_blocks, previous.shape[1]).to(previous)
+            directions[factor] = leading_vectors(factor_blocks, previous.shape[1]).to(previous)
 
     kept_directions = {factor: vectors[:, : factor.rank] for factor, vectors in directions.items()}
     captured = _captured(model, layers, kept_directions, batches, loss)
@@ -340,37 +327,12 @@ def _captured(
     captured: dict[str, float] = {}
     norms: dict[str, float] = {}
     for name, layer, product in zip(layers, layers.values(), products):
-        r = directions[layer.factors.A].shape[1]
-        in_A = product.right[:, :r].double()
-        outside = product.right[:, r:].double()
+        in_A, outside = product.right.double().tensor_split([-_PROBES], dim=1)
         captured[name] = float((directions[layer.factors.B].double().T @ in_A).square().sum())
         norms[name] = float(in_A.square().sum() + outside.square().sum() / _PROBES)
     # A layer may have no gradient at all. Not all layers, see `_check_gradients`.
     shares = {name: captured[name] / norm if norm else 0.0 for name, norm in norms.items()}
     return CapturedGradient(sum(captured.values()) / sum(norms.values()), shares)
-
-
-class _Tap(Function):
-    """Returns y. Its backward adds products of the layer's gradient g^T x to `products`.
-
-    The frozen weights need no gradient. The anchor is a scalar that requires one, so that autograd
-    runs the taps of all layers.
-    """
-
-    @staticmethod
-    def forward(ctx, anchor: Tensor, y: Tensor, x: Tensor, products: _Products) -> Tensor:
-        ctx.x = x.detach()
-        ctx.products = products
-        return y.detach()  # not a view: models add to a layer's output in place
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        products = ctx.products
-        x = ctx.x.reshape(-1, ctx.x.shape[-1]).to(products.V.dtype)
-        g_rows = g.reshape(-1, g.shape[-1]).to(products.V.dtype)
-        products.right.add_(g_rows.T @ (x @ products.V))
-        products.left.add_(x.T @ (g_rows @ products.U))
-        return torch.zeros((), device="cpu"), g, None, None
 
 
 def _products_of_gradients(
@@ -381,6 +343,9 @@ def _products_of_gradients(
 ) -> list[_Products]:
     """Returns dW V and dW^T U of each layer, summed over the batches and all processes.
 
+    The frozen weights need no gradient. Each layer adds a scalar to its output that requires one,
+    so that autograd computes the gradients g of all outputs.
+
     Buffers and the random state are as before afterwards.
 
     Args:
@@ -388,31 +353,28 @@ def _products_of_gradients(
     """
     anchor = torch.zeros((), device="cpu", requires_grad=True)
     all_products = []
-    # A batch norm, for example, counts the batches.
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(torch.random.fork_rng())
+        for buffer in model.buffers():  # a batch norm, for example, counts the batches
+            stack.callback(buffer.copy_, buffer.detach().clone())
         for layer, V, U in inputs:
-            right = V.new_zeros(len(U), V.shape[1])
-            left = V.new_zeros(len(V), U.shape[1])
-            products = _Products(V, U, right, left)
+            products = _Products(
+                V,
+                U,
+                right=V.new_zeros(len(U), V.shape[1]),
+                left=V.new_zeros(len(V), U.shape[1]),
+            )
             all_products.append(products)
             hook = partial(_tap, anchor, products)
-            handle = layer.register_forward_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
-        try:
-            for batch in batches:
-                value = loss(model, batch)
-                (gradient,) = torch.autograd.grad(value, anchor, allow_unused=True)
-                # If no layer has a part in the loss, or if a checkpoint hides its part.
-                if gradient is None:
-                    raise ValueError(
-                        "loss: expected one that depends on the adapted layers, got one in which "
-                        "none has a part. Under checkpointing, use_reentrant=False is needed."
-                    )
-        finally:
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            stack.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
+        for batch in batches:
+            (gradient,) = torch.autograd.grad(loss(model, batch), anchor, allow_unused=True)
+            # If no layer has a part in the loss, or if a checkpoint hides its part.
+            if gradient is None:
+                raise ValueError(
+                    "loss: expected one that depends on the adapted layers, got one in which none "
+                    "has a part. Under checkpointing, use_reentrant=False is needed."
+                )
     # Every process has other batches, and all of them need the same A and B.
     if dist.is_available() and dist.is_initialized():
         for products in all_products:
@@ -429,9 +391,22 @@ def _tap(
     kwargs: dict[str, Tensor],
     y: Tensor,
 ) -> Tensor:
-    """Puts a `_Tap` onto the output of a layer: a forward hook, after its first two arguments."""
-    # In a part of the model that runs under no_grad, a tap would have no backward.
+    """Adds products of the layer's gradient g^T x in backward.
+
+    A forward hook, after its first two arguments.
+    """
+    # In a part of the model that runs under no_grad, a layer has no backward.
     if not torch.is_grad_enabled():
         return y
-    x = args[0] if args else next(iter(kwargs.values()))
-    return _Tap.apply(anchor, y, x, products)
+    inputs = (*args, *kwargs.values())
+    x = inputs[0].detach()
+
+    def add_products(g: Tensor) -> None:
+        x_rows = x.reshape(-1, x.shape[-1]).to(products.V.dtype)
+        g_rows = g.reshape(-1, g.shape[-1]).to(products.V.dtype)
+        products.right.add_(g_rows.T @ (x_rows @ products.V))
+        products.left.add_(x_rows.T @ (g_rows @ products.U))
+
+    tapped = y + anchor
+    tapped.register_hook(add_products)
+    return tapped

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from .checks import check_dtype, check_input, check_probability
+from .checks import check_input, check_probability
 from .core import dispatch, fallback
 from .core.call import LayerCall, RowChoice
 from .core.operators import accumulate_dtype
@@ -51,8 +51,8 @@ class _CoreAttribute:
 class LoTRLayer(nn.Module):
     """Base class of adapted layers: y = base(x) + s ((drop(x) A) G) B^T.
 
-    Subclasses that adapt a module define `sizes_of`. They also define `weight_matrix` if their
-    weight is not W, and `to_base` if they keep the module itself.
+    Subclasses for `from_linear` define `adapts`: whether they can adapt a module. They also define
+    `weight_matrix` if their weight is not W, and `to_base` if they keep the module itself.
 
     Attributes:
         factors: The pair of A and B.
@@ -100,9 +100,8 @@ class LoTRLayer(nn.Module):
             TypeError: If linear is not a layer that this class adapts, or is adapted already.
             ValueError: If the factors have other sizes, or an argument has a wrong value.
         """
-        sizes = cls.sizes_of(linear) if isinstance(linear, nn.Module) else None
         # Adapting freezes all parameters inside. Those of another adapter would stop training.
-        if sizes is None or _contains_adapter(linear):
+        if not cls.adapts(linear) or _contains_adapter(linear):
             raise TypeError(
                 f"linear: expected a linear layer that {cls.__name__} adapts, got "
                 f"{type(linear).__name__}"
@@ -111,17 +110,12 @@ class LoTRLayer(nn.Module):
         s = scaling_of(factors.rank, alpha, rslora, scaling)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = sizes
+        layer.in_features, layer.out_features = features(linear)
         layer._take_base(linear)
         layer._add_adapter(factors, s, dropout, device_of(linear))
         # Not `train`, which would also change the modules inside the base.
         layer.training = linear.training
         return layer
-
-    @staticmethod
-    def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
-        """Returns (in_features, out_features), None for a module that this class cannot adapt."""
-        raise TypeError("from_linear: expected a class that adapts a module, such as LoTRLinear")
 
     def _take_base(self, linear: nn.Module) -> None:
         """Takes over weight and bias. Keeps linear for `to_base`."""
@@ -159,8 +153,9 @@ class LoTRLayer(nn.Module):
         for parameter in self.parameters():
             parameter.requires_grad_(False)
         # Zero, so that the adapted model starts as the base model.
-        core = torch.zeros(*lead, factors.r_in, factors.r_out, device=device, dtype=A.dtype)
-        self.core = nn.Parameter(core)
+        self.core = nn.Parameter(
+            torch.zeros(*lead, factors.r_in, factors.r_out, device=device, dtype=A.dtype)
+        )
         self.scaling = scaling
         self.dropout = float(dropout)
         self.merged = False
@@ -241,9 +236,8 @@ class LoTRLayer(nn.Module):
             return y
         A = self.factors.A.start
         B = self.factors.B.start
-        # Rarely used, so that the PyTorch fallback is fast enough.
         call = LayerCall(x, None, None, A, B, self.start_core, self.scaling, base_output=y)
-        return fallback.layer(call)
+        return fallback.layer(call)  # rarely used, so that it is fast enough
 
     def base(self, x: Tensor) -> Tensor:
         """Computes the layer without its adapter, with the current weight."""
@@ -374,7 +368,8 @@ class LoTRLayer(nn.Module):
                 parallelism).
             ValueError: If the result is not finite and safe is set.
         """
-        self._check_unmerged()
+        if self.merged:
+            raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
         weight = self._weight_to_write("merge")
         merged_weight = self.merged_weight()
         if safe:
@@ -383,10 +378,6 @@ class LoTRLayer(nn.Module):
         self.weight_backup = weight.detach().clone() if keep_backup else None
         weight.copy_(merged_weight)
         self.merged = True
-
-    def _check_unmerged(self) -> None:
-        if self.merged:
-            raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -423,8 +414,7 @@ class LoTRLayer(nn.Module):
 
         It shares no tensor with this layer.
         """
-        bias = None if self.bias is None else self.bias.detach().clone()
-        return linear_of(self.merged_weight(), bias, self.training)
+        return linear_of(self.merged_weight(), self.bias, self.training)
 
     @torch.no_grad()
     def give_start_back(self) -> None:
@@ -499,7 +489,6 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        check_dtype(dtype)
         factors = factors_for(factors, rank, (in_features, out_features), device, dtype)
         s = scaling_of(factors.rank, alpha, rslora, scaling)
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
@@ -509,14 +498,14 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         self._add_adapter(factors, s, dropout, self.weight.device)
 
     @staticmethod
-    def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
-        return features(linear) if isinstance(linear, nn.Linear) else None
+    def adapts(linear: object) -> bool:
+        return isinstance(linear, nn.Linear)
 
     def _with_adapter(self, x: Tensor, core: Tensor, choice: RowChoice | None) -> Tensor:
         parameters = self._parameters  # faster than nn.Module.__getattr__, see LoTRFactors.read
-        weight = parameters["weight"] if "weight" in parameters else self.weight
-        bias = parameters["bias"] if "bias" in parameters else self.bias
-        return self._dispatch(x, core, choice, weight=weight, bias=bias)
+        if "weight" not in parameters or "bias" not in parameters:
+            return super()._with_adapter(x, core, choice)
+        return self._dispatch(x, core, choice, weight=parameters["weight"], bias=parameters["bias"])
 
 
 class LoTRConv1D(LoTRLayer):
@@ -526,8 +515,8 @@ class LoTRConv1D(LoTRLayer):
     """
 
     @staticmethod
-    def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
-        return features(linear) if is_conv1d(linear) else None
+    def adapts(linear: object) -> bool:
+        return is_conv1d(linear)
 
     def weight_matrix(self) -> Tensor:
         return self.weight.t()
@@ -543,18 +532,19 @@ def plus(weight: Tensor, delta: Tensor) -> Tensor:
 
 
 def linear_of(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
-    """Returns a frozen nn.Linear that holds these tensors.
+    """Returns a frozen nn.Linear that holds a weight, and a copy of a bias in the weight's dtype.
 
     Args:
         weight: [out_features, in_features].
-        bias: [out_features].
+        bias: [out_features], or None.
         training: Whether the layer is in training mode.
     """
     out_features, in_features = weight.shape
     # On the meta device, so that no weight is allocated and filled only to be replaced.
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True), requires_grad=False)
     return linear.train(training)
 
 
@@ -566,23 +556,28 @@ def check_finite(merged_weight: Tensor) -> None:
         )
 
 
-def check_plain(module: nn.Module, caller: str) -> None:
-    """Checks that a write to the module's weight is not lost.
+def check_plain(module: nn.Module, caller: str, name: str = "weight") -> None:
+    """Checks that a write to a weight of a module is not lost.
+
+    Args:
+        module: The module.
+        caller: The public function that the message names.
+        name: The name of the weight.
 
     Raises:
         TypeError: If the weight is computed in each forward, or sharded.
     """
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get(name)
     if weight is None:
         raise TypeError(
-            f"{caller}: expected a weight that is a parameter, got one that is computed in each "
+            f"{caller}: expected a {name} that is a parameter, got one that is computed in each "
             f"forward. Remove the reparametrization first "
             f"(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or "
             f"prune.remove)."
         )
     if type(weight) is not nn.Parameter or is_sharded(weight) or is_in_fsdp1(module):
         raise TypeError(
-            f"{caller}: expected a full, plain weight, got {type(weight).__name__}, sharded or in "
+            f"{caller}: expected a full, plain {name}, got {type(weight).__name__}, sharded or in "
             f"another format. Save the adapter, and load it onto the model in one process."
         )
 

@@ -55,9 +55,8 @@ class TaskFormat:
             core = tensors[name]
             check_floating(name, core)
             if tuple(core.shape) != shape:
-                ranks = "(r_in, r_out)" if len(shape) == 2 else "(e, r_in, r_out)"
                 raise ValueError(
-                    f"{name}: expected the ranks of the adapter, shape {ranks} = {shape}, got "
+                    f"{name}: expected the ranks of the adapter, shape {shape}, got "
                     f"{tuple(core.shape)}. {_ANOTHER_ADAPTER}"
                 )
 
@@ -116,8 +115,7 @@ def factors_in_order(
     entries: dict[int, tuple[str, str, Tensor]] = {}  # (owner, part, factor) by the factor's id
     for name, (A, B) in pairs.items():
         # The layers themselves are not needed: a callable group_by is saved as its mapping.
-        sizes = (A.shape[0], B.shape[0])
-        group = group_of(name, None, sizes, group_by)
+        group = group_of(name, None, (A.shape[0], B.shape[0]), group_by)
         for part, factor in (("A", A), ("B", B)):
             owner = f"{part}_{factor.shape[0]}" if group_by == "width" else group
             entries.setdefault(id(factor), (owner, part, factor))

@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,11 +86,10 @@ class TaskBank(Attachment):
                     f"part of the base weights into the adapter, so that rows without a task "
                     f"would not be the base model's, got {name!r} with it"
                 )
-        self.cores = nn.ParameterList()
-        for layer in layers.values():
-            core = layer.core.detach()
-            empty = core.new_zeros(tasks, *core.shape)
-            self.cores.append(nn.Parameter(empty, requires_grad=False))
+        cores = [layer.core.detach() for layer in layers.values()]
+        self.cores = nn.ParameterList(
+            nn.Parameter(core.new_zeros(tasks, *core.shape), requires_grad=False) for core in cores
+        )
         # On the CPU, where an index is checked without waiting for a GPU.
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
         # In a dictionary, because the model has registered the layers already.
@@ -100,9 +99,10 @@ class TaskBank(Attachment):
         # Two adapters of experts have one host, which is called.
         for module in dict.fromkeys(layer.called_module() for layer in layers.values()):
             self._hooks.append(module.register_forward_pre_hook(_refuse_without_request))
-        before = model.register_forward_pre_hook(_note_cached_tokens, with_kwargs=True)
-        after = model.register_forward_hook(_forget_cached_tokens, always_call=True)
-        self._hooks += [before, after]
+        self._hooks += [
+            model.register_forward_pre_hook(_note_cached_tokens, with_kwargs=True),
+            model.register_forward_hook(_forget_cached_tokens, always_call=True),
+        ]
         watch(model)
 
     def on_detach(self) -> None:
@@ -286,7 +286,9 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
             stacklevel=3,
         )
     has_experts = any(layer.num_experts for layer in layers.values())
-    request = _Request(index, flat=flat or has_experts)
+    # Not in each layer, where a copy to a GPU would wait.
+    tasks = index.to(bank.cores[0].device)
+    request = _Request(tasks, running=tasks, flat=flat or has_experts)
     # For the hooks. A model that is one adapted layer has the layer's state instead.
     states: dict[nn.Module, Any] = {model: request}
     for layer, cores in zip(layers.values(), bank.cores, strict=True):
@@ -327,29 +329,21 @@ def _trains_only_factors(bank: TaskBank, layers: Mapping[str, LoTRLayer]) -> boo
     return trains_factors and not any(cores.requires_grad for cores in bank.cores)
 
 
-class _CachedTokens(NamedTuple):
-    """The tokens of a row in the running forward of the model."""
-
-    past: int  # in the cache
-    new: int  # given to the model
-
-
 @dataclass
 class _Request:
     """The state of the model in one open `use_tasks`, shared by all its layers.
 
     Attributes:
         index: [b], or [b, tokens].
+        running: The index of the tokens of the running forward. Without a cache, the index itself.
         flat: Whether an input [m, k] has the tokens of all rows.
-        cached: The tokens of the running forward, None if it has no cache.
         had_cache: Whether any forward in this context had a cache.
     """
 
     index: Tensor
+    running: Tensor
     flat: bool
-    cached: _CachedTokens | None = None
     had_cache: bool = False
-    _index_on: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def index_of(self, x: Tensor) -> Tensor:
         """Returns the tasks of the rows, or tokens, of an input of a layer.
@@ -360,49 +354,40 @@ class _Request:
         Returns:
             [b], [b, tokens] or [m].
         """
-        # Copied once per device, not once per layer.
-        if x.device not in self._index_on:
-            self._index_on[x.device] = self.index.to(x.device)
-        index = self._index_on[x.device]
+        index = self.running.to(x.device)  # copies only if the bank is on another device
         b = len(index)
-        if self.flat and x.dim() == 2:
+        is_flat = self.flat and x.dim() == 2
+        if is_flat:
             tokens, rest = divmod(len(x), max(b, 1))
             if rest:
                 raise ValueError(
                     f"x: expected the tokens of a batch of {b} rows of equal length, got {len(x)}"
                 )
-            if index.dim() == 1:
-                return index.repeat_interleave(tokens)
-            return self._columns(index, tokens).reshape(-1)
-        if x.dim() <= index.dim() or x.shape[0] != b:
+        elif x.dim() <= index.dim() or x.shape[0] != b:
             raise ValueError(
                 f"x: expected a batch of {b} rows, one for each row of the index "
                 f"{list(index.shape)} of tasks, got shape {list(x.shape)}. If it has the tokens of "
                 f"all rows, row after row, pass use_tasks(.., flat=True). For beam search, or "
                 f"several sequences per prompt, pass index.repeat_interleave(num_beams)."
             )
-        return index if index.dim() == 1 else self._columns(index, x.shape[1])
-
-    def _columns(self, index: Tensor, tokens: int) -> Tensor:
-        """Returns the columns of an index [b, columns] for the tokens of a layer's input."""
+        else:
+            tokens = x.shape[1]
         # The recomputed forward may be any of the context's, with a cache or without.
-        if self.cached is None and self.had_cache and current_backward() >= 0:
+        if self.had_cache and self.running is self.index and current_backward() >= 0:
             raise RuntimeError(
                 "use_tasks: expected no cache of keys and values in a context whose forward is "
                 "recomputed by a checkpoint, got one. Pass an index of one task per row, or open "
                 "one context for the forward with a cache and another one for this forward."
             )
-        expected = index.shape[1] if self.cached is None else self.cached.new
-        if tokens != expected:
+        if index.dim() == 2 and tokens != index.shape[1]:
             raise ValueError(
-                f"x: expected {expected} tokens per row, as in the index of tasks or in the call "
-                f"of the model, got {tokens}. Pass an index [b] of one task per row. Steps after "
-                f"the index need a cache that the model's own forward gets."
+                f"x: expected {index.shape[1]} tokens per row, as in the index of tasks or in the "
+                f"call of the model, got {tokens}. Pass an index [b] of one task per row. Steps "
+                f"after the index need a cache that the model's own forward gets."
             )
-        if self.cached is None:
-            return index
-        columns = torch.arange(tokens, device=index.device) + self.cached.past
-        return index[:, columns.clamp(max=index.shape[1] - 1)]
+        if is_flat:  # an entry is for one token, or for the tokens of a row
+            return index.flatten().repeat_interleave(len(x) // max(index.numel(), 1))
+        return index
 
 
 class _LayerTasks(NamedTuple):
@@ -422,20 +407,27 @@ def _note_cached_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     """Runs before the model's forward. An index per token depends on the tokens in the cache."""
     request = state_of(model)
     if isinstance(request, _Request) and request.index.dim() == 2:
-        request.cached = _cached_tokens(model, args, kwargs)
+        request.running = _running_index(request.index, model, args, kwargs)
         # Kept after the forward, for a checkpoint that recomputes in backward.
-        request.had_cache = request.had_cache or request.cached is not None
+        request.had_cache = request.had_cache or request.running is not request.index
 
 
 def _forget_cached_tokens(model: nn.Module, args: tuple, output: object) -> None:
     # A layer that is called outside of the model's forward has no cache.
     request = state_of(model)
     if isinstance(request, _Request):
-        request.cached = None
+        request.running = request.index
 
 
-def _cached_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _CachedTokens | None:
-    """Returns the tokens per row of a call of the model, None without a cache.
+def _running_index(index: Tensor, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """Returns the index of the tokens of a call of the model: the index itself without a cache.
+
+    With a cache, columns count from its first token, and later tokens use the last column.
+
+    Args:
+        index: [b, columns].
+        model: The model.
+        args: Of the call, as are kwargs.
 
     Raises:
         ValueError: If the cache does not tell how many tokens it holds.
@@ -449,7 +441,7 @@ def _cached_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _Ca
         if value is not None and (name in _CACHE_NAMES or hasattr(value, "get_seq_length"))
     ]
     if not caches:
-        return None
+        return index
     tokens = arguments.get("inputs_embeds")
     if tokens is None:
         tokens = arguments.get("input_ids")
@@ -464,7 +456,9 @@ def _cached_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _Ca
             f"index per token. Pass one transformers Cache with input_ids or inputs_embeds."
         )
     # A layer with a state in place of keys and values holds no tokens, so the longest one counts.
-    return _CachedTokens(past=max(lengths, default=0), new=tokens.shape[1])
+    past = max(lengths, default=0)
+    columns = torch.arange(past, past + tokens.shape[1], device=index.device)
+    return index[:, columns.clamp(max=index.shape[1] - 1)]
 
 
 def _refuse_without_request(module: nn.Module, args: tuple) -> None:

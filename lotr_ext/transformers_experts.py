@@ -26,8 +26,7 @@ from .core import dispatch, grouped
 from .core.operators import DTYPES
 from .experts import LoTRExperts, Routing
 from .factors import LoTRFactors, set_unregistered
-from .layers import device_of
-from .sharded_tensors import is_sharded
+from .layers import check_plain, device_of
 
 CHILD = "lotr"  # the child of an experts module that holds the adapters, by parameter
 _IMPLEMENTATION = "lotr"  # the name of our forward in transformers' interface
@@ -135,8 +134,7 @@ class LoTRHostedExperts(LoTRExperts):
         set_unregistered(self, "host", host)  # which has this module as its child
         self.parameter = parameter
         self.num_experts, self.in_features, self.out_features = expert_sizes(host, parameter)
-        lead = (self.num_experts,)
-        self._add_adapter(factors, scaling, dropout, device_of(host), lead)
+        self._add_adapter(factors, scaling, dropout, device_of(host), (self.num_experts,))
         self.train(host.training)
 
     def called_module(self) -> nn.Module:
@@ -148,12 +146,7 @@ class LoTRHostedExperts(LoTRExperts):
         return _weight_of(self.host, self.parameter)
 
     def _weight_to_write(self, caller: str) -> Tensor:
-        weight = self.host._parameters.get(self.parameter)
-        if type(weight) is not nn.Parameter or is_sharded(weight):
-            raise TypeError(
-                f"{caller}: expected a full (unsharded), plain {self.parameter}, got "
-                f"{type(weight).__name__}"
-            )
+        check_plain(self.host, caller, self.parameter)
         return self.weight
 
     def to_base(self) -> nn.Module:

@@ -143,12 +143,11 @@ class LoTRWrapped(LoTRLayer):
             is not registered, so state_dict does not contain it.
     """
 
-    quantized_base: nn.Module | None
     replaced = False
 
     @staticmethod
-    def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
-        return features(linear)
+    def adapts(linear: object) -> bool:
+        return features(linear) is not None
 
     def _take_base(self, linear: nn.Module) -> None:
         self.base_layer = linear
@@ -212,7 +211,7 @@ class LoTRWrapped(LoTRLayer):
                 quantized base without dequantize, because rounding would remove the adapter, and
                 for a base that returns something else than x W^T + bias.
         """
-        self._check_unmerged()
+        # A layer that is merged already has a plain weight, and is refused there.
         if dequantize is False or has_plain_weight(self.base_layer):
             check_mergeable(self.base_layer)
             super().merge(safe, keep_backup)
@@ -227,10 +226,10 @@ class LoTRWrapped(LoTRLayer):
         merged = plus(dense.to(accumulate_dtype(dense.dtype)), self.delta_weight()).to(dtype)
         if safe:
             check_finite(merged)
-        new_bias = None if bias is None else bias.detach().to(dtype, copy=True)
+        replacement = linear_of(merged, bias, self.training)
         # All that can fail is done. From here on the layer changes.
         set_unregistered(self, "quantized_base", self.base_layer if keep_backup else None)
-        self.base_layer = linear_of(merged, new_bias, self.training)
+        self.base_layer = replacement
         self.merged = True
         self.replaced = True
 

@@ -635,6 +635,12 @@ MODELS: list[Row] = [
     ),
     # files
     ("save a plain model", "model", lambda: save_adapter(zoo.net("mlp"), tempfile.mkdtemp())),
+    (
+        "load with an unknown strictness",
+        "strict",
+        lambda: load_adapter(zoo.net("mlp"), FOLDER / "dense", strict="layers"),
+    ),
+    ("load a missing folder", "directory", lambda: load_adapter(zoo.net("mlp"), FOLDER / "none")),
     ("load a hub id", "directory", lambda: load_adapter(zoo.net("mlp"), "someone/adapter")),
     ("load an empty folder", "directory", lambda: load_adapter(zoo.net("mlp"), tempfile.mkdtemp())),
     (

@@ -74,17 +74,17 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def flags_of(model: nn.Module) -> list[bool]:
+    return [parameter.requires_grad for parameter in model.parameters()]
+
+
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Checks that a block leaves the tensors, flags and attributes of a model as they are."""
-
-    def flags() -> list[bool]:
-        return [parameter.requires_grad for parameter in model.parameters()]
-
-    before = (state(model), flags(), set(vars(model)))
+    before = (state(model), flags_of(model), set(vars(model)))
     yield
     assert same(state(model), before[0])
-    assert flags() == before[1]
+    assert flags_of(model) == before[1]
     assert set(vars(model)) == before[2]
 
 

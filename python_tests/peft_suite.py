@@ -9,9 +9,9 @@ our cases instead.
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -102,9 +102,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
-    if not isinstance(collector, pytest.Module):
-        return
-    module = collector.obj
+    module = getattr(collector, "obj", None)
     if hasattr(module, "set_init_weights_false"):
         module.set_init_weights_false = lambda config_cls, settings: {**settings, **STARTED}
 
@@ -119,10 +117,9 @@ def pytest_configure() -> None:
         form: torch.nn.Module | None = None,
     ) -> None:
         init(self, factors, config, form)
-        if config.revision != STARTED["revision"]:
-            return
+        is_started = config.revision == STARTED["revision"]
         for part, parameter in self.parts():
-            if part == "core" and not parameter.is_meta:
+            if is_started and part == "core" and not parameter.is_meta:
                 torch.nn.init.normal_(parameter, std=0.3)
 
     LoTRPeftAdapter.__init__ = started
@@ -130,37 +127,22 @@ def pytest_configure() -> None:
 
 def tests() -> Path:
     """Returns the folder of PEFT's tests, which are downloaded once."""
-    folder = FOLDER / "tests"
+    folder = FOLDER / FOLDER.name / "tests"
     if not (folder / "__init__.py").exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
-        options = [
-            "--no-deps",
-            "--no-build-isolation",
-            "--no-binary",
-            "peft",
-            "--dest",
-            str(FOLDER),
-        ]
+        options = ["--no-deps", "--no-build-isolation", "--no-binary", "peft"]
         subprocess.run(
             [sys.executable, "-m", "pip", "download", *options, f"peft=={peft.__version__}"],
             check=True,
+            cwd=FOLDER,
         )
-        with tarfile.open(next(FOLDER.glob("peft-*.tar.gz"))) as archive:
-            for member in archive.getmembers():
-                parts = Path(member.name).parts
-                if member.isfile() and parts[1:2] == ("tests",):
-                    member.name = str(Path(*parts[1:]))
-                    archive.extract(member, FOLDER, filter="data")
-        (folder / "__init__.py").touch()
+        shutil.unpack_archive(FOLDER / f"{FOLDER.name}.tar.gz", FOLDER, filter="data")
+        (folder / "__init__.py").touch()  # the tests import each other
     return folder
 
 
 if __name__ == "__main__":
-    folder = tests()
+    files = [str(tests() / name) for name in FILES]
     (FOLDER / "pytest.ini").write_text("[pytest]\n")
-    files = [str(folder / name) for name in FILES]
-    sys.exit(
-        pytest.main(
-            [*files, "-c", str(FOLDER / "pytest.ini"), "-p", "peft_suite", "-q", *sys.argv[1:]]
-        )
-    )
+    options = ["-c", str(FOLDER / "pytest.ini"), "-p", "peft_suite", "-q"]
+    sys.exit(pytest.main([*files, *options, *sys.argv[1:]]))

@@ -3,11 +3,11 @@
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import peft
 import pytest
 import torch
@@ -35,8 +35,7 @@ from lotr_ext.convert import (
     original_to_lotr,
     read_lora,
 )
-from lotr_ext.convert.__main__ import COMMANDS
-from lotr_ext.convert.__main__ import main as convert_main
+from lotr_ext.convert.__main__ import COMMANDS, main
 from lotr_ext.convert.lora import MORE_THAN_TWO_FACTORS
 from lotr_ext.peft import LoTRPeftConfig
 
@@ -106,7 +105,7 @@ def test_an_export_is_the_same_adapter_with_an_ordinary_alpha(case: str, tmp_pat
     assert relative(output(lora_model(tmp_path / "lora", net), net), expected) < bound
     assert relative(output(zoo.net(net), net), expected) > bound
     written = config_in(tmp_path / "lora")
-    rank = 6 if case == "svd" else np.min(settings["rank"])  # its LoRA also subtracts the start
+    rank = 6 if case == "svd" else min(model.lotr_config.ranks)  # its LoRA also subtracts the start
     assert written["lora_alpha"] == written["r"] == rank
     assert written["lora_dropout"] == settings.get("dropout", 0.0)
     assert written["base_model_name_or_path"] == "base"
@@ -117,12 +116,12 @@ def test_an_export_is_the_same_adapter_with_an_ordinary_alpha(case: str, tmp_pat
 
 def test_a_task_is_exported(tmp_path: Path) -> None:
     model = adapted("attention")
-    bank = TaskBank(model, 2)
-    cores = bank.cores_of(bank.add())
-    bank.add({key: 0.5 * torch.ones_like(core) for key, core in cores.items()})
+    bank = TaskBank(model, 1)
+    for core in bank.cores_of(bank.add()).values():  # views of the bank
+        core.fill_(0.5)
     with unchanged(model):
-        export_lora(model, tmp_path, task=1)
-    with use_tasks(model, torch.tensor([1, 1, 1])):
+        export_lora(model, tmp_path, task=0)
+    with use_tasks(model, torch.tensor([0, 0, 0])):
         assert relative(output(lora_model(tmp_path)), output(model)) < 2e-5
 
 
@@ -141,34 +140,30 @@ def test_a_folder_of_peft_is_exported(tmp_path: Path) -> None:
     assert relative(y, expected["y"]) < 2e-5
 
 
-# Form, server, its name of the experts, and its names of gate, up and down.
+# Form, options, a server's name of the experts, and its names of gate, up and down.
 OF_VLLM = ("w1", "w3", "w2")
+GPT_OSS = {"hosts": "gpt_oss"}
 EXPERT_NAMES = [
-    ("vllm-shared", "mixtral", "block_sparse_moe.experts", OF_VLLM),
-    ("per-expert", "mixtral", "block_sparse_moe.experts", OF_VLLM),
-    ("vllm-shared", "gpt_oss", "mlp.experts", OF_VLLM),
-    ("per-expert", "gpt_oss", "mlp.experts", ("gate_proj", "up_proj", "down_proj")),
+    ("vllm-shared", {}, "block_sparse_moe.experts", OF_VLLM),  # by the model's type, mixtral
+    ("per-expert", {}, "block_sparse_moe.experts", OF_VLLM),
+    ("vllm-shared", GPT_OSS, "mlp.experts", OF_VLLM),
+    ("per-expert", GPT_OSS, "mlp.experts", ("gate_proj", "up_proj", "down_proj")),
 ]
 
 
-@pytest.mark.parametrize(("form", "host", "module", "names"), EXPERT_NAMES)
+@pytest.mark.parametrize(("form", "options", "module", "names"), EXPERT_NAMES)
 def test_experts_in_the_forms_of_servers(
-    form: str, host: str, module: str, names: tuple[str, ...], tmp_path: Path
+    form: str, options: dict, module: str, names: tuple[str, ...], tmp_path: Path
 ) -> None:
     """Each form's tensors are the change of each expert's gate, up and down."""
     model = adapted("mixture", rank=(2, 3))
-    if host == "mixtral":
-        export_lora(model, tmp_path, experts=form)  # by the model's type
-    else:
-        save_adapter(model, tmp_path / "lotr")
-        lotr_to_lora(tmp_path / "lotr", tmp_path, experts=form, hosts=host)
+    export_lora(model, tmp_path, experts=form, **options)
     tensors = tensors_in(tmp_path)
     for i, layer in enumerate(model.model.layers):
         gate_up = layer.mlp.experts.lotr.gate_up_proj.delta_weight()
-        gate, up = gate_up.chunk(2, 1)
-        if host == "gpt_oss":
-            gate, up = gate_up[:, ::2], gate_up[:, 1::2]
-        deltas = (gate, up, layer.mlp.experts.lotr.down_proj.delta_weight())
+        is_interleaved = options == GPT_OSS
+        halves = (gate_up[:, ::2], gate_up[:, 1::2]) if is_interleaved else gate_up.chunk(2, 1)
+        deltas = (*halves, layer.mlp.experts.lotr.down_proj.delta_weight())
         for name, delta in zip(names, deltas, strict=True):
             inner = [f"{c}.{name}" for c in range(3)] if form == "per-expert" else [name]
             keys = [f"base_model.model.model.layers.{i}.{module}.{key}" for key in inner]
@@ -300,34 +295,54 @@ def test_at_a_lower_rank_the_error_is_reported(tmp_path: Path) -> None:
 
 # ---- many LoRAs to a bank ------------------------------------------------------------------------
 
-COLLECTION = {  # name: settings of a LoRA of the zoo's attention net, and the seed of its values
+# name: settings of a LoRA of the zoo's attention net. They differ in layers, ranks, alphas, rslora.
+COLLECTION = {
     "german": {"r": 2, "target_modules": ["q", "k"]},
     "french": {"r": 3, "lora_alpha": 7, "use_rslora": True, "alpha_pattern": {"blocks.1.q": 5}},
     "legal": {"r": 1, "rank_pattern": {"blocks.0.v": 2}},
 }
+OTHERS = {
+    "loud": {"r": 1, "lora_alpha": 300, "rank_pattern": {"blocks.0.v": 2}},
+    "of all layers": {"r": 1, "target_modules": r"blocks\.\d\..*"},
+    "of one block": {"r": 1, "target_modules": r"blocks\.0\..*"},
+    "also of one block": {"r": 1, "target_modules": r"blocks\.0\..*"},
+    "with a head": {"modules_to_save": ["head"]},
+    "of two shapes": {"target_modules": ["q", "head"]},
+    "of a wider base": {},
+    "dora": {"use_dora": True},
+}
 
 
-def collection(folder: Path) -> list[Path]:
-    """Folders of LoRAs that differ in layers, ranks, alphas and rslora."""
-    for seed, (name, settings) in enumerate(COLLECTION.items()):
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the LoRAs of COLLECTION and OTHERS, by name."""
+    folder = tmp_path_factory.mktemp("loras")
+    for seed, (name, settings) in enumerate((COLLECTION | OTHERS).items()):
         lora("attention", folder / name, seed=seed, **settings)
-    return [folder / name for name in COLLECTION]
+    tensors = tensors_in(folder / "of a wider base")
+    key = next(key for key in tensors if "lora_B" in key)
+    tensors[key] = torch.cat([tensors[key]] * 2)
+    save_file(tensors, folder / "of a wider base" / "adapter_model.safetensors")
+    return folder
 
 
 @pytest.mark.parametrize(("group_by", "rank"), [("layer", 8), ("shape", 16), ("block", (16, 15))])
-def test_a_bank_has_each_lora_as_a_task(group_by: str, rank: Rank, tmp_path: Path) -> None:
-    bank = loras_to_bank(collection(tmp_path), tmp_path / "bank", rank=rank, group_by=group_by)
+def test_a_bank_has_each_lora_as_a_task(
+    group_by: str, rank: Rank, loras: Path, tmp_path: Path
+) -> None:
+    sources = [loras / name for name in COLLECTION]
+    bank = loras_to_bank(sources, tmp_path, rank=rank, group_by=group_by)
     is_exact = rank != (16, 15)
     assert list(bank.errors) == list(COLLECTION) == list(bank.files)
     assert (max(bank.errors.values()) < 1e-6) == is_exact
-    model = load_adapter(zoo.net("attention"), tmp_path / "bank")
+    model = load_adapter(zoo.net("attention"), tmp_path)
     assert relative(output(model), output(zoo.net("attention"))) < 1e-6
     tasks = TaskBank(model, 4).requires_grad_()
     slots = torch.tensor([tasks.add(file) for file in bank.files.values()])
     with use_tasks(model, slots):
         mixed = output(model)
-    for row, name in enumerate(COLLECTION):
-        expected = output(lora_model(tmp_path / name))[row]
+    for row, source in enumerate(sources):
+        expected = output(lora_model(source))[row]
         assert relative(mixed[row], expected) < (1e-5 if is_exact else 0.3)
     with use_tasks(model, torch.full((3,), tasks.add())):  # a new task trains as cores
         output(model).square().mean().backward()
@@ -335,12 +350,12 @@ def test_a_bank_has_each_lora_as_a_task(group_by: str, rank: Rank, tmp_path: Pat
 
 
 @pytest.mark.parametrize("group_by", ["layer", "shape"])
-def test_the_error_of_each_lora_is_that_of_its_task(group_by: str, tmp_path: Path) -> None:
-    sources = collection(tmp_path)
-    path = tmp_path / "legal" / "adapter_model.safetensors"
-    save_file({key: 10.0 * tensor for key, tensor in load_file(path).items()}, path)
-    bank = loras_to_bank(sources, tmp_path / "bank", rank=2, group_by=group_by, dtype=torch.float64)
-    adapter = AdapterState.read(tmp_path / "bank")
+def test_the_error_of_each_lora_is_that_of_its_task(
+    group_by: str, loras: Path, tmp_path: Path
+) -> None:
+    sources = [loras / name for name in ("german", "french", "loud")]
+    bank = loras_to_bank(sources, tmp_path, rank=2, group_by=group_by, dtype=torch.float64)
+    adapter = AdapterState.read(tmp_path)
     total = 0.0
     stacks: dict[str, list[Tensor]] = {}  # of each group, the changes by all LoRAs
     for source in sources:
@@ -360,19 +375,15 @@ def test_the_error_of_each_lora_is_that_of_its_task(group_by: str, tmp_path: Pat
         assert least - 1e-9 <= total <= 2.5 * least
 
 
-def test_a_share_sets_the_rank(tmp_path: Path) -> None:
+def test_a_share_sets_the_rank(loras: Path, tmp_path: Path) -> None:
     """Three LoRAs of rank 1 per layer need rank 3 for everything, and less for less.
 
     The last layers have only one of them, and need no more than rank 1.
     """
-    names = ["one", "two", "three"]
-    for seed, name in enumerate(names):
-        layers = r"blocks\.\d\..*" if name == "one" else r"blocks\.0\..*"
-        lora("attention", tmp_path / name, seed=seed, r=1, target_modules=layers)
-    sources = [tmp_path / name for name in names]
+    sources = [loras / name for name in ("of all layers", "of one block", "also of one block")]
     errors = {}
     for share in ("0.5", "0.9", "1"):
-        bank = loras_to_bank(sources, tmp_path / share, rank=f"auto={share}")
+        bank = loras_to_bank(sources, tmp_path, rank=f"auto={share}")
         errors[bank.config.rank] = max(bank.errors.values())
         kept = 1 - sum(error**2 for error in bank.errors.values()) / len(sources)
         assert kept >= float(share) - 1e-9
@@ -381,86 +392,62 @@ def test_a_share_sets_the_rank(tmp_path: Path) -> None:
     assert errors[3] < 1e-6 < errors[ranks[0]]
 
 
-def with_other_sizes(folder: Path) -> None:
-    tensors = tensors_in(folder)
-    key = next(key for key in tensors if "lora_B" in key)
-    tensors[key] = torch.cat([tensors[key]] * 2)
-    save_file(tensors, folder / "adapter_model.safetensors")
-
-
-def another(name: str, net: str = "attention", **settings: object) -> Callable[[Path], object]:
-    """Returns a function that writes another LoRA into a collection."""
-    return lambda folder: lora(net, folder / name, **settings)
-
-
-def nothing(folder: Path) -> None:
-    """Leaves the collection as it is."""
-
-
-ALL_OF_MLP = {f"blocks.{i}.{name}": "all" for i in (0, 1) for name in ("up", "down")}
 SHARE = "rank: expected a number, a pair, or auto=SHARE"
-# A change of the collection, the names of the sources, options, and the message.
-UNFIT: dict[str, tuple[Callable[[Path], object], list[str], dict[str, object], str]] = {
-    "none": (nothing, [], {}, "sources: expected a list of folders"),
+# The names of the sources, options, and the message.
+UNFIT: dict[str, tuple[list[str], dict[str, object], str]] = {
+    "none": ([], {}, "sources: expected a list of folders"),
     "one name twice": (
-        another("other/legal"),
-        ["legal", "other/legal"],
+        ["legal", "legal"],
         {},
         "sources: expected folders of different names.* got 'legal' twice",
     ),
     "a head": (
-        another("headed", modules_to_save=["head"]),
-        ["legal", "headed"],
+        ["legal", "with a head"],
         {},
         "sources: expected LoRAs without modules_to_save.* got head.bias",
     ),
     "another base": (
-        lambda folder: with_other_sizes(folder / "legal"),
-        ["german", "french", "legal"],
+        ["french", "of a wider base"],
         {},
         "sources: expected LoRAs of one base model, got 'blocks.0",
     ),
-    "dora": (
-        another("dora", use_dora=True),
-        ["legal", "dora"],
-        {},
-        "use_dora: expected a LoRA of two factors",
-    ),
-    "no share": (nothing, ["legal"], {"rank": "auto"}, SHARE),
-    "too large a share": (nothing, ["legal"], {"rank": "auto=1.5"}, SHARE),
+    "dora": (["legal", "dora"], {}, "use_dora: expected a LoRA of two factors"),
+    "no share": (["legal"], {"rank": "auto"}, SHARE),
+    "too large a share": (["legal"], {"rank": "auto=1.5"}, SHARE),
     "width": (
-        nothing,
         ["legal"],
         {"group_by": "width"},
         "group_by: expected shape, block, name, layer or a mapping",
     ),
     "a group of two shapes": (
-        another("mlp", "mlp"),
-        ["mlp"],
-        {"group_by": ALL_OF_MLP},
+        ["of two shapes"],
+        {"group_by": {"blocks.0.q": "all", "blocks.1.q": "all", "head": "all"}},
         "group_by: expected layers of one shape in group 'all'",
     ),
 }
 
 
 @pytest.mark.parametrize("case", UNFIT)
-def test_a_collection_that_does_not_fit_is_refused(case: str, tmp_path: Path) -> None:
-    change, names, options, message = UNFIT[case]
-    collection(tmp_path)
-    change(tmp_path)
-    sources = [tmp_path / name for name in names]
+def test_a_collection_that_does_not_fit_is_refused(case: str, loras: Path, tmp_path: Path) -> None:
+    names, options, message = UNFIT[case]
     with pytest.raises(ValueError, match=message):
-        loras_to_bank(sources, tmp_path / "bank", **{"rank": 2, **options})
+        loras_to_bank([loras / name for name in names], tmp_path / "bank", **{"rank": 2, **options})
     assert not (tmp_path / "bank").exists()
 
 
 # ---- the original implementation -----------------------------------------------------------------
 
 
-def original(folder: Path, suffix: str = "pt", **changes: Tensor) -> tuple[Path, dict[str, Tensor]]:
-    """A checkpoint of the original implementation. q of block 1 has other factors."""
+def original(
+    folder: Path, suffix: str = "pt", equal: str | None = None, **changes: Tensor
+) -> tuple[Path, dict[str, Tensor]]:
+    """A checkpoint of the original implementation, with a new head.
+
+    q of block 1 has other factors than the other layers, or only one equal factor.
+    """
     generator = torch.Generator().manual_seed(3)
     state = dict(zoo.net("attention").state_dict())
+    state["head.weight"] = torch.randn(29, 16, generator=generator)
     factors = [torch.randn(2, 16, generator=generator) for _ in range(4)]
     for name in ("blocks.0.q", "blocks.0.v", "blocks.1.q"):
         rhs, lhs = factors[2:] if name == "blocks.1.q" else factors[:2]
@@ -471,6 +458,8 @@ def original(folder: Path, suffix: str = "pt", **changes: Tensor) -> tuple[Path,
             f"{name}.lotr.lhs": lhs.clone(),
             f"{name}.lotr.mid": torch.randn(2, 2, generator=generator),
         }
+    if equal is not None:
+        state[f"blocks.1.q.lotr.{equal}"] = state[f"blocks.0.q.lotr.{equal}"].clone()
     state |= changes
     path = folder / f"model.{suffix}"
     {"pt": torch.save, "safetensors": save_file}[suffix](state, path)
@@ -478,24 +467,20 @@ def original(folder: Path, suffix: str = "pt", **changes: Tensor) -> tuple[Path,
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-@pytest.mark.parametrize("equal", [None, "rhs", "lhs"])  # in layers of different groups
+@pytest.mark.parametrize("equal", [None, "rhs", "lhs"])
 def test_an_original_checkpoint_computes_the_same(
     suffix: str, equal: str | None, tmp_path: Path
 ) -> None:
-    changes = {"head.weight": torch.randn(29, 16)}
-    if equal:
-        _, state = original(tmp_path, suffix)
-        changes[f"blocks.1.q.lotr.{equal}"] = state[f"blocks.0.q.lotr.{equal}"].clone()
-    path, state = original(tmp_path, suffix, **changes)
+    path, state = original(tmp_path, suffix, equal)
     converted = original_to_lotr(path, scale=3.0, modules_to_save=["head"])
     assert converted.config.scaling == 1.5
     assert len({entry.A for entry in converted.adapter.layers.values()}) == 2
-    converted.save(tmp_path / "lotr")
     plain = zoo.net("attention")
-    plain.head.weight.data.copy_(changes["head.weight"])
+    plain.head.weight.data.copy_(state["head.weight"])
     for name in converted.adapter.layers:
         rhs, mid, lhs = (state[f"{name}.lotr.{part}"] for part in ("rhs", "mid", "lhs"))
         plain.get_submodule(name).weight.data.add_(1.5 * (rhs @ mid @ lhs).mT)
+    converted.save(tmp_path / "lotr")
     model = load_adapter(zoo.net("attention"), tmp_path / "lotr")
     assert relative(output(model), output(plain)) < 1e-5
 
@@ -566,16 +551,24 @@ def test_a_lora_that_is_none_is_refused(case: str, tmp_path: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises((TypeError, ValueError), match=message):
         lora_to_lotr(folder, rank=8)
-    words = ["lora-to-lotr", str(folder), str(tmp_path / "out"), "--rank", "8"]
-    assert convert_main(words) == 2
+    assert main(["lora-to-lotr", str(folder), str(tmp_path / "out"), "--rank", "8"]) == 2
     assert not (tmp_path / "out").exists()
 
 
+DAMAGES = {
+    "missing": Path.unlink,
+    "empty": partial(Path.write_bytes, data=b""),
+    "garbage": partial(Path.write_bytes, data=b"\x80\x05garbage"),
+}
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-@pytest.mark.parametrize("data", [None, b"", b"\x80\x05garbage"])
-def test_damaged_files_are_one_clear_error(name: str, data: bytes | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_files_are_one_clear_error(
+    name: str, damage: Callable[[Path], object], tmp_path: Path
+) -> None:
     lora("attention", tmp_path)
-    (tmp_path / name).unlink() if data is None else (tmp_path / name).write_bytes(data)
+    damage(tmp_path / name)
     with pytest.raises(ValueError, match=re.escape(name) + "|source: expected"):
         lora_to_lotr(tmp_path, rank=4)
 
@@ -633,7 +626,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for run in runs:
         command, source, destination, *options = run.split()
         words = [command, str(tmp_path / source), str(tmp_path / destination), *options]
-        assert convert_main(words) == 0
+        assert main(words) == 0
     printed = capsys.readouterr().out
     for line in ("blocks.0.q  error", "blocks.0.q  16 x 16  rank 15", "lora  error"):
         assert line in printed
@@ -648,7 +641,7 @@ def test_the_command_says_what_is_missing(
 ) -> None:
     rank = ["--rank", "4"] if command.startswith("lora") else []
     words = [command, str(tmp_path / place), str(tmp_path / "out"), *rank]
-    assert convert_main(words) == 2
+    assert main(words) == 2
     message = capsys.readouterr().err
     assert re.match(r"error: \w+: expected a .*, got ", message), message
     assert "Errno" not in message and not (tmp_path / "out").exists()

@@ -5,17 +5,16 @@ The old files were saved at commit bd4494a, lotr_ext 0.1.0.
 
 import contextlib
 import copy
-import functools
 import hashlib
 import itertools
 import json
-import operator
 import os
 import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,11 @@ import pytest
 import torch
 import zoo
 from helpers import ERRORS, relative
-from models import CASES, moved, same, started, state, trained, unchanged
-from safetensors import safe_open
+from models import CASES, flags_of, moved, same, started, state, trained, unchanged
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.profiler import profile
 
 from lotr_ext import (
     LoTRConfig,
@@ -49,7 +48,7 @@ from lotr_ext.adapter_state import FILE_NAME
 from lotr_ext.cores import DiagonalCores
 from lotr_ext.model import adapted_layers
 from lotr_ext.old_files import JSON_NAME, config_of_version_1
-from lotr_ext.storage import checksum
+from lotr_ext.storage import checksum, tensors_in
 
 OLD = Path(__file__).parent / "data" / "bd4494a"
 OLD_NETS = {
@@ -61,32 +60,23 @@ OLD_NETS = {
 }
 
 
-def tensors_in(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / FILE_NAME)
-
-
-def metadata_of(folder: Path) -> dict[str, str]:
-    with safe_open(folder / FILE_NAME, "pt") as file:
-        return file.metadata()
-
-
-def document_of(folder: Path) -> dict[str, Any]:
-    """Reads the JSON document of an adapter, of version 2 if it has that version's files."""
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the document and the tensors of an adapter, of version 2 only the document."""
     if (folder / JSON_NAME).exists():
-        return json.loads((folder / JSON_NAME).read_text())
-    return json.loads(metadata_of(folder)["adapter"])
+        return json.loads((folder / JSON_NAME).read_text()), {}
+    tensors, metadata = tensors_in(folder / FILE_NAME, "folder")
+    return json.loads(metadata["adapter"]), tensors
 
 
-def write_document(folder: Path, document: object) -> None:
-    """Replaces the document of an adapter of either version. Checksums are right."""
+def write(folder: Path, document: object, tensors: dict[str, Tensor]) -> None:
+    """Replaces what `read` returns. Checksums are right."""
+    text = json.dumps(document)
     if (folder / JSON_NAME).exists():
-        (folder / JSON_NAME).write_text(json.dumps(document))
-    else:
-        sealed(folder, document, tensors_in(folder))
-
-
-def flags_of(model: nn.Module) -> list[bool]:
-    return [parameter.requires_grad for parameter in model.parameters()]
+        (folder / JSON_NAME).write_text(text)
+        return
+    sha256 = checksum(sorted(tensors.items()), text.encode())
+    metadata = {"format": "lotr", "format_version": "3", "adapter": text, "sha256": sha256}
+    save_file(tensors, folder / FILE_NAME, metadata)
 
 
 def reloaded(model: nn.Module, other: nn.Module, folder: Path) -> nn.Module:
@@ -111,9 +101,6 @@ def test_saved_and_loaded_models_compute_the_same(name: str, way: str, tmp_path:
         assert flags_of(other) == flags_of(model)
         assert {layer.dropout for layer in adapted_layers(other).values()} == {0.25}
     assert plain.lotr_config == model.lotr_config
-    save_adapter(plain, tmp_path / "again")
-    assert same(tensors_in(folder), tensors_in(tmp_path / "again"))
-    assert document_of(folder) == document_of(tmp_path / "again")
 
 
 @pytest.mark.parametrize(
@@ -128,18 +115,25 @@ def test_a_merged_or_compiled_model_is_saved_as_if_it_were_not(
     assert torch.equal(reloaded(change(model), zoo.net("mlp"), tmp_path)(x), y)
 
 
-def test_modules_to_save_and_buffers_come_along(tmp_path: Path) -> None:
+def test_modules_to_save_come_along(tmp_path: Path) -> None:
+    """With their buffers, and with weights that share memory."""
+
     def make() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)), nn.BatchNorm1d(4))
+        memory = torch.randn(6, 4)
+        model[1].weight = nn.Parameter(memory[:4])
+        model[2].weight = nn.Parameter(memory[2:])
+        return model
 
-    model = apply_lotr(make(), LoTRConfig(rank=2, target_modules=["0"], modules_to_save=["1", "2"]))
+    settings = LoTRConfig(rank=2, target_modules=["0"], modules_to_save=["1", "2", "3"])
+    model = moved(apply_lotr(make(), settings))
     x = torch.randn(8, 4)
-    moved(model).train()(x)
-    zoo.fill(model, 5, 0.2, lambda name: name[0] in "12")
+    model.train()(x)
+    zoo.fill(model, 5, 0.2, lambda name: name[0] in "123")
     other = reloaded(model, make(), tmp_path)
     assert torch.equal(other.eval()(x), model.eval()(x))
-    assert other[1].num_batches_tracked == 1
+    assert other[3].num_batches_tracked == 1
     assert flags_of(other) == flags_of(model)
 
 
@@ -158,7 +152,7 @@ def test_hand_built_models_are_filled(tmp_path: Path) -> None:
     # A computed weight says nothing about the core, which a form computes.
     parametrize.register_parametrization(model["c"], "weight", nn.Identity())
     other = reloaded(model, make(), tmp_path)
-    assert document_of(tmp_path)["config"] is None
+    assert read(tmp_path)[0]["config"] is None
     x = torch.randn(3, 4)
     assert all(torch.equal(other[name](x), model[name](x)) for name in "abcd")
 
@@ -190,8 +184,8 @@ def test_a_tied_tensor_is_stored_once_and_stays_tied(saved: list[str], tmp_path:
     model = apply_lotr(with_head(tied=True), settings)
     zoo.fill(model, 3, only=lambda name: not name.startswith("a."))
     other = reloaded(model, with_head(tied=True), tmp_path)
-    stored = [name for name in tensors_in(tmp_path) if name.startswith(("embed.", "head."))]
-    assert len(stored) == 1
+    _, tensors = read(tmp_path)
+    assert sum(name.startswith(("embed.", "head.")) for name in tensors) == 1
     assert torch.equal(other.embed.weight, model.head.weight)
     assert other.head.weight is other.embed.weight
 
@@ -227,58 +221,24 @@ def test_parametrized_cores_are_saved_by_value(x: Tensor, model: nn.Module, tmp_
         load_adapter(model, tmp_path)
 
 
-def trains_a_head(model: nn.Module) -> None:
-    model.head.weight.requires_grad_()
-
-
-def trains_tasks(model: nn.Module) -> None:
-    TaskBank(model, 3).requires_grad_().add()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (nn.Module.eval, None),
-        (trains_a_head, r"does not write 1 trained parameters .* head\.weight"),
-        (trains_tasks, r"such as lotr_tasks\.cores\.0\..*tasks with"),
-    ],
-)
-def test_warns_of_what_the_file_lacks(
-    model: nn.Module,
-    change: Callable,
-    message: str | None,
-    tmp_path: Path,
-    recwarn: pytest.WarningsRecorder,
-) -> None:
-    change(model)
+@pytest.mark.filterwarnings("error")
+def test_warns_of_what_the_file_lacks(model: nn.Module, tmp_path: Path) -> None:
     save_adapter(model, tmp_path)
-    texts = [str(warning.message) for warning in recwarn]
-    assert len(texts) == int(message is not None)
-    assert message is None or re.search(message, texts[0])
+    model.head.weight.requires_grad_()
+    with pytest.warns(UserWarning, match=r"does not write 1 trained parameters .* head\.weight"):
+        save_adapter(model, tmp_path)
+    model.head.weight.requires_grad_(False)
+    TaskBank(model, 3).requires_grad_().add()
+    with pytest.warns(UserWarning, match=r"such as lotr_tasks\.cores\.0\..*tasks with"):
+        save_adapter(model, tmp_path)
 
 
 def test_computed_cores_in_another_order_are_refused(tmp_path: Path) -> None:
     save_adapter(trained("mlp", "diagonal"), tmp_path)
-    document = document_of(tmp_path)
-    document["layers"] = dict(reversed(document["layers"].items()))
-    write_document(tmp_path, document)
+    document, tensors = read(tmp_path)
+    write(tmp_path, document | {"layers": dict(reversed(document["layers"].items()))}, tensors)
     with pytest.raises(ValueError, match="layers: expected the model's order"):
         load_adapter(started("mlp", "diagonal"), tmp_path)
-
-
-def test_modules_to_save_may_share_memory(tmp_path: Path) -> None:
-    def make() -> nn.Module:
-        model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})
-        memory = torch.empty(8, 4)
-        model["b"].weight = nn.Parameter(memory[:4])
-        model["c"].weight = nn.Parameter(memory[2:6])
-        return zoo.fill(model)
-
-    settings = LoTRConfig(rank=2, target_modules=["a"], modules_to_save=["b", "c"])
-    model = apply_lotr(make(), settings)
-    model["b"].weight.data.add_(1)
-    other = reloaded(model, make(), tmp_path)
-    assert all(torch.equal(other[name].weight, model[name].weight) for name in "bc")
 
 
 # ---- files of bd4494a ----------------------------------------------------------------------------
@@ -320,7 +280,7 @@ def test_the_scaling_of_a_configuration_of_version_1(
     assert config.train == ("A", "B", "core")
 
 
-def test_loads_tasks_that_older_code_saved(tmp_path: Path) -> None:
+def test_loads_tasks_that_older_code_saved() -> None:
     expected = load_file(OLD / "tasks" / "expected.safetensors")
     model = load_adapter(zoo.net("attention"), OLD / "tasks")
     bank = TaskBank(model, 4)
@@ -328,82 +288,56 @@ def test_loads_tasks_that_older_code_saved(tmp_path: Path) -> None:
         assert bank.add(OLD / "tasks" / f"task{i}.safetensors") == i
     with use_tasks(model, expected["index"]):
         assert relative(zoo.output(model, expected["x"]), expected["y_of_tasks"]) < 1e-6
-    bank.save(1, tmp_path / "task.safetensors")
-    again = TaskBank(reloaded(model, zoo.net("attention"), tmp_path), 1)
-    again.add(tmp_path / "task.safetensors")
-    assert same(again.cores_of(0), bank.cores_of(1))
 
 
 # ---- damaged and foreign files -------------------------------------------------------------------
 
-Change = Callable[[Path], object]
-
-
-def sealed(folder: Path, document: object, tensors: dict[str, Tensor]) -> None:
-    """Writes an adapter's file with the right checksum."""
-    text = document if isinstance(document, str) else json.dumps(document)
-    metadata = metadata_of(folder)
-    metadata["adapter"] = text
-    metadata["sha256"] = checksum(sorted(tensors.items()), text.encode())
-    save_file(tensors, folder / FILE_NAME, metadata)
+Damage = Callable[[Path], object]  # of an adapter's folder
+Change = Callable[[dict, dict], object]  # of the document d and the tensors t
+UP = "blocks.1.up"
+OLD_NAME = "lotr_adapter.0123456789abcdef.safetensors"
 
 
 def as_version_2(folder: Path) -> None:
     """Replaces an adapter by the two files of version 2."""
-    name = "lotr_adapter.0123456789abcdef.safetensors"
-    document = document_of(folder)
-    save_file(tensors_in(folder), folder / name)
-    document["tensors_sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    document |= {"format": "lotr", "format_version": 2, "tensors_file": name}
+    document, tensors = read(folder)
+    save_file(tensors, folder / OLD_NAME)
     del document["base"]
+    document |= {
+        "format": "lotr",
+        "format_version": 2,
+        "tensors_file": OLD_NAME,
+        "tensors_sha256": hashlib.sha256((folder / OLD_NAME).read_bytes()).hexdigest(),
+    }
     (folder / JSON_NAME).write_text(json.dumps(document))
     (folder / FILE_NAME).unlink()
 
 
-def changed(*place: str, **changes: object) -> Change:
-    """Returns a change of fields of the document, or of the object at a place in it."""
-
-    def change(folder: Path) -> None:
-        document = document_of(folder)
-        functools.reduce(operator.getitem, place, document).update(changes)
-        write_document(folder, document)
-
-    return change
+def edit(folder: Path, change: Change) -> None:
+    document, tensors = read(folder)
+    change(document, tensors)
+    write(folder, document, tensors)
 
 
-def of_layer(**changes: object) -> Change:
-    return changed("layers", "blocks.1.up", **changes)
+def of_layer(**fields: object) -> Change:
+    return lambda document, tensors: document["layers"][UP].update(fields)
 
 
-def without_a_layer(folder: Path) -> None:
-    document = document_of(folder)
-    del document["layers"]["blocks.1.up"]
-    write_document(folder, document)
+def edits(changes: dict[str, Change]) -> dict[str, Damage]:
+    return {name: partial(edit, change=change) for name, change in changes.items()}
 
 
-def of_tensors(name: str, tensor: Tensor | None) -> Change:
-    """Returns a change of one tensor, which is removed if it is None. Checksums are right."""
-
-    def change(folder: Path) -> None:
-        tensors = {**tensors_in(folder), name: tensor}
-        kept = {key: value for key, value in tensors.items() if value is not None}
-        sealed(folder, document_of(folder), kept)
-
-    return change
+def rewrite(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
-def rewritten(name: str, data: Callable[[bytes], bytes]) -> Change:
-    def change(folder: Path) -> None:
-        (folder / name).write_bytes(data((folder / name).read_bytes()))
-
-    return change
+def rewrites(name: str, changes: dict[str, Callable[[bytes], bytes]]) -> dict[str, Damage]:
+    return {key: partial(rewrite, name=name, change=change) for key, change in changes.items()}
 
 
-def of_metadata(**changes: str) -> Change:
-    def change(folder: Path) -> None:
-        save_file(tensors_in(folder), folder / FILE_NAME, metadata_of(folder) | changes)
-
-    return change
+def change_metadata(folder: Path, **changes: str) -> None:
+    tensors, metadata = tensors_in(folder / FILE_NAME, "folder")
+    save_file(tensors, folder / FILE_NAME, metadata | changes)
 
 
 def as_folder(folder: Path) -> None:
@@ -416,31 +350,23 @@ def as_fifo(folder: Path) -> None:
     os.mkfifo(folder / FILE_NAME)
 
 
-def of_huge_rank(folder: Path, **more: Tensor) -> None:
-    """Cores of rank 700, which would need 1.3 GB, in a file of a few kB."""
-    document = document_of(folder)
+def of_huge_cores(document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Cores that are computed from 1.3 GB, of which the file has one slice."""
     document["config"] |= {"rank": 700, "core": "tucker"}
-    old = tensors_in(folder)
-    tensors = {key: t for key, t in old.items() if "head" in key} | more
     for name, entry in document["layers"].items():
         for key in (entry["A"], entry["B"]):
-            tensors[key] = torch.zeros(len(old[key]) if more else 0, 700)
+            tensors[key] = torch.zeros(len(tensors[key]), 700)
         tensors[f"{name}.core"] = torch.zeros(700, 700)
-    sealed(folder, document, tensors)
-
-
-def of_huge_cores(folder: Path) -> None:
-    """As above, with factors and cores of the right sizes, and slices that are too few."""
-    shapes = {"lotr_cores.weights": (4, 700), "lotr_cores.slices": (1, 700, 700)}
-    of_huge_rank(folder, **{name: torch.zeros(shape) for name, shape in shapes.items()})
+    tensors["lotr_cores.weights"] = torch.zeros(4, 700)
+    tensors["lotr_cores.slices"] = torch.zeros(1, 700, 700)
 
 
 # What may be wrong with a document, in either version.
 OF_DOCUMENTS: dict[str, Change] = {
-    "a list of layers": changed(layers=[]),
-    "no layers": changed(layers={}),
-    "a layer that is a number": changed(layers={"blocks.0.up": 3}),
-    "a layer less": without_a_layer,
+    "a list of layers": lambda d, t: d.update(layers=[]),
+    "no layers": lambda d, t: d.update(layers={}),
+    "a layer that is a number": lambda d, t: d["layers"].update({UP: 3}),
+    "a layer less": lambda d, t: d["layers"].pop(UP),
     "a scaling that is a word": of_layer(scaling="auto"),
     "a scaling that is not finite": of_layer(scaling=float("inf")),
     "a scaling that is true": of_layer(scaling=True),
@@ -455,149 +381,83 @@ OF_DOCUMENTS: dict[str, Change] = {
     "a layer with other factors": of_layer(A="lotr_factors.2.value"),
     "a layer with unknown factors": of_layer(A="lotr_factors.9.value"),
     "a layer with an unknown field": of_layer(other=1),
-    "a config that is a list": changed(config=[]),
-    "a config that is a word": changed(config="dense"),
-    "an unknown field": changed("config", other=1),
-    "a rank of 0": changed("config", rank=0),
-    "another rank": changed("config", rank=2),
-    "computed cores that the file lacks": changed("config", core="tucker"),
-    "an unknown dtype": changed("config", adapter_dtype="complex64"),
+    "a config that is a list": lambda d, t: d.update(config=[]),
+    "a config that is a word": lambda d, t: d.update(config="dense"),
+    "an unknown field": lambda d, t: d["config"].update(other=1),
+    "a rank of 0": lambda d, t: d["config"].update(rank=0),
+    "another rank": lambda d, t: d["config"].update(rank=2),
+    "computed cores that the file lacks": lambda d, t: d["config"].update(core="tucker"),
+    "an unknown dtype": lambda d, t: d["config"].update(adapter_dtype="complex64"),
 }
-OF_FILES: dict[str, Change] = {
-    "no file": lambda folder: (folder / FILE_NAME).unlink(),
-    "cut off": rewritten(FILE_NAME, lambda data: data[:200]),
-    "empty": rewritten(FILE_NAME, lambda data: b""),
-    "one bit of a tensor changed": rewritten(
-        FILE_NAME, lambda data: data[:-1] + bytes([data[-1] ^ 1])
+OF_CONTENTS: dict[str, Change] = {
+    "a base that is a list": lambda d, t: d.update(base=[]),
+    "a base with an unknown field": lambda d, t: d.update(base={"names": "x"}),
+    "values of the base that are a list": lambda d, t: d["base"].update(values=[1.0]),
+    "a value of the base that is a word": lambda d, t: d["base"]["values"].update(x=["x"]),
+    "another tensor": lambda d, t: t.update(extra=torch.zeros(2)),
+    "a tensor less": lambda d, t: t.pop("head.bias"),
+    "no core": lambda d, t: t.pop(f"{UP}.core"),
+    "a tensor of another shape": lambda d, t: t.update({f"{UP}.core": torch.zeros(3, 2)}),
+    "a tensor of another dtype": lambda d, t: t.update({f"{UP}.core": torch.zeros(3, 3).half()}),
+    "integers": lambda d, t: t.update({f"{UP}.core": torch.zeros(3, 3).int()}),
+    "a factor of three dimensions": lambda d, t: t.update(
+        {"lotr_factors.0.value": torch.zeros(16, 3, 1)}
     ),
-    "one digit of the document changed": rewritten(
-        FILE_NAME, lambda data: data.replace(b'\\"scaling\\": 1.5', b'\\"scaling\\": 1.6', 1)
-    ),
-    "a folder": as_folder,
-    "a pipe": as_fifo,
-    "another format": of_metadata(format="lora"),
-    "a newer version": of_metadata(format_version="99"),
-    "another checksum": of_metadata(sha256="0" * 64),
-    "another document": of_metadata(adapter="{}"),
-    "a document that is a list": lambda folder: sealed(folder, [], tensors_in(folder)),
-    "endless brackets": lambda folder: sealed(folder, "[" * 200_000, tensors_in(folder)),
-    "a base that is a list": changed(base=[]),
-    "a base with an unknown field": changed(base={"names": "x"}),
-    "values of the base that are a list": changed("base", values=[1.0]),
-    "a value of the base that is a word": changed("base", values={"head.weight": ["x"]}),
-    "another tensor": of_tensors("extra", torch.zeros(2)),
-    "a tensor less": of_tensors("head.bias", None),
-    "no core": of_tensors("blocks.1.up.core", None),
-    "a tensor of another shape": of_tensors("blocks.1.up.core", torch.zeros(3, 2)),
-    "a tensor of another dtype": of_tensors("blocks.1.up.core", torch.zeros(3, 3).half()),
-    "integers": of_tensors("blocks.1.up.core", torch.zeros(3, 3, dtype=torch.int32)),
-    "a factor of three dimensions": of_tensors("lotr_factors.0.value", torch.zeros(16, 3, 1)),
-    "a factor of another size": of_tensors("lotr_factors.0.value", torch.zeros(15, 3)),
-    "part of a start": of_tensors("blocks.1.up.start_core", torch.zeros(3, 3)),
-    "a rank of 700": of_huge_rank,
+    "a factor of another size": lambda d, t: t.update({"lotr_factors.0.value": torch.zeros(15, 3)}),
+    "part of a start": lambda d, t: t.update({f"{UP}.start_core": torch.zeros(3, 3)}),
     "cores of rank 700": of_huge_cores,
 }
-OF_OLD_FILES: dict[str, Change] = {
-    "no tensors": lambda folder: next(folder.glob("*.safetensors")).unlink(),
-    "tensors cut off": lambda folder: rewritten(
-        next(folder.glob("*.safetensors")).name, lambda data: data[:200]
-    )(folder),
-    "JSON cut off": rewritten(JSON_NAME, lambda data: data[:100]),
-    "JSON a list": rewritten(JSON_NAME, lambda data: b"[]"),
-    "JSON of bytes": rewritten(JSON_NAME, lambda data: b"\xff\xfe\x00"),
-    "JSON of endless brackets": rewritten(JSON_NAME, lambda data: b"[" * 200_000),
-    "another format": changed(format="lora"),
-    "a newer version": changed(format_version=99),
-    "no version": changed(format_version=None),
-    "a path as the tensors' file": changed(
-        tensors_file="../lotr_adapter.0123456789abcdef.safetensors"
+OF_BYTES: dict[str, Callable[[bytes], bytes]] = {
+    "cut off": lambda data: data[:200],
+    "empty": lambda data: b"",
+    "one bit of a tensor changed": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    "one digit of the document changed": lambda data: data.replace(
+        b'\\"scaling\\": 1.5', b'\\"scaling\\": 1.6', 1
     ),
-    "a number as the tensors' file": changed(tensors_file=3),
-    "another checksum": changed(tensors_sha256="0" * 64),
-    "no checksum": changed(tensors_sha256=None),
 }
-HOSTILE = [
-    *(pytest.param(change, False, id=name) for name, change in (OF_FILES | OF_DOCUMENTS).items()),
-    *(
-        pytest.param(change, True, id=f"version 2, {name}")
-        for name, change in (OF_OLD_FILES | OF_DOCUMENTS).items()
-    ),
-]
+OF_FILES: dict[str, Damage] = {
+    "no file": lambda folder: (folder / FILE_NAME).unlink(),
+    "a folder": as_folder,
+    "a pipe": as_fifo,
+    "another format": partial(change_metadata, format="lora"),
+    "a newer version": partial(change_metadata, format_version="99"),
+    "another checksum": partial(change_metadata, sha256="0" * 64),
+    "another document": partial(change_metadata, adapter="{}"),
+    "a document that is a list": partial(write, document=[], tensors={}),
+}
+OF_OLD_DOCUMENTS: dict[str, Change] = {
+    "another format": lambda d, t: d.update(format="lora"),
+    "a newer version": lambda d, t: d.update(format_version=99),
+    "no version": lambda d, t: d.update(format_version=None),
+    "a path as the tensors' file": lambda d, t: d.update(tensors_file=f"../{OLD_NAME}"),
+    "a number as the tensors' file": lambda d, t: d.update(tensors_file=3),
+    "another checksum": lambda d, t: d.update(tensors_sha256="0" * 64),
+    "no checksum": lambda d, t: d.update(tensors_sha256=None),
+}
+OF_OLD_BYTES: dict[str, Callable[[bytes], bytes]] = {
+    "JSON cut off": lambda data: data[:100],
+    "JSON a list": lambda data: b"[]",
+    "JSON of bytes": lambda data: b"\xff\xfe\x00",
+    "JSON of endless brackets": lambda data: b"[" * 200_000,
+}
+OF_OLD_FILES: dict[str, Damage] = {
+    "no tensors": lambda folder: (folder / OLD_NAME).unlink(),
+    "tensors cut off": partial(rewrite, name=OLD_NAME, change=lambda data: data[:200]),
+}
+DAMAGES = OF_FILES | rewrites(FILE_NAME, OF_BYTES) | edits(OF_DOCUMENTS | OF_CONTENTS)
+OLD_DAMAGES = (
+    OF_OLD_FILES | rewrites(JSON_NAME, OF_OLD_BYTES) | edits(OF_DOCUMENTS | OF_OLD_DOCUMENTS)
+)
+HOSTILE = {name: [damage] for name, damage in DAMAGES.items()} | {
+    f"version 2, {name}": [as_version_2, damage] for name, damage in OLD_DAMAGES.items()
+}
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved")
-    save_adapter(trained("mlp", modules_to_save=["head"]), folder)
-    return folder
-
-
-def copied(saved: Path, tmp_path: Path, old: bool = False) -> Path:
-    folder = tmp_path / "copy"
-    shutil.copytree(saved, folder)
-    if old:
-        as_version_2(folder)
-    return folder
-
-
-@pytest.mark.parametrize(("damage", "old"), HOSTILE)
-@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
-def test_damaged_files_are_one_clear_error(
-    x: Tensor, damage: Change, old: bool, adapted: bool, saved: Path, tmp_path: Path
-) -> None:
-    """Loading changes nothing, and an adapter can be saved over the damaged one."""
-    folder = copied(saved, tmp_path, old)
-    damage(folder)
-    model = started("mlp", modules_to_save=["head"]) if adapted else zoo.net("mlp")
-    y = model(x)
-    with unchanged(model), pytest.raises(ERRORS, match="expected") as raised:
-        load_adapter(model, folder)
-    assert type(raised.value) in ERRORS and len(str(raised.value)) < 2000
-    assert torch.equal(model(x), y)
-    if not (folder / FILE_NAME).is_dir():
-        save_adapter(trained("mlp", modules_to_save=["head"]), folder)
-        assert torch.equal(loads(folder, x), loads(saved, x))
-
-
-def test_a_file_of_a_huge_rank_is_refused_before_memory_is_allocated(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = copied(saved, tmp_path)
-    of_huge_cores(folder)
-    zeros = torch.zeros
-
-    def small(*size: int, **options: Any) -> Tensor:
-        tensor = zeros(*size, **options)
-        assert tensor.is_meta or tensor.numel() < 10**7
-        return tensor
-
-    monkeypatch.setattr(torch, "zeros", small)
-    with pytest.raises(ValueError, match=r"lotr_cores: expected .*slices': \[700, 700, 700\]"):
-        load_adapter(zoo.net("mlp"), folder)
-
-
-BAD_VALUES = [None, True, -1, 0, 7, 1e30, 1e300, "x", "", [], {}, [[]], float("nan"), float("-inf")]
-
-
-def places_in(value: Any, place: tuple = ()) -> Iterator[tuple]:
-    """The place of each value in a document."""
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, inner in items:
-        yield (*place, key)
-        if isinstance(inner, (dict, list)):
-            yield from places_in(inner, (*place, key))
-
-
-def damaged_document(document: dict[str, Any], generator: random.Random) -> dict[str, Any]:
-    """Returns a document with one value that is missing or another one."""
-    document = copy.deepcopy(document)
-    *place, last = generator.choice(list(places_in(document)))
-    target = functools.reduce(operator.getitem, place, document)
-    if generator.random() < 0.3:
-        del target[last]
-    else:
-        target[last] = generator.choice(BAD_VALUES)
-    return document
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with an adapter of the MLP and its head."""
+    save_adapter(trained("mlp", modules_to_save=["head"]), tmp_path)
+    return tmp_path
 
 
 def loads(folder: Path, x: Tensor) -> Tensor | None:
@@ -610,42 +470,84 @@ def loads(folder: Path, x: Tensor) -> Tensor | None:
         return None
 
 
+@pytest.mark.parametrize("damages", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_damaged_files_are_one_clear_error(
+    x: Tensor, damages: list[Damage], adapted: bool, folder: Path
+) -> None:
+    """Loading changes nothing, and an adapter can be saved over the damaged one."""
+    for damage in damages:
+        damage(folder)
+    model = started("mlp", modules_to_save=["head"]) if adapted else zoo.net("mlp")
+    with unchanged(model), pytest.raises(ERRORS, match="expected") as raised:
+        load_adapter(model, folder)
+    assert type(raised.value) in ERRORS
+    assert len(str(raised.value)) < 2000
+    if not (folder / FILE_NAME).is_dir():
+        source = trained("mlp", modules_to_save=["head"])
+        save_adapter(source, folder)
+        assert torch.equal(loads(folder, x), source(x))
+
+
+def test_a_file_of_a_huge_rank_is_refused_before_memory_is_allocated(folder: Path) -> None:
+    edit(folder, of_huge_cores)
+    message = r"lotr_cores: expected .*slices': \[700, 700, 700\]"
+    with profile(profile_memory=True) as events, pytest.raises(ValueError, match=message):
+        load_adapter(zoo.net("mlp"), folder)
+    assert max(event.cpu_memory_usage for event in events.events()) < 10**8
+
+
+BAD_VALUES = [None, True, -1, 0, 7, 1e30, 1e300, "x", "", [], {}, [[]], float("nan"), float("-inf")]
+
+
+def change_one(document: dict[str, Any] | list, generator: random.Random) -> None:
+    """Removes or replaces one value, at any depth."""
+    is_object = isinstance(document, dict)
+    key = generator.choice(list(document) if is_object else range(len(document)))
+    if document[key] and isinstance(document[key], (dict, list)) and generator.random() < 0.9:
+        change_one(document[key], generator)
+    elif generator.random() < 0.3:
+        del document[key]
+    else:
+        document[key] = generator.choice(BAD_VALUES)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("old", [False, True], ids=["version 3", "version 2"])
 def test_a_random_change_of_a_document_is_refused_or_computes(
-    x: Tensor, old: bool, saved: Path, tmp_path: Path
+    x: Tensor, old: bool, folder: Path
 ) -> None:
     generator = random.Random(0)
-    folder = copied(saved, tmp_path, old)
-    document = document_of(folder)
+    if old:
+        as_version_2(folder)
+    document, tensors = read(folder)
     refused = 0
     for _ in range(300):
-        damaged = damaged_document(document, generator)
-        write_document(folder, damaged)
+        changed = copy.deepcopy(document)
+        change_one(changed, generator)
+        write(folder, changed, tensors)
         y = loads(folder, x)
         refused += y is None
-        assert y is None or bool(y.isfinite().all()), damaged
-    assert refused > 100
+        assert y is None or bool(y.isfinite().all()), changed
+    assert 100 < refused < 300
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_no_random_damage_loads_as_another_function(x: Tensor, saved: Path, tmp_path: Path) -> None:
+def test_no_random_damage_loads_as_another_function(x: Tensor, folder: Path) -> None:
     generator = random.Random(1)
-    folder = copied(saved, tmp_path)
-    expected = load_adapter(zoo.net("mlp"), folder)(x)
-    path = folder / FILE_NAME
+    expected = loads(folder, x)
     data = (folder / FILE_NAME).read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
     for i in range(400):
         place = generator.randrange(header if i % 2 else len(data))
-        damage = [
+        damages = [
             data[:place] + bytes([data[place] ^ 1 << generator.randrange(8)]) + data[place + 1 :],
             data[:place],
             data[:place] + generator.randbytes(3) + data[place:],
             data[:place] + data[place + 2 :],
             data[:place] + generator.choice([b"0", b"9", b"-", b'"', b"}"]) + data[place + 1 :],
-        ][generator.randrange(5)]
-        path.write_bytes(damage)
+        ]
+        (folder / FILE_NAME).write_bytes(generator.choice(damages))
         y = loads(folder, x)
         assert y is None or torch.equal(y, expected), (i, place)
 
@@ -660,15 +562,15 @@ def deeper(blocks: int) -> nn.Module:
 
 def test_a_model_with_more_layers_is_refused(tmp_path: Path) -> None:
     save_adapter(apply_lotr(deeper(2), LoTRConfig(rank=2)), tmp_path)
+    model = deeper(3)
     for strict in ("targets", True):
-        model = deeper(3)
-        with pytest.raises(ValueError, match=r"its 2 layers, got one with 1 more, such as 2"):
+        with (
+            unchanged(model),
+            pytest.raises(ValueError, match=r"its 2 layers, got one with 1 more, such as 2"),
+        ):
             load_adapter(model, tmp_path, strict=strict)
-        assert not hasattr(model, "lotr_config")
     with pytest.warns(UserWarning, match="1 more, such as 2"):
-        load_adapter(deeper(3), tmp_path, strict=False)
-    with pytest.raises(ValueError, match="strict: expected"):
-        load_adapter(deeper(2), tmp_path, strict="layers")
+        load_adapter(model, tmp_path, strict=False)
 
 
 @pytest.mark.parametrize("name", ["mlp", "gpt2", "mixture"])
@@ -693,7 +595,7 @@ def test_the_same_base_is_recognized(name: str, way: str, tmp_path: Path) -> Non
     for folder in ("first", "merged", "again"):
         for other in (zoo.net(name), started(name, way), zoo.net(name).bfloat16()):
             load_adapter(other, tmp_path / folder, strict=True)
-        assert document_of(tmp_path / folder)["base"]["values"]
+        assert read(tmp_path / folder)[0]["base"]["values"]
 
 
 @pytest.mark.parametrize(
@@ -705,14 +607,11 @@ def test_the_configuration_follows_what_is_loaded(
 ) -> None:
     source = trained("mlp", **saved_settings)
     model = reloaded(source, started("mlp", **before), tmp_path)
-    again = reloaded(model, zoo.net("mlp"), tmp_path)
-    assert again.lotr_config == model.lotr_config
+    assert torch.equal(model(x), source(x))
     expected = (source.lotr_config.s, source.lotr_config.dropout)
-    for loaded in (model, again):
-        assert torch.equal(loaded(x), source(x))
-        assert (loaded.lotr_config.s, loaded.lotr_config.dropout) == expected
-        layers = adapted_layers(loaded).values()
-        assert {(layer.scaling, layer.dropout) for layer in layers} == {expected}
+    assert (model.lotr_config.s, model.lotr_config.dropout) == expected
+    layers = adapted_layers(model).values()
+    assert {(layer.scaling, layer.dropout) for layer in layers} == {expected}
 
 
 def test_the_configuration_follows_a_file_of_a_hand_built_model(tmp_path: Path) -> None:
@@ -726,7 +625,7 @@ def test_the_configuration_follows_a_file_of_a_hand_built_model(tmp_path: Path) 
 
 # A file in a folder, and the message.
 WRONG_FOLDERS = [
-    ("notes.txt", r"got .*folder, which has no adapter. Pass the folder"),
+    ("notes.txt", r"got .*, which has no adapter. Pass the folder"),
     ("config.json", r"save_pretrained or of a Trainer.*AdapterCheckpoints"),
     ("adapter_config.json", r"of PEFT.*PeftModel.from_pretrained.*lora_to_lotr"),
 ]
@@ -734,13 +633,9 @@ WRONG_FOLDERS = [
 
 @pytest.mark.parametrize(("file", "message"), WRONG_FOLDERS)
 def test_a_folder_without_an_adapter_is_named(file: str, message: str, tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    with pytest.raises(ValueError, match=r"got .*folder, which is not a folder. Pass the folder"):
-        load_adapter(zoo.net("mlp"), folder)
-    folder.mkdir()
-    (folder / file).write_text("{}")
+    (tmp_path / file).write_text("{}")
     with pytest.raises(ValueError, match=message):
-        load_adapter(zoo.net("mlp"), folder)
+        load_adapter(zoo.net("mlp"), tmp_path)
 
 
 def test_pushes_to_a_hub_and_loads_from_it(
@@ -759,7 +654,6 @@ def test_pushes_to_a_hub_and_loads_from_it(
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert push_to_hub(model, "user/name", private=True) == "user/name@abc"
     create.assert_called_once_with("user/name", exist_ok=True, private=True)
     assert torch.equal(load_adapter(zoo.net("mlp"), "user/name")(x), model(x))
@@ -770,19 +664,15 @@ def test_pushes_to_a_hub_and_loads_from_it(
 # ---- crashes -------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """Stands for the end of the process.
-
-    Nothing runs after it, so the test also turns off what cleans up.
-    """
-
-
 def killed_at(step: int, changes: Iterator[int], real: Callable) -> Callable:
-    """Returns the real change of the disk, which ends the process from the step-th change on."""
+    """Returns the real change of the disk, which ends the process from the step-th change on.
+
+    Nothing runs after the end of a process, so this also turns off what cleans up.
+    """
 
     def call(*args: object, **kwargs: object) -> object:
         if next(changes) >= step:
-            raise Killed
+            raise KeyboardInterrupt
         return real(*args, **kwargs)
 
     return call
@@ -805,7 +695,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_adapter(
         save_adapter(trained("mlp", seed=1), folder)
         if two_files:
             as_version_2(folder)
-        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
             changes = itertools.count()
             for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), (Path, "mkdir")):
                 patch.setattr(owner, name, killed_at(step, changes, getattr(owner, name)))
@@ -827,35 +717,31 @@ def test_a_full_disk_leaves_the_old_adapter_and_no_other_file(
     assert torch.equal(load_adapter(zoo.net("mlp"), tmp_path)(x), model(x))
 
 
-def saves_and_loads(seed: int, folder: Path) -> set[int]:
-    """Saves an adapter five times. Returns the seeds of those that were there afterwards."""
-    seeds = set()
+def save_and_load(seed: int, folder: Path) -> None:
+    """Saves an adapter five times. Each that is loaded is one of those that are saved."""
     for _ in range(5):
         save_adapter(trained("mlp", seed=seed), folder)
-        seeds.add(seed_of(folder))
-    return seeds
+        seed_of(folder)
 
 
-@pytest.mark.parametrize("workers", [ThreadPoolExecutor, ProcessPoolExecutor])
-def test_saves_at_once_leave_one_of_the_adapters(workers: type[Executor], tmp_path: Path) -> None:
-    save_adapter(trained("mlp", seed=0), tmp_path)
-    context = {} if workers is ThreadPoolExecutor else {"mp_context": get_context("fork")}
-    with workers(4, **context) as pool:
-        for seeds in pool.map(saves_and_loads, range(4), [tmp_path] * 4):
-            assert seeds  # each loaded adapter was one of the four
+WORKERS = {
+    "threads": partial(ThreadPoolExecutor, 4),
+    "processes": partial(ProcessPoolExecutor, 4, mp_context=get_context("fork")),
+}
+
+
+@pytest.mark.parametrize("workers", WORKERS.values(), ids=WORKERS)
+def test_saves_at_once_leave_one_of_the_adapters(
+    workers: Callable[[], Executor], tmp_path: Path
+) -> None:
+    with workers() as pool:
+        list(pool.map(save_and_load, range(4), [tmp_path] * 4))
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
 
 
 def test_other_files_in_the_folder_stay(model: nn.Module, tmp_path: Path) -> None:
-    for name in ("model.safetensors", "lotr_adapter.txt"):
+    names = ("model.safetensors", "lotr_adapter.txt")
+    for name in names:
         (tmp_path / name).write_bytes(b"mine")
-    for _ in range(2):
-        save_adapter(model, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
-    assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
-
-
-def test_names_in_the_file(tmp_path: Path) -> None:
-    save_adapter(started("mlp"), tmp_path)
-    assert document_of(tmp_path)["layers"]["blocks.0.up"]["A"] == "lotr_factors.0.value"
-    assert metadata_of(tmp_path)["format_version"] == "3"
+    save_adapter(model, tmp_path)
+    assert all((tmp_path / name).read_bytes() == b"mine" for name in names)

@@ -15,6 +15,7 @@ Arguments are not checked here (functional.py and layers.py check them).
 
 import enum
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -206,10 +207,10 @@ def choose_plan(
         needs_projection: Whether the call has row cores or the output of another base, which one
             node does not compute.
     """
-    if needs_projection:
+    if needs_projection or (p and x.dtype == torch.float16):
         return Plan.PROJECTION
     if x.dtype == torch.float16:  # F could overflow where the layer's output does not
-        return Plan.PROJECTION if p else Plan.ONE_NODE_FEW_TOKENS
+        return Plan.ONE_NODE_FEW_TOKENS
     if x.requires_grad and not A.requires_grad:
         return Plan.PROJECTION  # one node would keep x, which a frozen A does not need
     if p:
@@ -231,37 +232,52 @@ def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
     x = call.x
     if x.dim() > 2 and not x.is_contiguous():  # the operators flatten the leading dimensions
         return run_nodes(call._replace(x=x.contiguous()), caches, layer)
-    if call.base_output is None and _is_trained(call.weight, call.bias):
+    is_trained = call.weight is not None and call.weight.requires_grad
+    if is_trained or (call.bias is not None and call.bias.requires_grad):
         # Autograd then computes the gradient of W.
         base_output = nnf.linear(x, call.weight, call.bias)
-        return run_nodes(call._replace(weight=None, base_output=base_output), caches, layer)
+        return run_nodes(
+            call._replace(weight=None, bias=None, base_output=base_output), caches, layer
+        )
     A = caches.A.summed(call.A)
     B = caches.B.summed(call.B)
-    tokens = x.numel() // x.shape[-1] if x.numel() else 0
+    tokens = math.prod(x.shape[:-1])
     strategy = choose_strategy(tokens, x)
 
     needs_projection = call.choice is not None or call.base_output is not None
     plan = choose_plan(x, A, tokens, caches.A.layers, call.p, needs_projection)
-    if plan is not Plan.PROJECTION:
-        return nodes.layer_on_input(call, A, B, strategy, plan is Plan.ONE_NODE_FEW_TOKENS)
-
+    seed = None
     if call.p:
-        projection = nodes.project_input(x, A, call.p)
-    else:
+        # One per call, as nn.Dropout draws a mask. So a checkpoint, which restores torch's
+        # generator, repeats the masks whatever else it shares.
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
+    core = call.core
+    if call.choice is None and private.saved_tensor_hooks():
+        # Autograd compares no versions under hooks, and they may keep the tensor itself. Without
+        # the copy, an optimizer step between forward and backward would change dB = s Q G.
+        core = call.core.clone()
+    if plan is not Plan.PROJECTION:
+        return nodes.layer_on_input(
+            x, A, B, core, call, strategy, plan is Plan.ONE_NODE_FEW_TOKENS, seed
+        )
+
+    if seed is None:
         projection = caches.A.projection(x, A, layer)
+    else:
+        projection = nodes.project_input(x, A, call.p, seed)
     if call.choice is None and x.dtype != torch.float16:
-        return nodes.layer_on_projection(call, projection, B, strategy)
+        return nodes.layer_on_projection(
+            projection.route, call.base_output, projection.u, B, core, call, projection, strategy
+        )
     B_of_rows, scaling = fallback.scaling_in_range(B, call.scaling, x.dtype)
     if call.choice is not None:
-        h = nodes.row_core(projection.u, call.core, scaling, call.choice)
+        h = nodes.row_core(projection.u, core, scaling, call.choice)
     else:
         # Not folded, as in fallback.expand.
-        h = projection.u @ (call.core * scaling).to(x.dtype)
-    return nodes.layer_on_rows(call, projection, h, B_of_rows, strategy)
-
-
-def _is_trained(weight: Tensor, bias: Tensor | None) -> bool:
-    return weight.requires_grad or (bias is not None and bias.requires_grad)
+        h = projection.u @ (core * scaling).to(x.dtype)
+    return nodes.layer_on_rows(
+        projection.route, call.base_output, h, B_of_rows, call, projection, strategy
+    )
 
 
 # ---- torch.compile -------------------------------------------------------------------------------

@@ -66,7 +66,6 @@ def _torch_can_run(x: Tensor, weight: Tensor) -> bool:
 
     It accepts bfloat16 on a GPU from sm_80 on, if the rows or columns are aligned to 16 bytes.
     """
-    wide_stride = max(weight.stride(1), weight.stride(2))
     return (
         x.is_cuda
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
@@ -75,7 +74,7 @@ def _torch_can_run(x: Tensor, weight: Tensor) -> bool:
         and x.stride(1) == 1
         and 1 in (weight.stride(1), weight.stride(2))
         and x.stride(0) % 8 == 0
-        and wide_stride % 8 == 0
+        and max(weight.stride(1), weight.stride(2)) % 8 == 0
     )
 
 
@@ -106,25 +105,25 @@ def _(g, x, offs):
 
 
 def _save_factors(ctx, inputs, output) -> None:
-    """Saves each factor of a product if the other one needs a gradient, else None."""
+    """Saves the factors of a product, the first one only if the second one needs a gradient.
+
+    Experts' weights are mostly frozen, and x would take memory.
+    """
     first, second, offs = inputs
-    need_first, need_second = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(first if need_second else None, second if need_first else None, offs)
+    ctx.save_for_backward(first if ctx.needs_input_grad[1] else None, second, offs)
 
 
 def _grouped_mm_backward(ctx, g: Tensor):
     x, weight, offs = ctx.saved_tensors
     g = g.contiguous()  # the gradient of a sum is one element, expanded
-    dx = None if weight is None else grouped_mm(g, weight.mT, offs)
     dW = None if x is None else grouped_outer(g, x, offs)
-    return dx, dW, None
+    return grouped_mm(g, weight.mT, offs), dW, None
 
 
 def _grouped_outer_backward(ctx, dW: Tensor):
     g, x, offs = ctx.saved_tensors
-    dg = None if x is None else grouped_mm(x, dW, offs)
     dx = None if g is None else grouped_mm(g, dW.mT, offs)
-    return dg, dx, None
+    return grouped_mm(x, dW, offs), dx, None
 
 
 grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_save_factors)
@@ -154,8 +153,7 @@ def linear(
     if bias is None:
         return y
     expert = cores_of_groups(offs, len(y), len(bias))
-    has_expert = (expert >= 0).unsqueeze(1)
-    return y + torch.where(has_expert, bias[expert.clamp(min=0)], 0)
+    return y + torch.where((expert >= 0).unsqueeze(1), bias[expert.clamp(min=0)], 0)
 
 
 def _differentiable_product(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def choose_strategy(tokens: int | torch.SymInt, x: Tensor) -> int:
 
 @functools.cache
 def _has_fused() -> bool:
-    return any(arch.startswith("90a") for arch in build_info()["cuda"]["archs"])
+    return "90a" in build_info()["cuda"]["archs"]
 
 
 @functools.cache
@@ -99,7 +99,7 @@ def strategy_note(k: int, n: int, rank: int, dtype: torch.dtype, device: torch.d
     name = strategy_from_environment()
     if name is None or device.type != "cuda":
         return ""
-    obstacle = fused_obstacle(k, n, rank, dtype, device) if name == "fused" else None
-    if obstacle is None:
+    obstacle = fused_obstacle(k, n, rank, dtype, device)
+    if name != "fused" or obstacle is None:
         return f"strategy {name}"
     return f"strategy beta, because gemm_lotr cannot run: {obstacle}"

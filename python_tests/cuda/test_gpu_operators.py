@@ -100,9 +100,8 @@ def test_operator(
 
 @pytest.fixture
 def hopper() -> None:
-    if torch.cuda.get_device_capability() != (9, 0) or not any(
-        "90a" in arch for arch in build_info()["cuda"]["archs"]
-    ):
+    has_kernels = "90a" in build_info()["cuda"]["archs"]
+    if torch.cuda.get_device_capability() != (9, 0) or not has_kernels:
         pytest.skip("expected a Hopper GPU (compute capability 9.0) and a build for 90a")
 
 

@@ -25,25 +25,22 @@ SETTINGS = {
 }
 
 
-def environment(factors: str | None) -> None:
-    """Sets one thread, one process and no network. Call it before vLLM is imported."""
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-    }
-    if factors:
-        os.environ["LOTR_FACTORS"] = factors
+ENVIRONMENT = {  # one thread, one process and no network
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
 
 
 def main(spec: dict) -> None:
-    environment(spec["factors"])
+    os.environ |= {**ENVIRONMENT, "LOTR_FACTORS": spec["factors"]}
+    # Now, because vLLM reads the environment when it is imported.
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

@@ -91,10 +91,9 @@ def banked(
     bank = TaskBank(model, tasks)
     export_factors(model, folder / "factors")
     for i in range(tasks):
-        g = torch.Generator().manual_seed(i)
-        cores = bank.cores_of(bank.add())
-        values = {name: torch.randn(core.shape, generator=g) for name, core in cores.items()}
-        bank.replace(i, {name: 0.7 * core for name, core in values.items()})
+        generator = torch.Generator().manual_seed(i)
+        for core in bank.cores_of(bank.add()).values():  # views of the bank
+            core.normal_(std=0.7, generator=generator)
         export_task(model, folder / f"task-{i}", task=i)
     return model
 
@@ -125,9 +124,13 @@ def run(folder: Path, steps: list[dict], *, factors: Path | None = None, **optio
     }
     (folder / "spec.json").write_text(json.dumps(spec))
     environment = {key: text for key, text in os.environ.items() if not key.startswith("LOTR_")}
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [PYTHON, Path(__file__).with_name("engine.py"), folder / "spec.json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [PYTHON, Path(__file__).with_name("engine.py"), folder / "spec.json"],
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -196,16 +199,16 @@ def test_bad_tasks_are_refused_and_the_engine_continues(tmp_path: Path) -> None:
         tmp_path / "lora": "expected a task by export_task, got ",
         tmp_path / "factors": "expected a task by export_task",
         tmp_path / "other-rank" / "task-0": "expected the ranks of the adapter",
-        tmp_path / "other-factors" / "task-0": "expected a task with factors",
+        tmp_path / "other-factors" / "task-0": "expected a task for the A and B of this adapter",
         tmp_path / "nowhere": "expected a task by export_task",
     }
-    steps = [load(tmp_path / "task-0", 1)]
-    steps += [load(folder, number) for number, folder in enumerate(messages, 2)]
     mix = [1, None, 1, None, 1]
-    results = run(tmp_path, [*steps, batch(mix)], max_loras=2)
-    for message, result in zip(messages.values(), results[1:-1], strict=True):
-        assert isinstance(result, dict) and message in result["error"], (message, result)
-    assert results[-1] == greedy(model, mix)
+    bad_loads = [load(folder, number) for number, folder in enumerate(messages, 2)]
+    steps = [load(tmp_path / "task-0", 1), *bad_loads, batch(mix)]
+    _, *refused, tokens = run(tmp_path, steps, max_loras=2)
+    for message, result in zip(messages.values(), refused, strict=True):
+        assert message in result["error"]
+    assert tokens == greedy(model, mix)
 
 
 def test_factors_of_another_base_end_the_start(tmp_path: Path) -> None:
