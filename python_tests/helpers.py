@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -29,6 +31,12 @@ OF_SUMS = {torch.float32: 1e-6, torch.float64: 2e-15}
 def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype of sums over tokens and layers."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def run_python(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Runs Python with these words. `options` go to subprocess.run."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 # ---- comparisons ---------------------------------------------------------------------------------
