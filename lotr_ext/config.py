@@ -222,8 +222,9 @@ class LoTRConfig:
     @property
     def everything(self) -> bool:
         """Whether all linear layers are targets."""
-        by_default = self.target_modules is None and self.target_parameters is None
-        return by_default or self.target_modules == "all-linear"
+        if self.target_modules is None:
+            return self.target_parameters is None
+        return self.target_modules == "all-linear"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a dictionary for JSON. A callable core becomes "custom".

@@ -1,5 +1,6 @@
 """Shared by the tests: comparisons, tensors surrounded by NaN, good arguments of operators."""
 
+import math
 import re
 import subprocess
 import sys
@@ -48,13 +49,12 @@ def relative(actual: Tensor | None, expected: Tensor | None) -> float:
     """
     if actual is None or expected is None:
         is_zero = not any(t.any() for t in (actual, expected) if t is not None)
-        return 0.0 if is_zero else float("inf")
+        return 0.0 if is_zero else math.inf
     if actual.shape != expected.shape:
-        return float("inf")
+        return math.inf
     difference = actual.detach().double() - expected.detach().double()
     error = (difference.norm() / expected.detach().double().norm().clamp_min(1e-30)).item()
-    is_nan = error != error
-    return float("inf") if is_nan else error  # max() over errors would hide a NaN
+    return math.inf if math.isnan(error) else error  # max() over errors would hide a NaN
 
 
 def worst(actual: Iterable[Tensor | None], expected: Iterable[Tensor | None]) -> float:

@@ -34,9 +34,13 @@ from lotr_ext import LoTRLinear, disabled
 GRAPH_KINDS = ("siblings", "two Bs", "wrapped", "function", "rows")
 
 
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> None:
+    torch._dynamo.reset()
+
+
 def compiled(net: Net, backend: str = "aot_eager", **options: bool) -> Net:
     """Compiles a net. Its truth, a copy, is not compiled."""
-    torch._dynamo.reset()
     net.compile(fullgraph=True, backend=backend, **options)
     return net
 
@@ -55,7 +59,6 @@ def test_compile(kind: str) -> None:
 
 
 def test_compiled_graphs_contain_our_operators(shared: None) -> None:
-    torch._dynamo.reset()
     backend = AotEagerAndRecordGraphs()
     net = torch.compile(Net("siblings"), fullgraph=True, backend=backend)
     loss(net(inputs(6))).backward()
@@ -74,7 +77,6 @@ def checkpointed(side: Side) -> Results:
 
 @pytest.mark.parametrize("where", ["inside", "outside", "each layer"])
 def test_compile_and_checkpoint(where: str) -> None:
-    torch._dynamo.reset()
     net = Net("siblings")
     if where == "inside":
         net.wire = lambda call, x: checkpoint(partial(siblings, call), x, use_reentrant=False)
@@ -86,7 +88,6 @@ def test_compile_and_checkpoint(where: str) -> None:
 @pytest.mark.parametrize("kind", ["siblings", "rows of siblings"])
 def test_compiled_autograd(kind: str, shared: None) -> None:
     """Dynamo traces the backward, which then runs as the PyTorch fallback."""
-    torch._dynamo.reset()
     ours, truth = sides(Net(kind), inputs(6))
     y = ours()
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
@@ -106,7 +107,6 @@ def test_compile_with_autocast() -> None:
 
 
 def test_a_compiled_model_can_be_disabled() -> None:
-    torch._dynamo.reset()
     net = nn.Sequential(LoTRLinear(K, K, 2), nn.Tanh())
     x = inputs(6, dtype=torch.float32)
     nn.init.normal_(net[0].core)
@@ -130,14 +130,12 @@ def test_export(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["siblings", "conv1d", "wrapped"])
 def test_onnx(kind: str) -> None:
     """onnx's reference evaluator computes the same from an exported file."""
-    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
-    from onnx.reference import ReferenceEvaluator
-
+    onnx_reference = pytest.importorskip("onnx.reference", reason="onnx is not installed")
     net = Net(kind, torch.float32).eval()
     x = inputs(6, dtype=torch.float32)
     file = io.BytesIO()
     torch.onnx.export(net, (x,), file, dynamo=False, input_names=["x"])
-    (y,) = ReferenceEvaluator(onnx.load_from_string(file.getvalue())).run(None, {"x": x.numpy()})
+    (y,) = onnx_reference.ReferenceEvaluator(file.getvalue()).run(None, {"x": x.numpy()})
     assert relative(torch.from_numpy(y), net(x)) < 1e-5
 
 

@@ -26,10 +26,9 @@ def calls_of_a_step() -> list[CodeType]:
     """
     factors = LoTRFactors(32, 32, 4)
     layers = [LoTRLinear.from_linear(nn.Linear(32, 32), factors) for _ in range(3)]
-    tokens = 2048 * 768 // 32
 
     def step() -> None:
-        x = torch.ones(tokens, 32, requires_grad=True)
+        x = torch.ones(2048 * 768 // 32, 32, requires_grad=True)
         sum(layer(x) for layer in layers).sum().backward()
 
     step()

@@ -149,22 +149,14 @@ class Program(RuleBasedStateMachine):
             difference = float((actual.detach() - twin.detach()).abs().max())
             assert difference < ABSOLUTE_TOLERANCE, f"{error:.1e}"
 
-    def compare_gradients(self) -> None:
-        for parameter, twin in self.leaves():
-            self.compare(parameter.grad, twin.grad)
-
-    def clear_gradients(self) -> None:
-        for pair in self.leaves():
-            for parameter in pair:
-                parameter.grad = None
-
     def forget_graphs(self) -> None:
         """Detaches all values. Older graphs saved parameters that have changed since."""
         self.values = [
             (actual.detach().requires_grad_(), twin.detach().requires_grad_())
             for actual, twin in self.values
         ]
-        self.clear_gradients()
+        for parameter in itertools.chain(*self.leaves()):
+            parameter.grad = None
 
     @rule(requires_grad=st.booleans())
     def new_input(self, requires_grad: bool) -> None:
@@ -203,23 +195,15 @@ class Program(RuleBasedStateMachine):
 
     # ---- backward --------------------------------------------------------------------------------
 
-    @rule(v=newest)
-    def backward(self, v: int) -> None:
-        actual, twin = self.value(v)
-        if twin.requires_grad:
-            for y in (actual, twin):
-                scalar(y).backward(retain_graph=True)
-            self.compare_gradients()
-
     @rule()
     def backward_of_all(self) -> None:
-        """Runs a backward without retain_graph, which frees the graphs."""
-        self.clear_gradients()
+        """Runs a backward into the leaves. It frees the graphs."""
         losses = [sum(map(scalar, values)) for values in zip(*self.values, strict=True)]
         if losses[1].requires_grad:
             for loss in losses:
                 loss.backward()
-            self.compare_gradients()
+            for parameter, twin in self.leaves():
+                self.compare(parameter.grad, twin.grad)
         self.forget_graphs()
 
     @rule(

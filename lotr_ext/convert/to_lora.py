@@ -74,9 +74,9 @@ def export_lora(
     else:
         adapter = replace(adapter, tensors=adapter.tensors | inner.lotr_tasks.cores_of(task))
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
-    conv1d = any(isinstance(layer, LoTRConv1D) for layer in layers_in(inner).values())
     options.setdefault("base_model", adapter.base.name)
-    options.setdefault("fan_in_fan_out", conv1d)
+    layers = layers_in(inner).values()
+    options.setdefault("fan_in_fan_out", any(isinstance(m, LoTRConv1D) for m in layers))
     if options.get("experts") in ("vllm-shared", "per-expert") and model_type in HOSTS:
         options.setdefault("hosts", model_type)
     return _write_lora(path, adapter, **options) if writes else {}
