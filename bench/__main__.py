@@ -13,10 +13,10 @@ PROGRAMS = ["layer", "model", "host", "experts", "tasks"]
 
 def main(words: list[str]) -> int:
     programs = [*PROGRAMS, "kernels"] if torch.cuda.is_available() else PROGRAMS
-    commands = {name: [sys.executable, "-m", f"bench.{name}", *words] for name in programs}
-    failed = [name for name, command in commands.items() if subprocess.run(command).returncode]
+    python = [sys.executable, "-m"]
+    failed = [n for n in programs if subprocess.run([*python, f"bench.{n}", *words]).returncode]
     folders = ["demo_results/bench"] if "--quick" in words else []
-    subprocess.run([sys.executable, "-m", "bench.plot", *folders])
+    subprocess.run([*python, "bench.plot", *folders])
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))

@@ -48,7 +48,6 @@ from torch import nn
 
 from .common import QUICK, RESULTS, commit, machine, parser_of, read, show, some_of, write
 from .problems import (
-    MAIN,
     METHODS,
     TASKS,
     Problem,
@@ -64,8 +63,8 @@ LOTR_RATE = 0.4  # LoTR's rates over other methods' rates
 MOST_GROUPS = 250  # of held-out items in a row
 DIVERGED = 2.0  # times the validation loss of the unadapted model
 RESAMPLES = 4000
-# The rates of other methods than LoTR, and 0 for what trains nothing.
-LADDER = [0.0, *(float(f"{digit}e{exponent}") for exponent in range(-8, 2) for digit in (1, 2, 5))]
+# The rates of other methods than LoTR.
+LADDER = [float(f"{digit}e{exponent}") for exponent in range(-8, 2) for digit in (1, 2, 5)]
 Place = tuple[str, int]  # a method and a rank
 
 
@@ -147,35 +146,6 @@ def unpacked(text: str) -> np.ndarray:
 # ---- which runs come next ------------------------------------------------------------------------
 
 
-def rungs_of(method: str) -> list[float]:
-    """Returns the rates of a method, from the lowest to the highest."""
-    factor = LOTR_RATE if METHODS[method].family == "lotr" else 1.0
-    return [float(f"{rate * factor:.6g}") for rate in LADDER]
-
-
-def first_rate(method: str, task: Task) -> float:
-    """Returns the rate at which a search begins."""
-    return rungs_of(method)[LADDER.index(getattr(METHODS[method].rates, task.kind))]
-
-
-def best_rate(tried: dict[float, float], begin: float) -> float:
-    """Returns the rate with the lowest validation loss, the lower one of two."""
-    return min(tried, key=lambda lr: (tried[lr], lr), default=begin)
-
-
-def rates_to_try(method: str, begin: float, tried: dict[float, float]) -> list[float]:
-    """Returns the next rates of a search, none when both neighbors of the best one are known.
-
-    Args:
-        method: One of METHODS.
-        begin: The rate in the middle of the first three.
-        tried: The validation loss by rate, infinite where a run diverged.
-    """
-    rungs = rungs_of(method)
-    best = rungs.index(best_rate(tried, begin))
-    return [lr for lr in rungs[best - 1 : best + 2] if lr not in tried]
-
-
 def tried_rates(runs: pd.DataFrame) -> dict[float, float]:
     """Returns the first seed's validation loss by rate.
 
@@ -184,6 +154,32 @@ def tried_rates(runs: pd.DataFrame) -> dict[float, float]:
     diverged = set(runs[runs["validation"].isna()]["lr"])
     first = runs[(runs["seed"] == 0) & runs["lr"].notna()].set_index("lr")["validation"]
     return {lr: float("inf") if lr in diverged else loss for lr, loss in first.items()}
+
+
+def searched_rates(method: str, task: Task, runs: pd.DataFrame) -> list[float]:
+    """Returns the best of a place's recorded rates, at first the usual one, and its neighbors."""
+    factor = LOTR_RATE if METHODS[method].family == "lotr" else 1.0
+    rungs = [float(f"{rate * factor:.6g}") for rate in LADDER]
+    begin = rungs[LADDER.index(getattr(METHODS[method].rates, task.kind))]
+    tried = tried_rates(runs)
+    best = rungs.index(min(sorted(tried), key=tried.get, default=begin))
+    return rungs[best - 1 : best + 2]
+
+
+def lacking_runs(
+    recorded: pd.DataFrame, rates: Sequence[float], seeds: int
+) -> list[tuple[float, int]]:
+    """Returns the rate and the seed of each run that comes next, none when all are recorded.
+
+    They are all rates with the first seed, then the best of these rates with the other seeds.
+    """
+    tried = tried_rates(recorded)
+    lacking = [(lr, 0) for lr in rates if lr not in tried]
+    if lacking:
+        return lacking
+    best = min(sorted(rates), key=tried.get)
+    measured = set(recorded[recorded["lr"] == best]["seed"])
+    return [(best, seed) for seed in range(seeds) if seed not in measured]
 
 
 def next_runs(
@@ -196,26 +192,21 @@ def next_runs(
     task = TASKS[name]
     steps = options.steps or task.steps
     usual = {"task": name, "scaling": "", "steps": steps, "batch": task.batch}
-    recorded = recorded[(recorded[list(usual)] == pd.Series(usual)).all(axis=1)]
-    searches: list[Run] = []  # with the first seed
-    repeats: list[Run] = []  # at the best rate, with the other seeds
+    of_task = recorded[(recorded[list(usual)] == pd.Series(usual)).all(axis=1)]
+    runs = []
     for method, rank in places:
-        runs = recorded[(recorded["method"] == method) & (recorded["rank"] == rank)]
-        tried = tried_rates(runs)
-        run = Run(name, method, rank, first_rate(method, task), 0, steps, task.batch)
-        seeds = range(1, options.seeds)
+        of_place = of_task[(of_task["method"] == method) & (of_task["rank"] == rank)]
+        seeds = options.seeds
         if method == "base":  # without training, all seeds and rates are the same
-            seeds = range(0)
-        elif options.lr is not None:
-            run = run._replace(lr=options.lr)
-        elif not options.quick:
-            searches += [run._replace(lr=lr) for lr in rates_to_try(method, run.lr, tried)]
-            run = run._replace(lr=best_rate(tried, run.lr))
-        measured = set(runs[runs["lr"] == run.lr]["seed"])
-        if 0 not in measured and run not in searches:
-            searches.append(run)
-        repeats += [run._replace(seed=seed) for seed in seeds if seed not in measured]
-    return searches or sorted(repeats, key=lambda run: run.seed)
+            rates = [0.0]
+            seeds = 1
+        elif options.lr is None:
+            rates = searched_rates(method, task, of_place)
+        else:
+            rates = [options.lr]
+        for lr, seed in lacking_runs(of_place, rates, seeds):
+            runs.append(Run(name, method, rank, lr, seed, steps, task.batch))
+    return [run for run in runs if run.seed == 0] or sorted(runs, key=lambda run: run.seed)
 
 
 # ---- points and intervals ------------------------------------------------------------------------
@@ -251,27 +242,34 @@ def points_of(recorded: pd.DataFrame, task: str) -> list[Point]:
     runs = runs.assign(lr=runs["lr"].fillna(runs["lr_run"]))
     unadapted = runs[runs["method"].isin(("base", "head"))]["validation"].min()
     runs = runs[runs["items"].notna() & ~(runs["validation"] > DIVERGED * unadapted)]
-    seeds = runs.groupby(["method", "rank", "lr"])["seed"].nunique()
-    count = seeds.max()
+    places = runs.groupby(["method", "rank"], sort=False)
+    at_rate = {place: at_best_rate(of_place) for place, of_place in places}
+    count = max(map(len, at_rate.values()), default=0)
     points = []
-    for (method, rank), of_place in runs.groupby(["method", "rank"], sort=False):
-        lr = seeds[method, rank].idxmax()
-        at_rate = of_place[of_place["lr"] == lr].drop_duplicates("seed", keep="last")
-        at_rate = at_rate.sort_values("seed")
-        if method == "base":  # without training, all seeds are the same
-            at_rate = pd.concat([at_rate.iloc[:1]] * count)
-        if len(at_rate) == count:
-            points.append(point_of(method, int(rank), lr, at_rate))
+    for (method, rank), of_place in at_rate.items():
+        # Without training, all seeds are the same.
+        of_seeds = of_place.iloc[[0] * count] if method == "base" else of_place
+        if len(of_seeds) == count:
+            points.append(point_of(method, int(rank), of_seeds))
     return sorted(points, key=lambda point: point.parameters)
 
 
-def point_of(method: str, rank: int, lr: float, runs: pd.DataFrame) -> Point:
-    """Returns the point of runs with different seeds."""
+def at_best_rate(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns the runs by seed at the rate of most seeds; of several, validation decides."""
+    seeds = runs.groupby("lr")["seed"].nunique()
+    of_most = runs[runs["lr"].map(seeds) == seeds.max()]
+    lr = of_most.loc[of_most["validation"].idxmin(), "lr"]
+    at_rate = runs[runs["lr"] == lr].drop_duplicates("seed", keep="last")
+    return at_rate.set_index("seed").sort_index()
+
+
+def point_of(method: str, rank: int, runs: pd.DataFrame) -> Point:
+    """Returns the point of runs at one rate, each with another seed."""
     return Point(
         method,
         rank,
         int(runs["parameters"].iloc[0]),
-        lr,
+        runs["lr"].iloc[0],
         runs["validation"].mean(),
         runs["loss"].to_numpy(),
         np.mean([unpacked(text) for text in runs["items"]], 0),
@@ -303,9 +301,9 @@ def interval(value: Callable[..., np.ndarray], *points: Point) -> Interval:
     if n < 3:
         return Interval(middle, float("nan"), float("nan"))
     student = stats.t.ppf(0.975, n - 1) / 1.96 * (n / (n - 1)) ** 0.5
-    by_items = deviations(value, [point.items for point in points])
-    by_seeds = deviations(value, [point.seeds for point in points])
-    low, high = np.quantile(by_items + student * by_seeds, (0.025, 0.975))
+    spread = deviations(value, [point.items for point in points])
+    spread += student * deviations(value, [point.seeds for point in points])
+    low, high = np.quantile(spread, (0.025, 0.975))
     return Interval(middle, middle + low, middle + high)
 
 
@@ -336,8 +334,7 @@ def tables(recorded: pd.DataFrame, tasks: list[str]) -> None:
         points = points_of(recorded, task)
         if not points:
             continue
-        title = f"{task}, {len(points[0].seeds)} seeds"
-        show(title, losses_table(points))
+        show(f"{task}, {len(points[0].seeds)} seeds", losses_table(points))
         rows = list(filter(None, (comparison(point, points) for point in points)))
         if rows:
             title = f"{task}: our best form of at most as many numbers, by validation"
@@ -459,8 +456,7 @@ def runs_in(path: Path, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
 def record(path: Path, row: dict[str, Any]) -> None:
     """Adds a row to a file, and prints it."""
     write(path, pd.concat([read(path), pd.DataFrame([row])], ignore_index=True))
-    shown = {name: value for name, value in row.items() if name != "items"}
-    print(shown, file=sys.stderr, flush=True)
+    print({**row, "items": ""}, file=sys.stderr, flush=True)
 
 
 def complete(
@@ -492,6 +488,7 @@ QUICK_OPTIONS = {
     "tasks": ["teacher-half"],
     "methods": places_of("base:0,lotr:8,lora:2"),
     "seeds": 3,
+    "lr": 2e-2,
     "steps": 40,
     "results": QUICK / "accuracy.jsonl",
 }
@@ -500,26 +497,20 @@ QUICK_OPTIONS = {
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of("accuracy", __doc__, OPTIONS)
     options = parser.parse_args(argv)
-    if options.quick:
-        parser.set_defaults(**QUICK_OPTIONS)
-        options = parser.parse_args(argv)
-    shown = options.tasks
-    if options.tasks == ["none"]:
-        shown = list(TASKS)
-        options.tasks = []
-    for name in options.tasks:
+    if options.quick:  # the command line goes before these
+        options = parser.parse_args(argv, argparse.Namespace(**QUICK_OPTIONS))
+    tasks = [name for name in options.tasks if name in TASKS]  # without "none"
+    for name in tasks:
         if lacking := missing(TASKS[name]):
             parser.error(
                 f"tasks: expected {lacking} for {name}, found none; "
                 f"run python examples/data.py, see its help"
             )
-    for name in options.tasks:
-        task = TASKS[name]
-        usual = ",".join(METHODS if task.all_methods else MAIN[task.kind])
-        places = with_ranks(options.methods or places_of(usual), task)
-        next_of_task = partial(next_runs, name, places, options)
-        complete(options.results, COLUMNS, next_of_task, train, options.jobs)
-    tables(runs_in(options.results), shown)
+    for name in tasks:
+        places = with_ranks(options.methods or places_of(TASKS[name].methods), TASKS[name])
+        of_task = partial(next_runs, name, places, options)
+        complete(options.results, COLUMNS, of_task, train, options.jobs)
+    tables(runs_in(options.results), tasks or list(TASKS))
     print(f"results in {options.results}")
     return 0
 

@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 ELEMENT = 2  # bytes of bfloat16
 RIVALS = ("lotr-eager", "lora-eager", "lora-in-place", "lora-beta")
 Kernel = tuple[str, int, int, int]  # name, tokens, width, rank
-Directions = tuple[int, int]  # bytes of forward and backward
+Directions = np.ndarray  # bytes of forward and backward
 
 
 # ---- torch's operators ---------------------------------------------------------------------------
@@ -64,8 +64,7 @@ class MovedBytes(TorchDispatchMode):
         is_view = any(alias is not None and not alias.is_write for alias in aliases)
         if not is_view and not func._schema.name.startswith("aten::empty"):
             results = out if isinstance(out, tuple) else (out,)
-            moved = [t for t in (*args, *results) if isinstance(t, Tensor)]
-            self.total += sum(map(_bytes, moved))
+            self.total += sum(_bytes(t) for t in (*args, *results) if isinstance(t, Tensor))
         return out
 
 
@@ -82,7 +81,7 @@ def library_bytes(rival: str, m: int, k: int, n: int, r: int) -> Directions:
         y = layer(x)
     with MovedBytes() as backward:
         y.backward(torch.empty_like(y))
-    return forward.total, backward.total
+    return np.array([forward.total, backward.total])
 
 
 # ---- our kernels ---------------------------------------------------------------------------------
@@ -190,24 +189,22 @@ def layer_bytes(
     """
     kernels = kernels_of(m, k, n, r)
 
-    def summed(column: str, adds: list[int]) -> Directions:
-        forward, backward = (
-            sum(counts[kernel][column] for kernel in kernels[direction])
-            for direction in ("forward", "backward")
-        )
-        return forward + adds[0], backward + adds[1]
+    def summed(column: str) -> Directions:
+        sides = (kernels["forward"], kernels["backward"])
+        return np.array([sum(counts[kernel][column] for kernel in side) for side in sides])
 
-    two_pass = [counts[kernel]["dram_bytes"] for kernel in kernels["adds"]]
+    widths = np.array([n, k])
+    two_pass = np.array([counts[kernel]["dram_bytes"] for kernel in kernels["adds"]])
     # written, then read by the base product
-    beta = [ELEMENT * (2 * m * width + m * r + width * r) for width in (n, k)]
-    fused = [ELEMENT * (m * r + width * r) for width in (n, k)]
+    beta = ELEMENT * (2 * m * widths + m * r + widths * r)
+    fused = ELEMENT * (m * r + widths * r)
     factors = ELEMENT * r * (k + n)
     return {
-        "lotr_ext, two passes": summed("dram_bytes", two_pass),
-        "lotr_ext, beta": summed("dram_bytes", beta),
-        "lotr_ext, fused": summed("dram_bytes", fused),
-        "lotr_ext, beta, nothing from L2": summed("bytes", beta),
-        "least possible": (factors, 2 * factors + ELEMENT * m * k),
+        "lotr_ext, two passes": summed("dram_bytes") + two_pass,
+        "lotr_ext, beta": summed("dram_bytes") + beta,
+        "lotr_ext, fused": summed("dram_bytes") + fused,
+        "lotr_ext, beta, nothing from L2": summed("bytes") + beta,
+        "least possible": np.array([factors, 2 * factors + ELEMENT * m * k]),
     }
 
 
@@ -227,7 +224,7 @@ def measure(shape: dict[str, int], multiprocessors: int, lib: ModuleType) -> lis
         counts[kernel] = count(lib, kernel, multiprocessors)
         case = {"m": tokens, "k": width, "n": width, "r": rank}
         rows.append({**case, **about, "rival": name, "stage": "kernel", **counts[kernel]})
-    frozen = np.array(library_bytes("frozen", m, k, n, r))
+    frozen = library_bytes("frozen", m, k, n, r)
     layers = {NAMES[rival]: library_bytes(rival, m, k, n, r) - frozen for rival in RIVALS}
     layers |= layer_bytes(counts, m, k, n, r)
     for name, (forward, backward) in layers.items():

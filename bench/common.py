@@ -61,13 +61,10 @@ Case = dict[str, Any]  # what is measured: columns of the result file
 
 def named(rival: str) -> str:
     """Returns the name of a rival in tables: "lotr_ext-core" -> "lotr_ext, cores only"."""
-    if rival in NAMES:
-        return NAMES[rival]
     for ending, words in VARIANTS.items():
-        if rival.endswith(ending):
-            method = rival.removesuffix(ending)
-            return NAMES.get(method, method) + words
-    return rival
+        if rival not in NAMES and rival.endswith(ending):
+            return named(rival.removesuffix(ending)) + words
+    return NAMES.get(rival, rival)
 
 
 def telling_line(text: str) -> str:
@@ -198,8 +195,10 @@ def replace_rows(path: Path, rows: list[dict[str, Any]], key: Sequence[str]) -> 
 # ---- tables --------------------------------------------------------------------------------------
 
 # Columns of every row that no table of a case repeats.
-ABOUT = {"machine", "date", "commit", "load", "torch", "peft", "transformers", "clock", "rounds"}
-ABOUT |= {"gpu", "sm_mhz", "memory_mhz", "gpu_celsius", "gpu_watts", "interval"}
+ABOUT = {
+    *("machine", "date", "commit", "load", "torch", "peft", "transformers", "clock", "rounds"),
+    *("gpu", "sm_mhz", "memory_mhz", "gpu_celsius", "gpu_watts", "interval"),
+}
 TIMES = {"rival", "stage", "seconds", "over", "over_low", "over_high"}
 
 
@@ -264,8 +263,7 @@ def pivot(frame: pd.DataFrame, title: str, floor: str) -> pd.DataFrame:
     """
     cells: dict[str, dict[str, str]] = {}
     for _, row in frame[frame["stage"] == frame["stage"].iloc[-1]].iterrows():
-        is_floor = row["rival"] == floor
-        text = seconds_text(row["seconds"]) if is_floor else over_text(row)
+        text = seconds_text(row["seconds"]) if row["rival"] == floor else over_text(row)
         cells.setdefault(title.format(**row), {})[named(row["rival"])] = text
     return pd.DataFrame(cells).T.fillna("-").rename_axis("").reset_index()
 

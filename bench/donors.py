@@ -11,31 +11,27 @@ import os
 import re
 import sysconfig
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lotr_ext import (
+    LoTRConfig,
+    TaskBank,
+    apply_lotr,
+    load_adapter,
+    lotr_parameters,
+    use_tasks,
+)
+from lotr_ext.convert import loras_to_bank
+
 from .common import ROOT
 from .problems import DATA, TASKS, Problem, adapt, decay, fit, problem_of
 
 CACHE = ROOT / "demo_results" / "transfer"
 MODEL = "smollm2-kjv"  # the task whose model and layers all have
-TEXTS = (
-    "python",
-    "cpp",
-    "editorials",
-    "german",
-    "licenses",
-    "movies",
-    "perl",
-    "french",
-    "tweets",
-    "products",
-)
-DONORS = TEXTS[:6]  # their gradients give the donors' pair
 MOST_CHARACTERS = 600_000  # of a donor's text
 GRADIENT_BATCHES = 8
 GRADIENT_NORM = 1000.0  # of all weights' gradients: float16 has no room for small numbers
@@ -77,6 +73,17 @@ class Form(NamedTuple):
         return re.sub("^(trained|peft)-?", "", self.pair)
 
 
+def made_once(name: str, write: Callable[[Path], object]) -> Path:
+    """Returns a file of CACHE, which `write` makes if it does not exist."""
+    path = CACHE / name
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")  # other processes may write it meanwhile
+        write(temporary)
+        temporary.rename(path)
+    return path
+
+
 # ---- texts ---------------------------------------------------------------------------------------
 
 
@@ -101,43 +108,41 @@ def messages(language: str) -> str:
     return "\n".join(texts)
 
 
+LIBRARY = Path(sysconfig.get_path("stdlib"))
+HEADERS = Path(torch.__file__).parent / "include" / "ATen" / "core"
+READERS: dict[str, Callable[[], str]] = {
+    "python": lambda: files(LIBRARY / "email", "*.py") + files(LIBRARY / "asyncio", "*.py"),
+    "cpp": lambda: files(HEADERS, "*.h"),
+    "editorials": lambda: snippets("editorial_snippets.tsv"),
+    "german": lambda: messages("de"),
+    "licenses": lambda: files(Path("/usr/share/common-licenses"), "*"),
+    "movies": lambda: snippets("movie_snippets.tsv"),
+    "perl": lambda: files(Path("/usr/share/perl"), "*.pm"),
+    "french": lambda: messages("fr"),
+    "tweets": lambda: snippets("tweets.tsv"),
+    "products": lambda: snippets("product_snippets.tsv"),
+}
+TEXTS = tuple(READERS)
+DONORS = TEXTS[:6]  # their gradients give the donors' pair
+
+
 def donor_text(name: str) -> str:
     """Returns a donor's text, from packages and from this system.
 
     Raises:
         ValueError: If it is missing.
     """
-    library = Path(sysconfig.get_path("stdlib"))
-    headers = Path(torch.__file__).parent / "include" / "ATen" / "core"
-    readers: dict[str, Callable[[], str]] = {
-        "python": lambda: files(library / "email", "*.py") + files(library / "asyncio", "*.py"),
-        "cpp": lambda: files(headers, "*.h"),
-        "editorials": lambda: snippets("editorial_snippets.tsv"),
-        "german": lambda: messages("de"),
-        "licenses": lambda: files(Path("/usr/share/common-licenses"), "*"),
-        "movies": lambda: snippets("movie_snippets.tsv"),
-        "perl": lambda: files(Path("/usr/share/perl"), "*.pm"),
-        "french": lambda: messages("fr"),
-        "tweets": lambda: snippets("tweets.tsv"),
-        "products": lambda: snippets("product_snippets.tsv"),
-    }
-    text = readers[name]()[:MOST_CHARACTERS]
+    text = READERS[name]()[:MOST_CHARACTERS]
     if len(text) < MOST_CHARACTERS // 4:
         raise ValueError(f"{name}: expected a long text on this system, got {len(text)} characters")
     return text
 
 
-@lru_cache(maxsize=1)
 def problem(name: str) -> Problem:
     """Returns the problem of a target or a donor."""
     if name in TASKS:
         return problem_of(TASKS[name])
-    path = CACHE / f"{name}.txt"
-    if not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(donor_text(name), encoding="utf-8")
-        temporary.rename(path)
+    path = made_once(f"{name}.txt", lambda file: file.write_text(donor_text(name), "utf-8"))
     return problem_of(TASKS[MODEL]._replace(source=str(path)))
 
 
@@ -146,12 +151,7 @@ def problem(name: str) -> Problem:
 
 def cached(name: str, make: Callable[[], Any]) -> Any:
     """What `make` returned in this or an earlier process."""
-    path = CACHE / f"{name}.pt"
-    if not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        torch.save(make(), temporary)
-        temporary.rename(path)
+    path = made_once(f"{name}.pt", lambda file: torch.save(make(), file))
     return torch.load(path, weights_only=True)
 
 
@@ -171,16 +171,13 @@ def gradients(name: str) -> dict[str, Tensor]:
 
     def make() -> dict[str, Tensor]:
         model = problem(name).model(0).requires_grad_(False)
-        layers = layers_of(model)
-        sums = {layer: torch.zeros(module.weight.shape) for layer, module in layers.items()}
+        weights = {n: layer.weight.requires_grad_(True) for n, layer in layers_of(model).items()}
+        sums = {layer: torch.zeros(weight.shape) for layer, weight in weights.items()}
         batches = problem(name).batches(12345)
-        for module in layers.values():
-            module.weight.requires_grad_(True)
         for _ in range(GRADIENT_BATCHES):
-            problem(name).loss(model, next(batches)).backward()
-            for layer, module in layers.items():
-                sums[layer] += module.weight.grad.float()
-                module.weight.grad = None
+            loss = problem(name).loss(model, next(batches))
+            for layer, gradient in zip(sums, torch.autograd.grad(loss, list(weights.values()))):
+                sums[layer] += gradient.float()
         norm = sum(float(gradient.square().sum()) for gradient in sums.values()) ** 0.5
         return {layer: (GRADIENT_NORM / norm * sums[layer]).half() for layer in sums}
 
@@ -209,23 +206,16 @@ def shared_factors(
     return {name: (factors[name, 1], factors[name, 0]) for name in shapes}
 
 
-def leading(product: Callable[[Tensor], Tensor], d: int, rank: int) -> Tensor:
-    """Returns the leading eigenvectors [d, rank] of a positive matrix, known by its products."""
-    block = torch.randn(d, min(d, rank + 16), generator=torch.Generator().manual_seed(0))
-    for _ in range(4):
-        block = torch.linalg.qr(product(block)).Q
-    small = block.T @ product(block)
-    return (block @ torch.linalg.eigh(small).eigenvectors.flip(1))[:, :rank].contiguous()
-
-
 def pairs_of(matrices: list[dict[str, Tensor]], group_by: str, rank: int) -> Pairs:
     """Returns the leading directions of all matrices [n, k] of a group, next to each other."""
     shapes = {name: tuple(matrix.shape) for name, matrix in matrices[0].items()}
 
     def make(names: list[str], side: int) -> Tensor:
-        stack = [by_name[name].float() for name in names for by_name in matrices]
-        columns = [matrix.T if side else matrix for matrix in stack]
-        return leading(lambda x: sum(M @ (M.T @ x) for M in columns), len(columns[0]), rank)
+        members = [by_name[name].float() for name in names for by_name in matrices]
+        stack = torch.cat([matrix.T if side else matrix for matrix in members], 1)
+        torch.manual_seed(0)
+        U, _, _ = torch.svd_lowrank(stack, min(rank + 16, *stack.shape), niter=4)
+        return U[:, :rank].contiguous()
 
     return shared_factors(shapes, group_by, make)
 
@@ -262,24 +252,17 @@ def lora_of(name: str) -> Path:
 
 def pairs_of_loras(group_by: str, rank: int) -> Pairs:
     """Returns the pairs that loras_to_bank makes of the donors' LoRAs."""
-    from lotr_ext import load_adapter
-    from lotr_ext.convert import loras_to_bank
-
     folder = CACHE / f"donors-{group_by}-{rank}"
-    loras = [lora_of(name) for name in DONORS]
-    loras_to_bank(loras, folder, rank=rank, group_by=group_by)
+    loras_to_bank([lora_of(name) for name in DONORS], folder, rank=rank, group_by=group_by)
     return orthonormal_pairs(load_adapter(problem(DONORS[0]).model(0), folder))
 
 
 def mixed_pairs(group_by: str, rank: int) -> Pairs:
     """Returns pairs that were trained on batches of all donors in turn, a task for each donor."""
-    from lotr_ext import LoTRConfig, TaskBank, apply_lotr, lotr_parameters, use_tasks
-
     texts = {name: problem(name) for name in DONORS}
     model = texts[DONORS[0]].model(0)
     torch.manual_seed(0)
-    config = LoTRConfig(rank=rank, group_by=group_by, target_modules=layers_named(""))
-    apply_lotr(model, config)
+    apply_lotr(model, LoTRConfig(rank=rank, group_by=group_by, target_modules=layers_named("")))
     tasks = TaskBank(model, len(DONORS)).requires_grad_()
     slots = {name: torch.full((4,), tasks.add()) for name in DONORS}
     batches = {name: text.batches(0) for name, text in texts.items()}

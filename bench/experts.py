@@ -13,10 +13,11 @@ with the same module's in float64 first. peak: the most that a step has allocate
 import argparse
 import copy
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lotr_ext import LoTRConfig, apply_lotr
 
 from .common import Case, check_error, dtype_of, error_of
 from .model import trained, twin
@@ -112,8 +113,6 @@ def adapted(name: str, base: Mixture, rank: int) -> nn.Module:
             r=rank, lora_alpha=rank, target_modules=[], target_parameters=targets
         )
         return peft.get_peft_model(mixture, config)
-    from lotr_ext import LoTRConfig, apply_lotr
-
     return apply_lotr(mixture, LoTRConfig(rank=rank, target_parameters=targets))
 
 
@@ -131,10 +130,7 @@ def gradient_error(model: nn.Module, x: Tensor, g: Tensor, routing: tuple[Tensor
     gradients = []
     for module, dtype in ((model, x.dtype), (copy.deepcopy(model).double(), torch.float64)):
         y = module(x[:CHECKED_TOKENS].detach().to(dtype), index, weights.to(dtype))
-        y.backward(g[:CHECKED_TOKENS].to(dtype))
-        gradients.append([p.grad for p in trained(module)])
-        for parameter in trained(module):
-            parameter.grad = None
+        gradients.append(torch.autograd.grad(y, trained(module), g[:CHECKED_TOKENS].to(dtype)))
     return max(error_of(*pair) for pair in zip(*gradients, strict=True))
 
 
@@ -162,7 +158,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         check_error(f"{name} before training", error, limit)
         randomize(model)
         parameters = trained(model)
-        facts: dict[str, Any] = {"parameters": sum(p.numel() for p in parameters)}
+        facts: dict[str, float] = {"parameters": sum(p.numel() for p in parameters)}
         if name == "lotr_ext":
             error = gradient_error(model, x, g, routing)
             facts["error"] = check_error("gradients", error, limit)

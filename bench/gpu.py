@@ -52,7 +52,6 @@ PROFILE = (
 )
 OPTIONS = {
     "budget": {"type": float, "default": BUDGET_S, "help": f"seconds for all parts ({BUDGET_S})"},
-    "parts": {"help": "some parts, comma-separated (all)"},
     "folder": {"type": Path, "default": FOLDER, "help": "for logs and results (build-gpu)"},
     "out": {"type": Path, "help": "for summary.md and results.tar.gz (the folder)"},
     "wheel": {"type": Path, "help": "take the kernels from this wheel instead of building them"},
@@ -124,8 +123,8 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
     )
     if options.wheel is not None:
         unzip = "import sys, zipfile; zipfile.ZipFile(sys.argv[1]).extract(sys.argv[2])"
-        command = (sys.executable, "-c", unzip, str(options.wheel.resolve()), MODULE)
-        build = Part("build", 1.0, command)
+        words = (unzip, str(options.wheel.resolve()), MODULE)
+        build = Part("build", 1.0, (sys.executable, "-c", *words))
     smoke = ("--dtypes", "bf16", "--shapes", "1") if options.quick else ("--shapes", "6")
     profiled_shape = ("--shapes", "8192x4096x16", "--dtypes", "bf16", *device)
     shared = (
@@ -189,23 +188,17 @@ def run(part: Part, log: Path, limit_s: float) -> str:
     log.write_bytes(b"")
     command = part.command
     crashes: list[str] = []
-    while True:
+    for _ in range(1 + RESTARTS):
         status = _run_once(part, command, log, end - time.monotonic())
-        is_crash = status is not None and (status < 0 or status == DEVICE_LOST)
-        if not (is_crash and part.restarts and summary.last_case(log)) or len(crashes) == RESTARTS:
+        has_crashed = status is not None and (status < 0 or status == DEVICE_LOST)
+        if not (has_crashed and part.restarts and summary.last_case(log)):
             break
-        case, count, _ = summary.last_case(log)
-        crashes.append(case)
-        if case == count:
-            break
-        command = (*part.command, "--from", str(int(case) + 1))
-    if status is None:
-        outcome = "stopped"
-    elif crashes:
-        outcome = "failed"
-    else:
-        outcome = f"failed ({status})" if status else "done"
-    return outcome + (f", crashed in case {', '.join(crashes)}" if crashes else "")
+        crashes.append(summary.last_case(log)[0])
+        command = (*part.command, "--from", str(int(crashes[-1]) + 1))
+    outcome = {None: "stopped", 0: "done"}.get(status, f"failed ({status})")
+    if not crashes:
+        return outcome
+    return f"{'stopped' if status is None else 'failed'}, crashed in case {', '.join(crashes)}"
 
 
 def _run_once(part: Part, command: tuple[str, ...], log: Path, limit_s: float) -> int | None:
@@ -250,7 +243,7 @@ def work(parts: list[Part], options: argparse.Namespace) -> int:
     results = options.folder / "results"
     results.mkdir(parents=True, exist_ok=True)
     outcomes = summary.outcomes_in(results)
-    is_good = True
+    failed = []
     for i, part in enumerate(parts):
         remaining = end - time.monotonic()
         share = part.weight / sum(other.weight for other in parts[i:])
@@ -260,17 +253,16 @@ def work(parts: list[Part], options: argparse.Namespace) -> int:
         seconds = round(time.monotonic() - begin)
         print(f"{part.name}: {outcome}, {seconds} s", flush=True)
         outcomes[part.name] = {"outcome": outcome, "seconds": seconds}
-        if not outcome.startswith(GOOD):
-            is_good = False
+        if not outcome.startswith("done" if part.name == "build" else GOOD):
+            failed.append(part.name)
             for line in summary.error_lines(log):
                 print(f"    {line}", flush=True)
         pack(results, outcomes, options.out)
-        if part.name == "build" and outcome != "done":
-            is_good = False
+        if failed == ["build"]:
             print("failed: without a build nothing else can run")
             break
     print(f"read {options.out / 'summary.md'}; all logs and rows: {options.out / 'results.tar.gz'}")
-    return int(not is_good)
+    return int(bool(failed))
 
 
 def run_part(part: Part, log: Path, limit_s: float) -> str:
@@ -304,14 +296,11 @@ def pack(results: Path, outcomes: summary.Outcomes, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of("gpu", __doc__, OPTIONS)
+    names = [part.name for part in parts_of(parser.parse_args([]))]
+    parser.add_argument("--parts", type=some_of(names), default=names, help="some parts (all)")
     options = parser.parse_args(argv)
     options.out = options.out or options.folder
-    parts = {part.name: part for part in parts_of(options)}
-    try:
-        names = some_of(parts)(options.parts or ",".join(parts))
-    except argparse.ArgumentTypeError as error:
-        parser.error(f"parts: {error}")
-    selected = [parts[name] for name in names]
+    selected = [part for part in parts_of(options) if part.name in options.parts]
     if not options.dry_run:
         return work(selected, options)
     total = sum(part.weight for part in selected)

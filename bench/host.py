@@ -16,7 +16,6 @@ float64 first. Times are per layer. python_tests/test_frames.py counts the Pytho
 
 import argparse
 import sys
-from typing import Any
 
 from .common import Case, dtype_of, some_of
 from .program import Program
@@ -53,7 +52,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
 
     def step_of(name: str) -> Step:
         model = stack(name, tensors, case["form"])
-        facts: dict[str, Any] = {}
+        facts: dict[str, float] = {}
         if name.startswith("lotr"):
             facts["error"] = check_stack(model, truth, x, g, TOLERANCE[case["dtype"]])
         leaves = [x, *(p for p in model.parameters() if p.requires_grad)]

@@ -174,8 +174,8 @@ def build(case: Case, options: argparse.Namespace) -> Group:
 
     def step_of(name: str) -> Step:
         rival_operands = copied(operands)
-        facts_of_rival = facts if name == "lotr_ext" else {}
-        return Step({"step": lambda _: calls[name](**rival_operands)}, facts=facts_of_rival)
+        stages = {"step": lambda _: calls[name](**rival_operands)}
+        return Step(stages, facts=facts if name == "lotr_ext" else {})
 
     return Group(options.rivals or calls, step_of)
 

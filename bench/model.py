@@ -18,11 +18,12 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from lotr_ext import LoTRConfig, LoTRLinear, apply_lotr
 
 from .common import Case, check_error, dtype_of, error_of, some_of
 from .program import Program
@@ -189,8 +190,6 @@ def rank_of(method: str, case: Case) -> int:
 
 
 def lotr_layers(model: nn.Module) -> list[nn.Module]:
-    from lotr_ext import LoTRLinear
-
     return [module for module in model.modules() if isinstance(module, LoTRLinear)]
 
 
@@ -199,8 +198,7 @@ def in_three_lines(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     factors = factors_of(layer)
 
     def forward(x: Tensor) -> Tensor:
-        u = x @ factors["A"].to(x.dtype)
-        h = u @ layer.core.to(x.dtype)
+        h = x @ factors["A"].to(x.dtype) @ layer.core.to(x.dtype)
         y = nn.functional.linear(x, layer.weight, layer.bias)
         return y + layer.scaling * h @ factors["B"].to(x.dtype).T
 
@@ -214,23 +212,22 @@ def adapted_model(method: str, base: nn.Module, targets: list[str], rank: int) -
         ValueError: If the strategy in the method's name cannot run here.
     """
     model = twin(base)
-    variant = method.partition("-")[2]
-    if method == "frozen":
+    family, _, variant = method.partition("-")
+    if family == "frozen":
         return model
-    if method.startswith(("lora-peft", "vera-peft")):
+    if family in ("lora", "vera"):
         from peft import LoraConfig, VeraConfig, get_peft_model
 
-        if method.startswith("vera"):
-            return get_peft_model(model, VeraConfig(r=rank, target_modules=targets))
-        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
-    from lotr_ext import LoTRConfig, apply_lotr
-
-    config = LoTRConfig(rank=rank, scaling=1.0, target_modules=targets)
-    if variant == "core":
-        config = replace(config, train=("core",))
-    if variant == "eager":  # the original cannot mix dtypes
-        config = replace(config, adapter_dtype=square_weight(base).dtype)
-    apply_lotr(model, config)
+        configs = {
+            "lora": LoraConfig(r=rank, lora_alpha=rank, target_modules=targets),
+            "vera": VeraConfig(r=rank, target_modules=targets),
+        }
+        return get_peft_model(model, configs[family])
+    settings = {
+        "core": {"train": ("core",)},
+        "eager": {"adapter_dtype": square_weight(base).dtype},  # the original cannot mix dtypes
+    }.get(variant, {})
+    apply_lotr(model, LoTRConfig(rank=rank, scaling=1.0, target_modules=targets, **settings))
     if variant == "eager":
         for layer in lotr_layers(model):
             layer.forward = in_three_lines(layer)
@@ -245,8 +242,7 @@ def adapted_model(method: str, base: nn.Module, targets: list[str], rank: int) -
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    usual = ["tiny-lm"] if options.quick else USUAL[options.device]
-    names = options.models or usual
+    names = options.models or (["tiny-lm"] if options.quick else USUAL[options.device])
     return [
         {
             "model": name,
@@ -260,10 +256,8 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def core_gradients(model: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> Tensor:
-    loss_of(model).backward()
-    gradients = [layer.core.grad.double().flatten() for layer in lotr_layers(model)]
-    model.zero_grad()
-    return torch.cat(gradients)
+    gradients = torch.autograd.grad(loss_of(model), [layer.core for layer in lotr_layers(model)])
+    return torch.cat([gradient.double().flatten() for gradient in gradients])
 
 
 def gradient_error(model: nn.Module, case: Case, loss_of: Callable[[nn.Module], Tensor]) -> float:
@@ -279,8 +273,8 @@ def gradient_error(model: nn.Module, case: Case, loss_of: Callable[[nn.Module], 
     expected = core_gradients(model, loss_of)
     for layer in lotr_layers(model):
         del layer.forward
-    limit = TOLERANCE[case["dtype"]]
-    return check_error("gradients of the cores", error_of(gradients, expected), limit)
+    error = error_of(gradients, expected)
+    return check_error("gradients of the cores", error, TOLERANCE[case["dtype"]])
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
@@ -300,7 +294,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         rank = rank_of(name, case)
         model = adapted_model(name, base, case["targets"].split(","), rank)
         parameters = trained(model)
-        facts: dict[str, Any] = {"rank": rank, "parameters": sum(p.numel() for p in parameters)}
+        facts: dict[str, float] = {"rank": rank, "parameters": sum(p.numel() for p in parameters)}
         if name in ("lotr_ext", "lotr_ext-fused"):
             facts["error"] = gradient_error(model, case, loss_of)
         # A group, because an optimizer refuses an empty list: the frozen model trains nothing.

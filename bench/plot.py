@@ -87,8 +87,8 @@ def accuracy(rows: pd.DataFrame, path: Path) -> None:
             )
         full = [point for point in points if METHODS[point.method].family == "full"]
         if full:
-            loss = full[0].seeds.mean()
-            ax.axhline(loss, label="full fine-tuning", color="0.5", linestyle="--", linewidth=1)
+            style = {"color": "0.5", "linestyle": "--", "linewidth": 1}
+            ax.axhline(full[0].seeds.mean(), label="full fine-tuning", **style)
         ax.set(xscale="log", title=f"{task}, {TASKS[task].steps} steps", xlabel="trained numbers")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("held-out loss")

@@ -10,18 +10,90 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lotr_ext import LoTRConfig, apply_lotr, init_from_gradient
+
 from .common import ROOT
 
-DATA = ROOT / "data"
+sys.path.append(str(ROOT / "examples"))  # whose modules import each other by name
+from common import TextClassifier, minilm_classifier, rated_texts, tokenized
+from data import DATA, MINILM, SMOLLM2
+
 HEAD_LR = 1e-2
 SEQUENCE = 64  # tokens per row of a text
+
+
+# ---- methods -------------------------------------------------------------------------------------
+
+
+class ByKind(NamedTuple):
+    """A value for each kind of task, by its name."""
+
+    teacher: Any = ()
+    classifier: Any = ()
+    language: Any = ()
+
+
+class Method(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        family: "lotr", "lora", "vera", or what is fully trained: "base", "head", "norm", "full".
+        ranks: Those that run.
+        rates: Where the search begins, for LoTR before the factor 0.4.
+        settings: Of the configuration.
+        from_gradient: Whether A and B start in the directions of the gradient.
+    """
+
+    family: str
+    ranks: ByKind
+    rates: ByKind = ByKind(5e-2, 5e-3, 5e-3)
+    settings: Mapping[str, Any] = {}
+    from_gradient: bool = False
+
+
+CORE = {"train": ("core",)}
+LORA_RATES = ByKind(2e-2, 2e-3, 2e-3)
+METHODS = {
+    "base": Method("base", ByKind(teacher=(0,), language=(0,)), ByKind(0.0, 0.0, 0.0)),
+    "head": Method("head", ByKind(classifier=(0,)), ByKind(classifier=HEAD_LR)),
+    "full": Method("full", ByKind((0,), (0,), (0,)), ByKind(1e-2, 1e-4, 1e-4)),
+    "norm": Method("norm", ByKind((), (0,), (0,)), ByKind(5e-3, 5e-3, 5e-3)),
+    "lotr": Method("lotr", ByKind((1, 2, 4, 8, 16), (4, 8, 16, 28), (4, 24, 60))),
+    "lotr-width": Method("lotr", ByKind((), (16,), (28,)), settings={"group_by": "width"}),
+    "lotr-block": Method("lotr", ByKind((), (1, 5), (6,)), settings={"group_by": "block"}),
+    "lotr-core": Method("lotr", ByKind((8, 16), (64,), (32,)), settings=CORE),
+    "lotr-diagonal": Method(
+        "lotr",
+        ByKind((5, 11, 16, 22, 45), (8,), (48,)),
+        ByKind(5e-2, 2e-2, 2e-2),
+        {"core": "diagonal"},
+    ),
+    "lotr-gradient": Method("lotr", ByKind((4, 8), (8, 16)), from_gradient=True),
+    "lotr-name": Method("lotr", ByKind(classifier=(16,)), settings={"group_by": "name"}),
+    "lotr-core-gradient": Method(
+        "lotr", ByKind((8, 16), (64,), (32,)), settings=CORE, from_gradient=True
+    ),
+    "lotr-tucker": Method("lotr", ByKind(teacher=(8,)), settings={"core": "tucker"}),
+    "lotr-train": Method("lotr", ByKind(teacher=(8,)), settings={"core": "train"}),
+    "lotr-few": Method("lotr", ByKind((8,), (32,), (32,)), settings={"core": "few", **CORE}),
+    # Factors from each layer's weight: LoRA-XS, arXiv 2405.17604.
+    "lora-xs": Method(
+        "lotr", ByKind((8,), (32,), (32,)), settings={"init": "svd", "group_by": "layer", **CORE}
+    ),
+    "lora": Method("lora", ByKind((1, 2, 4, 8), (1, 4, 8, 32), (1, 4, 16)), LORA_RATES),
+    "dora": Method("lora", ByKind((1, 4), (1,), (1,)), LORA_RATES, {"use_dora": True}),
+    "vera": Method("vera", ByKind((64,), (256,), (256,)), ByKind(2e-2, 1e-2, 1e-2)),
+}
+ALL = ",".join(METHODS)
+
+
+# ---- tasks ---------------------------------------------------------------------------------------
 
 
 class Task(NamedTuple):
@@ -36,7 +108,7 @@ class Task(NamedTuple):
         batch: Items per step.
         layers: The adapted layers, a regular expression.
         norms: The norm layers, a regular expression.
-        all_methods: Whether every method runs on it.
+        methods: Those that run on it, each with a rank or with its usual ones: "lotr:4,lora".
     """
 
     kind: str
@@ -47,7 +119,7 @@ class Task(NamedTuple):
     batch: int
     layers: str
     norms: str = ""
-    all_methods: bool = False
+    methods: str = ALL
 
 
 _teacher = partial(
@@ -58,14 +130,17 @@ _teacher = partial(
     held_out=2000,
     batch=64,
     layers=r"\d+\.(up|down)",
-    all_methods=True,
 )
 _classifier = partial(
     Task,
     "classifier",
+    steps=100,
+    validation=400,
+    held_out=1000,
     batch=32,
     layers=r".*\.layer\.\d+\..*\.(query|key|value|dense)",
     norms=r".*\.LayerNorm",
+    methods="head,full,lotr:4,lotr:16,lora:1,lora:4",
 )
 _language = partial(
     Task,
@@ -76,23 +151,23 @@ _language = partial(
     batch=4,
     layers=r".*\.layers\.\d+\..*_proj",
     norms=r".*(norm|layernorm)",
+    methods="base,full,lotr,lotr-block:6,lotr-diagonal:48,lora:1,lora:4",
 )
-_ratings = partial(_classifier, steps=100, validation=400, held_out=1000)
 TASKS = {
     "teacher-shared": _teacher("1.0"),
     "teacher-half": _teacher("0.5"),
     "teacher-own": _teacher("0.0"),
     "minilm-movies": _classifier(
-        "movie_snippets.tsv", steps=150, validation=500, held_out=1500, all_methods=True
+        "movie_snippets.tsv", steps=150, validation=500, held_out=1500, methods=ALL
     ),
-    "minilm-tweets": _ratings("tweets.tsv"),
-    "minilm-products": _ratings("product_snippets.tsv"),
-    "minilm-editorials": _ratings("editorial_snippets.tsv"),
-    "smollm2-kjv": _language("kjv.txt", all_methods=True),
+    "minilm-tweets": _classifier("tweets.tsv"),
+    "minilm-products": _classifier("product_snippets.tsv"),
+    "minilm-editorials": _classifier("editorial_snippets.tsv"),
+    "smollm2-kjv": _language("kjv.txt", methods=ALL),
     "smollm2-wycliffe": _language("wycliffe.txt"),
     "smollm2-verilog": _language("verilog.txt"),
 }
-FOLDERS = {"classifier": "all-minilm-l6-v2", "language": "smollm2-135m"}  # in data/
+BASES = {"classifier": MINILM, "language": SMOLLM2}
 
 
 def shuffled_epochs(count: int, draw: random.Random) -> Iterator[int]:
@@ -107,15 +182,21 @@ class Problem:
     """Models, batches and losses of a task.
 
     Attributes:
+        base: The unadapted model.
         parts: Training, validation and held_out, as tensors or arrays of items.
         measured_at_once: Items.
     """
 
     measured_at_once = 100
+    base: nn.Module
     parts: dict[str, tuple]
 
     def __init__(self, task: Task):
         self.task = task
+
+    def model(self, seed: int) -> nn.Module:
+        """Returns a fresh model. Only a new head depends on the seed."""
+        return copy.deepcopy(self.base)
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, ...]]:
         """Endless rows of the training tensors."""
@@ -139,8 +220,7 @@ class Problem:
         for rows in order.split(self.measured_at_once):
             batch = tuple(values[rows] for values in self.parts[part])
             outcomes.append(torch.stack([result.double() for result in self.losses(model, batch)]))
-        losses, is_right = torch.cat(outcomes, 1)[:, order.argsort()]
-        return losses, is_right
+        return tuple(torch.cat(outcomes, 1)[:, order.argsort()])
 
     def order(self, part: str) -> Tensor:
         """Returns the order in which items are measured."""
@@ -162,24 +242,21 @@ class Teacher(Problem):
         generator = torch.Generator().manual_seed(0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.net = nn.Sequential(*(Block() for _ in range(6)))
-        teacher = changed(self.net, float(task.source), generator)
+            self.base = nn.Sequential(*(Block() for _ in range(6)))
+        teacher = changed(self.base, float(task.source), generator)
         counts = {"training": 2048, "validation": task.validation, "held_out": task.held_out}
         with torch.no_grad():
             inputs = {
                 part: torch.randn(count, 32, generator=generator) for part, count in counts.items()
             }
             outputs = {part: teacher(x) for part, x in inputs.items()}
-            differences = outputs["training"] - self.net(inputs["training"])
+            differences = outputs["training"] - self.base(inputs["training"])
         self.unit = differences.square().mean().item()
         noise = 0.2 * differences.std()
         self.parts = {}
         for part, y in outputs.items():
             y += noise * torch.randn(y.shape, generator=generator)
             self.parts[part] = (inputs[part], y)
-
-    def model(self, seed: int) -> nn.Module:
-        return copy.deepcopy(self.net)
 
     def losses(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, y = batch
@@ -234,36 +311,24 @@ class Classified(Problem):
     """
 
     def __init__(self, task: Task):
-        from transformers import AutoModel, AutoTokenizer
-
         super().__init__(task)
-        folder = DATA / FOLDERS[task.kind]
-        texts = []
-        for line in (DATA / task.source).read_text(encoding="utf-8").splitlines():
-            rating, text = line.split("\t", 1)
-            if abs(float(rating)) >= 0.5:
-                texts.append((text, int(float(rating) > 0)))
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.encoder = AutoModel.from_pretrained(folder, local_files_only=True).eval()
-
-        def encoded(rated: list[tuple[str, int]]) -> Texts:
-            words, labels = zip(*rated)
-            ids = tokenizer(list(words), truncation=True, max_length=128)["input_ids"]
-            return np.fromiter(ids, object, len(ids)), torch.tensor(labels)
-
+        classifier, tokenize = minilm_classifier()
+        self.base = classifier.encoder
+        training, held_out = rated_texts(task.source, task.held_out)
+        random.Random(0).shuffle(training)
+        examples = {
+            "training": training[: -task.validation],
+            "validation": training[-task.validation :],
+            "held_out": held_out,
+        }
         self.parts = {}
-        for part, count in (("held_out", task.held_out), ("validation", task.validation)):
-            random.Random(0).shuffle(texts)
-            self.parts[part] = encoded(texts[-count:])
-            texts = texts[:-count]
-        self.parts["training"] = encoded(texts)
+        for part, texts in examples.items():
+            ids, labels = tokenized(texts, tokenize)
+            self.parts[part] = (np.fromiter(ids, object, len(ids)), labels)
 
     def model(self, seed: int) -> nn.Module:
-        sys.path.append(str(ROOT / "examples"))  # whose modules import each other by name
-        from common import TextClassifier
-
         torch.manual_seed(seed)
-        return TextClassifier(copy.deepcopy(self.encoder), 2)
+        return TextClassifier(copy.deepcopy(self.base), 2)
 
     def batches(self, seed: int) -> Iterator[Texts]:
         """Twenty batches at a time are sorted by length, to reduce padding."""
@@ -301,13 +366,12 @@ class Written(Problem):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         super().__init__(task)
-        folder = DATA / FOLDERS[task.kind]
         self.base = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=torch.bfloat16
+            SMOLLM2, local_files_only=True, dtype=torch.bfloat16
         ).eval()
         # On rows this short torch's fused attention takes longer in backward.
         self.base.set_attn_implementation("eager")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(SMOLLM2, local_files_only=True)
         text = (DATA / task.source).read_text(encoding="utf-8")
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
         rows = ids.unfold(0, SEQUENCE, SEQUENCE)
@@ -323,9 +387,6 @@ class Written(Problem):
             "validation": (held_rows[: task.validation],),
             "held_out": (held_rows[task.validation :],),
         }
-
-    def model(self, seed: int) -> nn.Module:
-        return copy.deepcopy(self.base)
 
     @torch.autocast("cpu", torch.bfloat16)
     def loss(self, model: nn.Module, batch: tuple[Tensor]) -> Tensor:
@@ -344,9 +405,7 @@ class Written(Problem):
 
 def missing(task: Task) -> str:
     """Returns the files of a task's data that are not there, "" if all are."""
-    if task.kind not in FOLDERS:
-        return ""
-    paths = [DATA / FOLDERS[task.kind], DATA / task.source]
+    paths = [BASES[task.kind], DATA / task.source] if task.kind in BASES else []
     return ", ".join(str(path) for path in paths if not path.exists())
 
 
@@ -355,78 +414,7 @@ def problem_of(task: Task) -> Problem:
     return {"teacher": Teacher, "classifier": Classified, "language": Written}[task.kind](task)
 
 
-# ---- methods -------------------------------------------------------------------------------------
-
-
-class ByKind(NamedTuple):
-    """A value for each kind of task, by its name."""
-
-    teacher: Any = ()
-    classifier: Any = ()
-    language: Any = ()
-
-
-class Method(NamedTuple):
-    """What is trained.
-
-    Attributes:
-        family: "lotr", "peft", or what is fully trained: "base", "head", "norm", "full".
-        ranks: Those that run.
-        rates: Where the search begins, for LoTR before the factor 0.4.
-        settings: Of the configuration.
-    """
-
-    family: str
-    ranks: ByKind
-    rates: ByKind = ByKind(5e-2, 5e-3, 5e-3)
-    settings: Mapping[str, Any] = MappingProxyType({})
-
-
-CORE = {"train": ("core",)}
-PEFT_RATES = ByKind(2e-2, 2e-3, 2e-3)
-METHODS = {
-    "base": Method("base", ByKind(teacher=(0,), language=(0,)), ByKind(0.0, 0.0, 0.0)),
-    "head": Method("head", ByKind(classifier=(0,)), ByKind(classifier=HEAD_LR)),
-    "full": Method("full", ByKind((0,), (0,), (0,)), ByKind(1e-2, 1e-4, 1e-4)),
-    "norm": Method("norm", ByKind((), (0,), (0,)), ByKind(5e-3, 5e-3, 5e-3)),
-    "lotr": Method("lotr", ByKind((1, 2, 4, 8, 16), (4, 8, 16, 28), (4, 24, 60))),
-    "lotr-width": Method("lotr", ByKind((), (16,), (28,)), settings={"group_by": "width"}),
-    "lotr-block": Method("lotr", ByKind((), (1, 5), (6,)), settings={"group_by": "block"}),
-    "lotr-core": Method("lotr", ByKind((8, 16), (64,), (32,)), settings=CORE),
-    "lotr-diagonal": Method(
-        "lotr",
-        ByKind((5, 11, 16, 22, 45), (8,), (48,)),
-        ByKind(5e-2, 2e-2, 2e-2),
-        {"core": "diagonal"},
-    ),
-    "lotr-gradient": Method("lotr", ByKind((4, 8), (8, 16)), settings={"from_gradient": True}),
-    "lotr-name": Method("lotr", ByKind(classifier=(16,)), settings={"group_by": "name"}),
-    "lotr-core-gradient": Method(
-        "lotr", ByKind((8, 16), (64,), (32,)), settings={"from_gradient": True, **CORE}
-    ),
-    "lotr-tucker": Method("lotr", ByKind(teacher=(8,)), settings={"core": "tucker"}),
-    "lotr-train": Method("lotr", ByKind(teacher=(8,)), settings={"core": "train"}),
-    "lotr-few": Method("lotr", ByKind((8,), (32,), (32,)), settings={"core": "few", **CORE}),
-    # Factors from each layer's weight: LoRA-XS, arXiv 2405.17604.
-    "lora-xs": Method(
-        "lotr", ByKind((8,), (32,), (32,)), settings={"init": "svd", "group_by": "layer", **CORE}
-    ),
-    "lora": Method("peft", ByKind((1, 2, 4, 8), (1, 4, 8, 32), (1, 4, 16)), PEFT_RATES),
-    "dora": Method("peft", ByKind((1, 4), (1,), (1,)), PEFT_RATES, {"use_dora": True}),
-    "vera": Method("peft", ByKind((64,), (256,), (256,)), ByKind(2e-2, 1e-2, 1e-2), {"vera": True}),
-}
-MAIN = {  # the methods of tasks that do not have all
-    "classifier": ("head:0", "full:0", "lotr:4", "lotr:16", "lora:1", "lora:4"),
-    "language": (
-        "base:0",
-        "full:0",
-        "lotr",
-        "lotr-block:6",
-        "lotr-diagonal:48",
-        "lora:1",
-        "lora:4",
-    ),
-}
+# ---- training ------------------------------------------------------------------------------------
 
 
 def adapt(model: nn.Module, task: Task, method: str, rank: int) -> nn.Module:
@@ -436,20 +424,17 @@ def adapt(model: nn.Module, task: Task, method: str, rank: int) -> nn.Module:
         The module to train.
     """
     family = METHODS[method].family
-    settings = dict(METHODS[method].settings)
     saved = ["head"] if hasattr(model, "head") else None
-    common = {"target_modules": task.layers, "modules_to_save": saved}
+    common = {"target_modules": task.layers, "modules_to_save": saved, **METHODS[method].settings}
     if family == "lotr":
-        from lotr_ext import LoTRConfig, apply_lotr
-
-        settings.pop("from_gradient", None)
-        return apply_lotr(model, LoTRConfig(rank=rank, **common, **settings))
-    if family == "peft":
+        return apply_lotr(model, LoTRConfig(rank=rank, **common))
+    if family in ("lora", "vera"):
         from peft import LoraConfig, VeraConfig, get_peft_model
 
-        if settings.pop("vera", False):
-            return get_peft_model(model, VeraConfig(r=rank, **common))
-        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, **common, **settings))
+        config = VeraConfig(r=rank, **common)
+        if family == "lora":
+            config = LoraConfig(r=rank, lora_alpha=2 * rank, **common)
+        return get_peft_model(model, config)
     trained = {"full": task.layers, "norm": task.norms}.get(family, "head")
     for name, module in model.named_modules():
         is_trained = re.fullmatch(trained, name) is not None or name == "head"
@@ -475,9 +460,9 @@ def decay(optimizer: torch.optim.Optimizer, steps: int) -> Callable[[], None]:
 
 def trained_parts(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Returns what a method trains, and a new head, which its size does not count."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    head = {name: p for name, p in trained.items() if "head" in name.split(".")}
-    return [p for name, p in trained.items() if name not in head], list(head.values())
+    trained = [(name.split("."), p) for name, p in model.named_parameters() if p.requires_grad]
+    head = [p for parts, p in trained if "head" in parts]
+    return [p for parts, p in trained if "head" not in parts], head
 
 
 def start_from_gradient(model: nn.Module, problem: Problem, batches: Iterator, steps: int) -> int:
@@ -486,8 +471,6 @@ def start_from_gradient(model: nn.Module, problem: Problem, batches: Iterator, s
     Returns:
         The steps that are left: the head takes a tenth.
     """
-    from lotr_ext import init_from_gradient
-
     _, head = trained_parts(model)
     if head:
         head_steps = steps // 10
@@ -509,7 +492,7 @@ def fit(model: nn.Module, method: str, lr: float, seed: int, problem: Problem) -
     """
     steps = problem.task.steps
     batches = problem.batches(seed)
-    if METHODS[method].settings.get("from_gradient"):
+    if METHODS[method].from_gradient:
         steps = start_from_gradient(model, problem, batches, steps)
     parameters, head = trained_parts(model)
     groups = [

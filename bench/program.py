@@ -150,12 +150,11 @@ class Program:
     def arguments(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Returns the options, complete. Ends the program for a bad one."""
         parser = self.parser()
-        options = parser.parse_args(argv)
+        words = list(sys.argv[1:] if argv is None else argv)
+        options = parser.parse_args(words, argparse.Namespace(words=words))
         usual_clock = "wall"
         if options.device == "cuda":
             usual_clock = "events"
-            if not torch.cuda.is_available():
-                parser.error("device: expected a GPU for cuda, got none. Pass --device cpu.")
         elif options.threads == [{"threads": 1}]:
             usual_clock = "cpu"
         options.clock = options.clock or usual_clock
@@ -176,89 +175,39 @@ class Program:
         return options
 
     def all_cases(self, options: argparse.Namespace) -> list[Case]:
-        shapes = self.cases(options)
-        if options.quick:
-            shapes = shapes[:1]
+        shapes = self.cases(options)[: 1 if options.quick else None]
         return [
             {**shape, "dtype": dtype, **threads}
             for dtype, threads, shape in itertools.product(options.dtypes, options.threads, shapes)
         ]
 
-    # ---- measuring ----
-
     def main(self, argv: Sequence[str] | None = None) -> int:
-        """Measures all cases.
+        """Measures all cases, compares two checkouts, or shows recorded rows.
 
         Returns:
-            1 if a case or a rival could not be measured, DEVICE_LOST after a CUDA error, else 0.
+            The exit status.
         """
         options = self.arguments(argv)
         cases = self.all_cases(options)
         if options.show:
             self.tables(read(options.show), list(cases[0]))
             return 0
-        if options.require_kernels:
-            fallback = fallback_line(cases, options.device)
-            if fallback is not None:
-                print(f"require-kernels: {fallback}", file=sys.stderr)
-                return 1
-        words = list(sys.argv[1:] if argv is None else argv)
+        fallback = fallback_line(cases, options.device) if options.require_kernels else None
+        if fallback is not None:
+            print(f"require-kernels: {fallback}", file=sys.stderr)
+            return 1
         if options.against:
-            return compare(self, options, words)
-        keep_memory()
-        results = Results(self, options)
-        for number, case in enumerate(cases, 1):
-            if number < options.first:
-                continue
-            title = self.title(case)
-            print(f"[{number}/{len(cases)}] {title}", file=sys.stderr, flush=True)
-            try:
-                self._measure(case, options, results)
-            except Exception as error:  # the other cases are still measured
-                results.fail(f"{title}: {reason_of(error)}")
-            if results.device_is_lost():
-                break
-        if results.rows:
-            rows = itertools.chain.from_iterable(results.rows.values())
-            self.tables(pd.DataFrame(rows), list(cases[0]))
-        about = results.about
-        print(
-            f"\npython -m bench.{self.name} {' '.join(words)}\n{about['machine']}, "
-            f"{about['clock']} seconds, {about['date']}, {about['commit']}\n"
-            f"results in {results.path}"
-        )
-        return DEVICE_LOST if results.device_is_lost() else int(bool(results.failures))
-
-    def _measure(self, case: Case, options: argparse.Namespace, results: "Results") -> None:
-        """Measures one case. Its rows are in the file every WRITE_EVERY_S seconds."""
-        torch.set_num_threads(case["threads"])
-        is_short = options.quick or options.rounds < 5
-        clock = Clock(options.device, options.clock)
-        rounds = Rounds(self.build(case, options), clock, 0.0 if is_short else self.slice_s)
-        for name, reason in rounds.failures.items():
-            results.fail(f"{self.title(case)}, {named(name)}: {reason}")
-        if not rounds.steps:
-            return
-        times: list[Times] = []
-        with gpu_samples(options.device) as samples:
-            try:
-                next_write = time.monotonic() + WRITE_EVERY_S
-                for turn in range(options.rounds):
-                    times.append(rounds.run(turn))
-                    if time.monotonic() > next_write:
-                        results.keep(case, times, rounds.steps, samples())
-                        next_write = time.monotonic() + WRITE_EVERY_S
-            finally:  # also when a round raises, and when the program is interrupted
-                if times:
-                    results.keep(case, times, rounds.steps, samples())
+            compare(self, cases, options)
+            return 0
+        return Measurement(self, options).run(cases)
 
     # ---- tables ----
 
     def tables(self, frame: pd.DataFrame, key: list[str]) -> None:
         """Prints the rows of cases, which the columns `key` name."""
         if self.is_pivoted:
-            title = f"{self.name}: time over {named(self.floor)}"
-            show(title, pivot(frame, self.form + CASE_ENDING, self.floor))
+            table = pivot(frame, self.form + CASE_ENDING, self.floor)
+            show(f"{self.name}: time over {named(self.floor)}", table)
             return
         titles = [self.title(row) for row in frame.to_dict("records")]
         for title, rows in frame.groupby(titles, sort=False):
@@ -268,16 +217,71 @@ class Program:
         return (self.form + CASE_ENDING).format(**case)
 
 
-class Results:
-    """The result file of a run, and what could not be measured."""
+class Measurement:
+    """One run of a program: what it has measured, and its result file.
+
+    Attributes:
+        status: The exit status: 1 if a case or a rival could not be measured, DEVICE_LOST after a
+            CUDA error, because no call of the process can then use the GPU.
+    """
 
     def __init__(self, program: Program, options: argparse.Namespace):
         self.program = program
+        self.options = options
         self.about = facts(options)
         folder = options.results or (QUICK if options.quick else RESULTS)
         self.path = folder / slug(self.about["machine"]) / f"{program.name}.jsonl"
         self.rows: dict[str, list[dict[str, Any]]] = {}  # by case
-        self.failures: list[str] = []
+        self.status = 0
+
+    def run(self, cases: Sequence[Case]) -> int:
+        """Measures the cases, and prints their tables. Returns the exit status."""
+        keep_memory()
+        numbered = list(enumerate(cases, 1))
+        for number, case in numbered[self.options.first - 1 :]:
+            title = self.program.title(case)
+            print(f"[{number}/{len(cases)}] {title}", file=sys.stderr, flush=True)
+            try:
+                self.measure(case)
+            except Exception as error:  # the other cases are still measured
+                self.fail(f"{title}: {reason_of(error)}")
+            if self.status == DEVICE_LOST:
+                break
+        if self.rows:
+            rows = itertools.chain.from_iterable(self.rows.values())
+            self.program.tables(pd.DataFrame(rows), list(cases[0]))
+        about = self.about
+        print(
+            f"\npython -m bench.{self.program.name} {' '.join(self.options.words)}\n"
+            f"{about['machine']}, {about['clock']} seconds, {about['date']}, {about['commit']}\n"
+            f"results in {self.path}"
+        )
+        return self.status
+
+    def measure(self, case: Case) -> None:
+        """Measures one case. Its rows are in the file every WRITE_EVERY_S seconds."""
+        program = self.program
+        options = self.options
+        torch.set_num_threads(case["threads"])
+        is_short = options.quick or options.rounds < 5
+        clock = Clock(options.device, options.clock)
+        rounds = Rounds(program.build(case, options), clock, 0.0 if is_short else program.slice_s)
+        for name, reason in rounds.failures.items():
+            self.fail(f"{program.title(case)}, {named(name)}: {reason}")
+        if not rounds.steps:
+            return
+        times: list[Times] = []
+        with gpu_samples(options.device) as samples:
+            try:
+                next_write = time.monotonic() + WRITE_EVERY_S
+                for turn in range(options.rounds):
+                    times.append(rounds.run(turn))
+                    if time.monotonic() > next_write:
+                        self.keep(case, times, rounds.steps, samples())
+                        next_write = time.monotonic() + WRITE_EVERY_S
+            finally:  # also when a round raises, and when the program is interrupted
+                if times:
+                    self.keep(case, times, rounds.steps, samples())
 
     def keep(
         self,
@@ -293,12 +297,8 @@ class Results:
         replace_rows(self.path, rows, ["machine", *case])
 
     def fail(self, line: str) -> None:
-        self.failures.append(line)
+        self.status = DEVICE_LOST if "CUDA error" in line else max(self.status, 1)
         print(f"not measured: {line}", file=sys.stderr, flush=True)
-
-    def device_is_lost(self) -> bool:
-        """Whether a CUDA error occurred. After one, no call of the process can use the GPU."""
-        return any("CUDA error" in line for line in self.failures)
 
 
 def fallback_line(cases: Sequence[Case], device: str) -> str | None:
@@ -362,27 +362,21 @@ def work(name: str, argv: list[str], file_descriptor: int) -> None:
     for question in iter(connection.recv, None):
         if "case" in question:
             torch.set_num_threads(question["case"]["threads"])
-            group = program.build(question["case"], options)
-            rounds = Rounds(group, clock, max(program.slice_s, 0.05))
+            rounds = Rounds(
+                program.build(question["case"], options), clock, max(program.slice_s, 0.05)
+            )
             connection.send(rounds.failures)
         else:
             connection.send(rounds.run(question["turn"]))
 
 
-def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> int:
-    """Measures this checkout and another one in turns, each in its process.
-
-    Prints the ratio of their times.
-    """
+def compare(program: Program, cases: Sequence[Case], options: argparse.Namespace) -> None:
+    """Measures this checkout and another one in turns, and prints the ratio of their times."""
+    words = options.words
     if program.compared and not options.rivals:
-        argv = [*argv, "--rivals", ",".join(program.compared)]
-    workers = {
-        "new": Worker(program.name, argv, ROOT),
-        "old": Worker(program.name, argv, options.against),
-    }
-    commits = f"{commit()} (new) over {commit(options.against)} (old)"
-    cases = program.all_cases(options)
-    tables = {}
+        words = [*words, "--rivals", ",".join(program.compared)]
+    checkouts = {"new": ROOT, "old": options.against}
+    workers = {side: Worker(program.name, words, root) for side, root in checkouts.items()}
     for number, case in enumerate(cases, 1):
         title = program.title(case)
         print(f"[{number}/{len(cases)}] {title}", file=sys.stderr, flush=True)
@@ -394,17 +388,15 @@ def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> i
             # In random order, so that no side always runs second.
             for side in random.Random(turn).sample(list(workers), 2):
                 times[side].append(workers[side].ask({"turn": turn}))
-        tables[title] = comparison(times["new"], times["old"], program.floor)
+        show(title, comparison(times["new"], times["old"], program.floor))
     for worker in workers.values():
         worker.close()
-    for title, table in tables.items():
-        show(title, table)
     print(
-        f"\npython -m bench.{program.name} {' '.join(argv)}\n{commits}, medians of "
-        f"{options.rounds} rounds in turns, 95 % intervals\n{machine(options.device)}, "
-        f"{options.clock} seconds, load {os.getloadavg()[0]:.1f}"
+        f"\npython -m bench.{program.name} {' '.join(words)}\n"
+        f"{commit()} (new) over {commit(options.against)} (old), medians of {options.rounds} "
+        f"rounds in turns, 95 % intervals\n{machine(options.device)}, {options.clock} seconds, "
+        f"load {os.getloadavg()[0]:.1f}"
     )
-    return 0
 
 
 def comparison(new: list[Times], old: list[Times], floor: str) -> pd.DataFrame:

@@ -8,20 +8,21 @@ LoRA from library products has four forms:
                beta is 1). On a GPU this is the fastest LoRA that cuBLAS gives
     compiled   eager, in torch.compile
 
-LoTR in three lines is README's formula in plain torch. Not here: transformers (models.py).
+LoTR in three lines is README's formula in plain torch. Not here: transformers (model.py).
 
 lotr_ext.core is imported inside the functions, and not at all on a CPU: with --against, a worker
 measures an older lotr_ext that has no strategies.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+
+from lotr_ext import LoTRConfig, LoTRFactors, LoTRLinear, apply_lotr
 
 from .common import check_error, error_of
 
@@ -88,11 +89,7 @@ class Rival(nn.Module):
         trained: The parameters by the formula's names.
     """
 
-    def __init__(
-        self,
-        call: Callable[[Tensor], Tensor],
-        trained: Mapping[str, nn.Parameter] = MappingProxyType({}),
-    ):
+    def __init__(self, call: Callable[[Tensor], Tensor], trained: dict[str, nn.Parameter]):
         super().__init__()
         self.call = call
         self.trained = nn.ParameterDict(trained)
@@ -126,14 +123,14 @@ def frozen_linear(t: Tensors) -> nn.Linear:
 
 
 def frozen(t: Tensors) -> Rival:
-    return Rival(lambda x: nnf.linear(x, t.weight, t.bias))
+    return Rival(lambda x: nnf.linear(x, t.weight, t.bias), {})
 
 
 class InPlaceLoRA(torch.autograd.Function):
     """LoRA from library products only, with as few passes as they allow. A [r, k], B [n, r]."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, beta):
+    def forward(ctx, beta, x, weight, bias, A, B):
         u = nnf.linear(x, A)
         if beta:
             y = torch.addmm(bias, u, B.T, alpha=SCALING).addmm_(x, weight.T)
@@ -148,23 +145,18 @@ class InPlaceLoRA(torch.autograd.Function):
         x, weight, A, B, u = ctx.saved_tensors
         du = (g @ B).mul_(SCALING)
         dx = (du @ A).addmm_(g, weight) if ctx.beta else (g @ weight).addmm_(du, A)
-        return dx, None, None, du.T @ x, (g.T @ u).mul_(SCALING), None
+        return None, dx, None, None, du.T @ x, (g.T @ u).mul_(SCALING)
 
 
-def lora(t: Tensors, form: str) -> Rival:
-    """LoRA in one of the forms "eager", "in-place", "beta" and "compiled"."""
+def eager_lora(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return nnf.linear(x, weight, bias) + SCALING * nnf.linear(nnf.linear(x, A), B)
+
+
+def lora(t: Tensors, layer: Callable[..., Tensor]) -> Rival:
+    """LoRA by a function of (x, weight, bias, A [r, k], B [n, r])."""
     A = copied(t.A.T)
     B = copied(t.B)
-
-    def eager(x: Tensor) -> Tensor:
-        return nnf.linear(x, t.weight, t.bias) + SCALING * nnf.linear(nnf.linear(x, A), B)
-
-    def in_place(x: Tensor) -> Tensor:
-        return InPlaceLoRA.apply(x, t.weight, t.bias, A, B, form == "beta")
-
-    calls = {"eager": eager, "in-place": in_place, "beta": in_place}
-    call = compiled(eager) if form == "compiled" else calls[form]
-    return Rival(call, {"A": A, "B": B})
+    return Rival(lambda x: layer(x, t.weight, t.bias, A, B), {"A": A, "B": B})
 
 
 def compiled(function: Callable) -> Callable:
@@ -234,8 +226,6 @@ def set_values(layer: nn.Module, t: Tensors) -> dict[str, nn.Parameter]:
 
 def our_layers(tensors: list[Tensors]) -> list[Rival]:
     """LoTRLinear on one pair of factors."""
-    from lotr_ext import LoTRFactors, LoTRLinear
-
     n, k = tensors[0].weight.shape
     A = tensors[0].A
     factors = LoTRFactors(k, n, A.shape[1], dtype=A.dtype, device=A.device)
@@ -285,56 +275,51 @@ def with_strategy(
     return run
 
 
-def our_layer(t: Tensors, variant: str = "") -> Rival:
-    """Our layer: with its usual strategy, with another one, or compiled."""
-    rival = our_layers([t])[0]
-    if variant == "compiled":
-        return Rival(compiled(rival.call), rival.trained)
-    if variant in STRATEGIES:
-        call = with_strategy(variant, rival.call, t.weight, t.A.shape[1])
-        return Rival(call, rival.trained)
-    return rival
+def our_layer(t: Tensors) -> Rival:
+    return our_layers([t])[0]
+
+
+def our_layer_compiled(t: Tensors) -> Rival:
+    rival = our_layer(t)
+    return Rival(compiled(rival.call), rival.trained)
+
+
+def our_layer_by(strategy: str, t: Tensors) -> Rival:
+    rival = our_layer(t)
+    return Rival(with_strategy(strategy, rival.call, t.weight, t.A.shape[1]), rival.trained)
 
 
 LAYERS: dict[str, Callable[[Tensors], Rival]] = {
     "frozen": frozen,
-    "lora-eager": functools.partial(lora, form="eager"),
-    "lora-in-place": functools.partial(lora, form="in-place"),
-    "lora-beta": functools.partial(lora, form="beta"),
-    "lora-compiled": functools.partial(lora, form="compiled"),
+    "lora-eager": functools.partial(lora, layer=eager_lora),
+    "lora-in-place": functools.partial(lora, layer=functools.partial(InPlaceLoRA.apply, False)),
+    "lora-beta": functools.partial(lora, layer=functools.partial(InPlaceLoRA.apply, True)),
+    "lora-compiled": lambda t: lora(t, compiled(eager_lora)),
     "lora-peft": lora_peft,
     "vera-peft": vera_peft,
     "lotr-eager": three_lines,
     "lotr_ext": our_layer,
     # A float32 adapter is the default of `apply_lotr`.
     "lotr_ext-fp32": lambda t: our_layer(t.adapter_in(torch.float32)),
-    "lotr_ext-two_pass": functools.partial(our_layer, variant="two_pass"),
-    "lotr_ext-beta": functools.partial(our_layer, variant="beta"),
-    "lotr_ext-fused": functools.partial(our_layer, variant="fused"),
-    "lotr_ext-compiled": functools.partial(our_layer, variant="compiled"),
+    "lotr_ext-two_pass": functools.partial(our_layer_by, "two_pass"),
+    "lotr_ext-beta": functools.partial(our_layer_by, "beta"),
+    "lotr_ext-fused": functools.partial(our_layer_by, "fused"),
+    "lotr_ext-compiled": our_layer_compiled,
 }
-
-
-ON_REQUEST = (
-    "lora-compiled",
-    "lotr_ext-fp32",
-    "lotr_ext-two_pass",
-    "lotr_ext-beta",
-    "lotr_ext-fused",
-    "lotr_ext-compiled",
-)
 
 
 def usual_layers(t: Tensors) -> list[str]:
     """Returns the rivals of one layer that are measured by default."""
-    usual = [name for name in LAYERS if name not in ON_REQUEST]
-    if t.weight.dtype != torch.float32:
-        usual.append("lotr_ext-fp32")
-    if t.weight.device.type == "cuda":  # on a CPU compiling takes longer than the rest of a case
-        usual += ["lora-compiled", "lotr_ext-two_pass", "lotr_ext-beta"]
-    if fused_reason(t.weight, t.A.shape[1]) is None:
-        usual.append("lotr_ext-fused")
-    return usual
+    is_on_cpu = t.weight.device.type == "cpu"
+    only_on_request = {
+        "lora-compiled": is_on_cpu,  # compiling takes longer there than the rest of a case
+        "lotr_ext-fp32": t.weight.dtype == torch.float32,
+        "lotr_ext-two_pass": is_on_cpu,
+        "lotr_ext-beta": is_on_cpu,
+        "lotr_ext-fused": fused_reason(t.weight, t.A.shape[1]) is not None,
+        "lotr_ext-compiled": True,
+    }
+    return [name for name in LAYERS if not only_on_request.get(name, False)]
 
 
 def formula(x: Tensor, t: Tensors, values: dict[str, Tensor]) -> Tensor:
@@ -369,8 +354,7 @@ def check_layer(rival: Rival, t: Tensors, x: Tensor, g: Tensor, limit: float) ->
         name: parameter.detach().double().requires_grad_()
         for name, parameter in rival.trained.items()
     }
-    wide = t.double()
-    truth = run(lambda x: formula(x, wide, values), x.double(), g.double())
+    truth = run(lambda x: formula(x, t.double(), values), x.double(), g.double())
     errors = list(map(error_of, run(rival, x, g), truth))
     for name, parameter in rival.trained.items():
         errors.append(error_of(parameter.grad, values[name].grad))
@@ -431,8 +415,6 @@ def stack(rival: str, tensors: list[Tensors], wiring: str) -> Chain:
         return chain(layer.call for layer in our_layers(tensors))
     if rival != "lotr_ext-model":
         return chain(LAYERS[rival](t) for t in tensors)
-    from lotr_ext import LoTRConfig, apply_lotr
-
     model = chain(frozen_linear(t) for t in tensors)
     rank = tensors[0].A.shape[1]
     apply_lotr(model, LoTRConfig(rank=rank, scaling=SCALING, target_modules=r".*layers\.\d+"))

@@ -63,8 +63,8 @@ def page(results: Path, outcomes: Outcomes) -> str:
         sections.append(_kernels(frames["kernels"]))
     if "model" in frames:
         title = "A model: time of a training step over the frozen model's"
-        case = "{model}, {batch} x {sequence}, r {r}, {dtype}"
-        sections.append(_over_frozen(frames["model"], title, case))
+        form = "{model}, {batch} x {sequence}, r {r}, {dtype}"
+        sections.append(_over_frozen(frames["model"], title, form))
     steps = _next_steps(outcomes, frames, smoke)
     numbered = "\n".join(f"{i}. {step}" for i, step in enumerate(steps, 1))
     sections.append(f"## What to do next\n\n{numbered}" if steps else "")
@@ -165,8 +165,10 @@ def _kernels(frame: pd.DataFrame) -> str:
             "library / ours": (rows["library"] / rows["seconds"]).map("{:.2f}".format),
         }
     )
-    copy = frame["copy_gb_per_s"].max()
-    head = f"## Kernels: share of the bandwidth of a copy ({copy:.0f} GB/s, read and written)"
+    head = (
+        "## Kernels: share of the bandwidth of a copy "
+        f"({frame['copy_gb_per_s'].max():.0f} GB/s, read and written)"
+    )
     if frame["of_copy"].max() > 1:
         head += "\n\nOperands that a cache holds are read faster than a copy reads memory."
     return f"{head}\n\n{markdown_table(table)}"

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lotr_ext import LoTRConfig, TaskBank, apply_lotr, use_tasks
+
 from .common import Case, dtype_of
 from .model import llama, random_model, trained
 from .program import Program
@@ -92,8 +94,6 @@ class Adapted(NamedTuple):
 
 
 def our_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> Adapted:
-    from lotr_ext import LoTRConfig, TaskBank, apply_lotr, use_tasks
-
     model = transformer(case, dtype, batch.device)
     if way == "frozen":
         return Adapted(lambda: model(input_ids=batch.ids).logits, [], 0)

@@ -82,7 +82,7 @@ class Group(NamedTuple):
 def training(
     forward: Callable[[], Tensor],
     g: Tensor | None,
-    leaves: Iterable[Tensor],
+    leaves: Sequence[Tensor],
     optimizer: torch.optim.Optimizer | None = None,
     **further: Any,
 ) -> Step:
@@ -95,7 +95,6 @@ def training(
         optimizer: Its step is the last stage.
         further: Other fields of the step.
     """
-    leaves = list(leaves)
 
     def drop_gradients() -> None:
         for leaf in leaves:
@@ -220,8 +219,7 @@ def memory_changes(call: Callable[[], object]) -> list[int]:
     # their order.
     events = profiler.profiler.kineto_results.events()
     changes = [event for event in events if event.name() == "[memory]"]
-    changes.sort(key=lambda event: event.start_ns())
-    return [event.nbytes() for event in changes]
+    return [event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())]
 
 
 def peak_bytes(call: Callable[[], object], is_cuda: bool) -> int:

@@ -45,8 +45,12 @@ from matplotlib.axes import Axes
 from scipy import stats
 from torch import Tensor, nn
 
+from lotr_ext import LoTRConfig, TaskBank, apply_lotr, load_adapter, use_tasks
+from lotr_ext.convert import loras_to_bank
+from lotr_ext.init import START
+
 from . import accuracy
-from .accuracy import complete, record, runs_in
+from .accuracy import at_best_rate, complete, lacking_runs, record, runs_in
 from .common import RESULTS, commit, parser_of, read, show, some_of
 from .donors import CACHE, MODEL, TEXTS, Form, captured, layers_named, lora_of, pairs_for, problem
 from .problems import TASKS, adapt, fit
@@ -144,18 +148,13 @@ def build(form: Form, target: str, seed: int) -> nn.Module:
 
 def with_cores(model: nn.Module, form: Form, target: str, seed: int, layers: str) -> nn.Module:
     """Returns the model with lotr_ext's layers: trained pairs, or only cores over fixed ones."""
-    from lotr_ext import LoTRConfig, apply_lotr
-    from lotr_ext.init import START
-
     train = ("A", "B", "core") if form.is_trained else ("core",)
     settings = {"rank": form.rank, "group_by": form.group, "core": form.core, "train": train}
     apply_lotr(model, LoTRConfig(**settings, target_modules=layers))
     for name, (A, B) in pairs_for(form, target, seed).items():
         if re.fullmatch(layers, name):
-            factors = model.get_submodule(name).factors
-            with torch.no_grad():
-                factors.A.value.copy_(START * A)
-                factors.B.value.copy_(START * B)
+            pair = {"A.value": START * A, "B.value": START * B}
+            model.get_submodule(name).factors.load_state_dict(pair)
     return model
 
 
@@ -174,27 +173,18 @@ def train(run: Run) -> dict[str, Any]:
     row["numbers"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if form.source and not form.is_trained:
         row["captured"] = captured(pairs_for(form, run.target, run.seed), run.target)
-    losses = fit(model, "lora", run.lr, run.seed, text)
-    row |= accuracy.measured(model, losses, text)
+    row |= accuracy.measured(model, fit(model, "lora", run.lr, run.seed, text), text)
     return row | {"seconds": time.perf_counter() - start, "commit": commit()}
 
 
 def next_runs(recorded: pd.DataFrame, options: argparse.Namespace) -> list[Run]:
-    """Returns the runs that are not recorded yet.
-
-    They are all rates with the first seed, then the best rate with the other seeds.
-    """
+    """Returns the runs of all forms that come next."""
     runs = []
     for target, form in itertools.product(options.targets, options.forms):
         same = (recorded["target"] == target) & (recorded["form"] == form)
         of_form = recorded[same & (recorded["steps"] == options.steps)]
-        first = of_form[of_form["seed"] == 0]
-        lacking = [(lr, 0) for lr in options.rates if lr not in set(first["lr"])]
-        if not lacking and first["validation"].notna().any():
-            best = first.loc[first["validation"].idxmin(), "lr"]
-            seeds = set(of_form[of_form["lr"] == best]["seed"])
-            lacking = [(best, seed) for seed in range(options.seeds) if seed not in seeds]
-        runs += [Run(target, form, lr, seed, options.steps) for lr, seed in lacking]
+        for lr, seed in lacking_runs(of_form, options.rates, options.seeds):
+            runs.append(Run(target, form, lr, seed, options.steps))
     return runs
 
 
@@ -225,8 +215,8 @@ def results_of(
     for name, of_form in by_name.items():
         seeds = sorted(set(of_form.index) & set(lora.index))
         base = by_name["base"].iloc[[0] * len(seeds)]
-        three = [base, of_form.loc[seeds], lora.loc[seeds]]
-        points = [accuracy.point_of(name, 0, part["lr"].iloc[0], part) for part in three]
+        paired = (base, of_form.loc[seeds], lora.loc[seeds])
+        points = [accuracy.point_of(name, 0, runs_of_one) for runs_of_one in paired]
         results.append((points[1], accuracy.share_of_gain(*points)))
     return sorted(results, key=lambda result: result[0].parameters)
 
@@ -246,14 +236,6 @@ def short_runs(recorded: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(gain=(before - runs["validation"]) / (before - runs["lora"]))
 
 
-def at_best_rate(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns the runs by seed at the rate of most seeds; of several, validation decides."""
-    seeds = runs.groupby("lr")["seed"].nunique()
-    of_most = runs[runs["lr"].map(seeds) == seeds.max()]
-    lr = of_most.loc[of_most["validation"].idxmin(), "lr"]
-    return runs[runs["lr"] == lr].drop_duplicates("seed", keep="last").set_index("seed")
-
-
 def tables(recorded: pd.DataFrame) -> None:
     for target in TARGETS:
         rows = [
@@ -271,8 +253,8 @@ def tables(recorded: pd.DataFrame) -> None:
         show(target, pd.DataFrame(rows))
     shorter = short_runs(recorded).sort_values(["target", "steps", "validation"])
     show("shorter runs", shorter[TRIAL].round(3).astype(object).fillna(""))
-    collected = read(RESULTS / "transfer_collection.jsonl")
-    show("ten LoRAs, and banks of them", collection_table(collected))
+    collection = collection_table(read(RESULTS / "transfer_collection.jsonl"))
+    show("ten LoRAs, and banks of them", collection)
 
 
 def collection_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -295,7 +277,7 @@ def collection_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def picture(recorded: pd.DataFrame, path: Path) -> None:
     """Draws the gain that is kept against the size of a task, and against the captured share."""
-    figure, axes = plt.subplots(1, len(TARGETS) + 1, figsize=(16, 3.9))
+    figure, axes = plt.subplots(1, len(TARGETS) + 1, figsize=(16, 3.9), layout="constrained")
     for ax, target in zip(axes, TARGETS, strict=False):
         results = results_of(recorded, target)
         for family, (names, mark, color) in FAMILIES.items():
@@ -312,7 +294,6 @@ def picture(recorded: pd.DataFrame, path: Path) -> None:
     draw_short_runs(axes[-1], recorded)
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False)
-    figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=110)
 
 
@@ -329,8 +310,8 @@ def draw_short_runs(ax: Axes, recorded: pd.DataFrame) -> None:
         ax.plot([], [], mark, color="0.4", label=pair)
     for number, target in enumerate(TARGETS):
         ax.plot([], [], "-", color=f"C{number}", label=target)
-    ax.set(title="after 20 steps, on a fixed pair", xscale="log", ylim=(0.2, 1.1))
-    ax.set(xlabel="share of the squared gradient captured")
+    ax.set(title="after 20 steps, on a fixed pair", xlabel="share of the squared gradient captured")
+    ax.set(xscale="log", ylim=(0.2, 1.1))
     ax.legend(fontsize=6, ncols=2, loc="lower left")
 
 
@@ -347,9 +328,6 @@ def held_out_loss(model: nn.Module, name: str) -> float:
 def collect(path: Path) -> None:
     """Measures each text without and with its LoRA, and as a task of each bank, all anew."""
     from peft import PeftModel
-
-    from lotr_ext import TaskBank, load_adapter, use_tasks
-    from lotr_ext.convert import loras_to_bank
 
     torch.set_num_threads(1)
     path.unlink(missing_ok=True)
@@ -397,8 +375,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.collection:
         collect(options.results.with_name("transfer_collection.jsonl"))
     elif options.targets != ["none"]:
-        lacking_runs = partial(next_runs, options=options)
-        complete(options.results, COLUMNS, lacking_runs, train, options.jobs)
+        complete(options.results, COLUMNS, partial(next_runs, options=options), train, options.jobs)
     recorded = runs_in(options.results, COLUMNS)
     tables(recorded)
     picture(recorded, options.results.with_suffix(".png"))

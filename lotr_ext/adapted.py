@@ -99,11 +99,10 @@ def detach_all(model: nn.Module) -> None:
         for name in _ATTRIBUTES:
             # A module is in _modules; a configuration, or a container's reference, is not.
             attached = vars(module).get(name, module._modules.get(name))
-            if attached is None:
-                continue
             if isinstance(attached, Attachment):
                 attached.on_detach()
-            delattr(module, name)
+            if attached is not None:
+                delattr(module, name)
 
 
 def _owner(model: nn.Module) -> nn.Module:

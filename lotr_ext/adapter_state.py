@@ -174,8 +174,8 @@ class AdapterState:
             with torch.device("meta"):
                 cores = FORMS[config.core]([place_of(name) for name in self.layers], config.rank)
             expected = _shapes(cores.state_dict(prefix="lotr_cores."))
-        shapes = _shapes(self.tensors).items()
-        actual = {name: shape for name, shape in shapes if name.startswith("lotr_cores.")}
+        tensors = self.tensors.items()
+        actual = _shapes({name: t for name, t in tensors if name.startswith("lotr_cores.")})
         if actual != expected:
             raise ValueError(
                 f"lotr_cores: expected {expected} for core {config.core!r} and rank "

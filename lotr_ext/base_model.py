@@ -115,8 +115,7 @@ def _name_of(model: nn.Module) -> str | None:
 
 def _sample(tensor: Tensor) -> list[float]:
     """Returns values at fixed places of a full tensor."""
-    last = tensor.numel() - 1
-    places = sorted({last * i // (VALUES - 1) for i in range(VALUES)})
+    places = sorted({(tensor.numel() - 1) * i // (VALUES - 1) for i in range(VALUES)})
     return tensor.detach().reshape(-1)[places].double().tolist()
 
 

@@ -152,8 +152,7 @@ class LoTRConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        ranks = check_rank(self.rank)
-        # For its checks. The value is computed on demand, see `s`.
+        # For its checks, also of the rank. The value is computed on demand, see `s`.
         scaling_of(self.rank, self.alpha, self.rslora, self.scaling)
         check_probability("dropout", self.dropout)
         if not callable(self.group_by) and not isinstance(self.group_by, Mapping):
@@ -167,7 +166,7 @@ class LoTRConfig:
         # One form of what was passed makes equal settings equal. Not by assignments, because the
         # dataclass is frozen.
         vars(self).update(
-            rank=self.rank if isinstance(self.rank, int) else ranks,
+            rank=self.rank if isinstance(self.rank, int) else self.ranks,
             group_by=dict(self.group_by) if isinstance(self.group_by, Mapping) else self.group_by,
             target_modules=_pattern("target_modules", self.target_modules),
             exclude_modules=_pattern("exclude_modules", self.exclude_modules),
@@ -182,7 +181,7 @@ class LoTRConfig:
         svd = self.init == "svd"
         trained = set(self.train or ())
         # At the start, one part has a gradient: with zero cores the core, with identity cores B.
-        needed = "core" if self.core_init == "zero" else "B"
+        needed = {"zero": "core", "identity": "B"}[self.core_init]
         if not trained or not trained <= set(PARTS) or not (svd or needed in trained):
             raise ValueError(
                 f"train: expected some of {', '.join(PARTS)}, with {needed!r} among them, because "
@@ -223,8 +222,9 @@ class LoTRConfig:
     @property
     def everything(self) -> bool:
         """Whether all linear layers are targets."""
-        by_default = self.target_modules is None and self.target_parameters is None
-        return by_default or self.target_modules == "all-linear"
+        if self.target_modules is None:
+            return self.target_parameters is None
+        return self.target_modules == "all-linear"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a dictionary for JSON. A callable core becomes "custom".

@@ -155,9 +155,17 @@ def install(model: nn.Module, selection: Selection) -> None:
 
 
 def factor_names(group: str, sizes: tuple[int, int], group_by: GroupBy) -> list[str]:
-    """Returns the names of A and B of a group of layers, with group_by="width" those of a width."""
-    owners = sizes if group_by == "width" else (group, group)
-    return [f"{part}_{owner}" for part, owner in zip("AB", owners)]
+    """Returns the names of A and B of a group of layers.
+
+    Args:
+        group: The group.
+        sizes: (in_features, out_features) of its layers.
+        group_by: As in the configuration. With "width", layers of several groups share A, and
+            others B.
+    """
+    if group_by == "width":
+        return [f"A_{sizes[0]}", f"B_{sizes[1]}"]
+    return [f"A_{group}", f"B_{group}"]
 
 
 def pair_of(

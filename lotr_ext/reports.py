@@ -43,8 +43,11 @@ def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def _adapter_parts(model: nn.Module) -> dict[nn.Parameter, str]:
     """Returns the part of each parameter of the adapter: "A", "B" or "core"."""
-    layers = adapted_layers(model).values()
-    parts = {parameter: part for layer in layers for part, parameter in layer.parts()}
+    parts = {
+        parameter: part
+        for layer in adapted_layers(model).values()
+        for part, parameter in layer.parts()
+    }
     # Not only of the model itself: an adapted model with a bank may be inside it.
     for module in model.modules():
         if isinstance(module, Attachment):

@@ -181,9 +181,8 @@ def _is_selected(module: nn.Module, names: Sequence[str], config: LoTRConfig) ->
         is_quantized = has_sizes and callable(getattr(module, "dequantize", None))
         return isinstance(module, nn.Linear) or is_conv1d(module) or is_quantized
     # A regular expression filters the layers that can be adapted. A list names them.
-    if isinstance(config.target_modules, str) and not has_sizes:
-        return False
-    return any(name_matches(name, config.target_modules) for name in names)
+    can_be_meant = has_sizes or not isinstance(config.target_modules, str)
+    return can_be_meant and any(name_matches(name, config.target_modules) for name in names)
 
 
 def why_not_adapted(

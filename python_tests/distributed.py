@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 from lotr_ext import (
@@ -206,7 +206,7 @@ def saved_and_loaded(wrap: Wrap, **settings: Any) -> None:
 
 def ddp_is_saved_by_process_0() -> None:
     folder = Path(shared_folder(), str(dist.get_rank()))
-    save_adapter(DistributedDataParallel(build()), folder)
+    save_adapter(DDP(build()), folder)
     assert folder.exists() == (dist.get_rank() == 0)
 
 
@@ -240,7 +240,7 @@ def sharded_nets_are_not_adapted() -> None:
     with refused("target_modules", TypeError):
         apply_lotr(net, LoTRConfig(rank=2))
     apply_lotr(net, LoTRConfig(rank=2, exclude_modules=["head"]))
-    for wrap in (fully_shard, DistributedDataParallel):
+    for wrap in (fully_shard, DDP):
         with refused("model", TypeError):
             apply_lotr(wrap(zoo.net("mlp")), LoTRConfig(rank=2))
 
@@ -295,7 +295,6 @@ def recomputed_and_resharded(net: nn.Module) -> nn.Module:
     return shard(checkpointed(net), reshard=True)
 
 
-DDP = DistributedDataParallel
 RESHARDED = partial(shard, reshard=True)
 FINDS_UNUSED = partial(DDP, find_unused_parameters=True)
 STATIC = partial(DDP, static_graph=True)

@@ -1,6 +1,9 @@
 """Shared by the tests: comparisons, tensors surrounded by NaN, good arguments of operators."""
 
+import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -30,6 +33,12 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def run_python(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Runs Python with these words. `options` go to subprocess.run."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
 # ---- comparisons ---------------------------------------------------------------------------------
 
 
@@ -39,20 +48,18 @@ def relative(actual: Tensor | None, expected: Tensor | None) -> float:
     A missing tensor stands for zero. The result is infinite for a NaN and for another shape.
     """
     if actual is None or expected is None:
-        present = expected if actual is None else actual
-        is_zero = present is None or not bool(present.any())
-        return 0.0 if is_zero else float("inf")
+        is_zero = not any(t.any() for t in (actual, expected) if t is not None)
+        return 0.0 if is_zero else math.inf
     if actual.shape != expected.shape:
-        return float("inf")
+        return math.inf
     difference = actual.detach().double() - expected.detach().double()
     error = (difference.norm() / expected.detach().double().norm().clamp_min(1e-30)).item()
-    is_nan = error != error
-    return float("inf") if is_nan else error  # max() over errors would hide a NaN
+    return math.inf if math.isnan(error) else error  # max() over errors would hide a NaN
 
 
 def worst(actual: Iterable[Tensor | None], expected: Iterable[Tensor | None]) -> float:
     """Returns the largest relative error of pairs of tensors."""
-    pairs = zip(list(actual), list(expected), strict=True)
+    pairs = zip(actual, expected, strict=True)
     return max((relative(a, b) for a, b in pairs), default=0.0)
 
 

@@ -1,16 +1,16 @@
 """Small networks of adapted layers for the tests, and the truth about each of them.
 
-`Net(kind)` is a module. Its truth is the same function in plain PyTorch and float64. `Side` is what
-a test compares: the net itself, or its truth over copies of its parameters.
+`Net(kind)` is a module. Its truth is a copy in float64 that computes each layer in plain PyTorch.
+`Side` is what a test compares: the net or its truth, each with an input.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import torch
-from helpers import CLOSE, copy64, sums_dtype, worst
+from helpers import CLOSE, sums_dtype, worst
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
@@ -31,22 +31,6 @@ Results = list[Tensor | None]
 Call = Callable[[int, Tensor], Tensor]  # (the layer's number, x) -> the layer's output
 INDEX = torch.tensor([2, -1, 0, 2, 1, 0])  # the task of each row; -1 is the base
 SCALING = 0.7
-
-
-@dataclass(frozen=True)
-class RowTasks:
-    """The state of a layer in a request (see lotr_ext/core/request.py)."""
-
-    net: "Net"
-    layer: int
-
-    @property
-    def cores(self) -> Tensor:
-        """Looks the cores up in each call, because `functional_call` replaces them."""
-        return self.net.cores[self.layer]
-
-    def index_of(self, x: Tensor) -> Tensor:
-        return self.net.index(x)
 
 
 # ---- base layers ---------------------------------------------------------------------------------
@@ -126,7 +110,12 @@ class Net(nn.Module):
         dtype: the dtype of the base layers.
         factors: the dtype of the factors and the cores; `dtype` if it is absent.
         dropout: the probability that an element of x is dropped.
+
+    Attributes:
+        exact: whether the net is a truth, which computes its layers in plain PyTorch.
     """
+
+    exact = False
 
     def __init__(
         self,
@@ -142,18 +131,18 @@ class Net(nn.Module):
         count, self.wire = KINDS[kind]
         adapter_dtype = factors or dtype
 
-        pair = LoTRFactors(K, K, (R, R + 1), dtype=adapter_dtype)
-        pairs = [pair] * count
+        first = LoTRFactors(K, K, (R, R + 1), dtype=adapter_dtype)
+        pairs = [first] * count
         if kind == "two Bs":
-            other = LoTRFactors.of(pair.A, LoTRFactor(K, R + 1, dtype=adapter_dtype))
-            pairs = [pair, other, pair, other]
+            other = LoTRFactors.of(first.A, LoTRFactor(K, R + 1, dtype=adapter_dtype))
+            pairs = [first, other, first, other]
 
         make_base, adapted = layer_classes(kind)
         self.layers = nn.ModuleList()
-        for pair in pairs:
+        for i, pair in enumerate(pairs):
             base = make_base().to(dtype)
-            layer = adapted.from_linear(base, pair, scaling=SCALING, dropout=dropout)
-            self.layers.append(layer)
+            scaling = SCALING - 0.1 * i  # another one for each layer
+            self.layers.append(adapted.from_linear(base, pair, scaling=scaling, dropout=dropout))
 
         self.cores = None
         if self.rows:
@@ -168,12 +157,6 @@ class Net(nn.Module):
             for layer in self.layers:
                 layer.weight.requires_grad_(kind == "trained base")
                 layer.bias.requires_grad_()
-
-        names = {id(parameter): name for name, parameter in self.named_parameters()}
-        self.names = [  # of the parameters of each layer
-            {part: names[id(parameter)] for part, parameter in self.parts(i).items()}
-            for i in range(count)
-        ]
 
     def index(self, x: Tensor) -> Tensor:
         """Returns the task of each row.
@@ -198,15 +181,20 @@ class Net(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        call = self.call_function if self.kind in ("function", "rows") else self.call_layer
-        return self.wire(call, x)
+        return self.wire(self.call, x)
 
-    def call_layer(self, i: int, x: Tensor) -> Tensor:
-        return self.layers[i](x)
-
-    def call_function(self, i: int, x: Tensor) -> Tensor:
-        """Computes a layer by `lotr_linear`, from the layer's tensors."""
+    def call(self, i: int, x: Tensor) -> Tensor:
+        """Computes a layer: by its formula, its module, or `lotr_linear` on its tensors."""
+        if self.exact:
+            return self.plain(i, x)
         layer = self.layers[i]
+        if self.rows and self.kind != "rows":
+            # The state of a layer in a request, see lotr_ext/core/request.py.
+            tasks = SimpleNamespace(cores=self.cores[i], index_of=self.index)
+            with open_request({layer: tasks}):
+                return layer(x)
+        if self.kind not in ("function", "rows"):
+            return layer(x)
         return lotr_linear(
             x,
             **self.parts(i),
@@ -216,33 +204,19 @@ class Net(nn.Module):
             training=self.training,
         )
 
-    @contextlib.contextmanager
-    def request(self) -> Iterator[None]:
-        """Opens a request with the tasks of the layers, if the layers take their task from one."""
-        if self.cores is None or self.kind == "rows":
-            yield
-            return
-        states = {layer: RowTasks(self, i) for i, layer in enumerate(self.layers)}
-        with open_request(states):
-            yield
-
-    def truth(self, leaves: dict[str, Tensor], x: Tensor) -> Tensor:
-        """Computes the net in plain PyTorch from parameters by name."""
-        return self.wire(lambda i, h: self.plain(i, leaves, h), x)
-
-    def plain(self, i: int, leaves: dict[str, Tensor], x: Tensor) -> Tensor:
-        """Computes one layer from parameters by name."""
-        core = leaves[self.names[i]["core"]]
+    def plain(self, i: int, x: Tensor) -> Tensor:
+        """Computes a layer by its formula, with its core or the core of each row's task."""
+        core = self.parts(i)["core"]
         if self.rows:
             index = self.index(x)
             core = cores_of_rows(
                 core, index.view(*index.shape, *(1,) * (x.dim() - 1 - index.dim()))
             )
-        return self.formula(i, leaves, x, core)
+        return self.formula(i, x, core)
 
-    def formula(self, i: int, leaves: dict[str, Tensor], x: Tensor, core: Tensor) -> Tensor:
-        """Computes one layer by its formula, with a core [r_in, r_out] or one per row."""
-        W, bias, A, B = (leaves[self.names[i][part]] for part in ("weight", "bias", "A", "B"))
+    def formula(self, i: int, x: Tensor, core: Tensor) -> Tensor:
+        """Computes a layer by its formula, with a core [r_in, r_out] or one per row."""
+        W, bias, A, B, _ = self.parts(i).values()
         update = ((self.dropped(i, x) @ A).unsqueeze(-2) @ core).squeeze(-2) @ B.T
         return self.plain_base(W, bias, x) + self.layers[i].scaling * update
 
@@ -279,26 +253,19 @@ class Side:
     """One of the two things that a test compares.
 
     Args:
-        net: the network.
-        x: its input, of which the side makes a copy.
-        exact: whether the side is the truth, over float64 copies of x and the parameters.
+        net: a network or its truth.
+        x: the input, of which the side makes a copy, in float64 for a truth.
         trains_x: whether x requires a gradient.
 
     Attributes:
-        values: the parameters by name.
-        leaves: the values that require a gradient.
+        leaves: the parameters that require a gradient, by name.
     """
 
-    def __init__(self, net: Net, x: Tensor, exact: bool, trains_x: bool = True):
+    def __init__(self, net: Net, x: Tensor, trains_x: bool = True):
         self.net = net
-        self.exact = exact
-        dtype = torch.float64 if exact else x.dtype
+        dtype = torch.float64 if net.exact else x.dtype
         self.x = x.detach().to(dtype, copy=True).requires_grad_(trains_x)
-        self.values: dict[str, Tensor] = {}
-        for name, parameter in net.named_parameters():
-            value = copy64(parameter).requires_grad_(parameter.requires_grad)
-            self.values[name] = value if exact else parameter
-        self.leaves = {name: value for name, value in self.values.items() if value.requires_grad}
+        self.leaves = {name: p for name, p in net.named_parameters() if p.requires_grad}
 
     @property
     def targets(self) -> list[Tensor]:
@@ -308,28 +275,15 @@ class Side:
     def __call__(self, x: Tensor | None = None, leaves: dict[str, Tensor] | None = None) -> Tensor:
         """Computes the output, for another x or other leaves if they are present."""
         x = self.x if x is None else x
-        if self.exact:
-            return self.net.truth({**self.values, **(leaves or {})}, x)
-        if leaves is None:
-            return self.net(x)
-        return torch.func.functional_call(self.net, leaves, (x,))
-
-    def layer(self, i: int, x: Tensor) -> Tensor:
-        """Computes the output of one layer."""
-        return self.net.plain(i, self.values, x) if self.exact else self.net.layers[i](x)
-
-    def part(self, i: int, part: str) -> Tensor:
-        """Returns a parameter of a layer: "weight", "bias", "A", "B" or "core"."""
-        return self.values[self.net.names[i][part]]
+        return torch.func.functional_call(self.net, leaves, (x,)) if leaves else self.net(x)
 
     def replace(self, i: int, part: str, tensor: Tensor) -> None:
-        """Makes another tensor the parameter of a layer."""
-        name = self.net.names[i][part]
-        self.values[name] = tensor
-        if not self.exact:
-            module, _, attribute = name.rpartition(".")
-            delattr(self.net.get_submodule(module), attribute)
-            setattr(self.net.get_submodule(module), attribute, tensor)
+        """Makes another tensor a part of a layer: "weight", "bias", "A", "B" or "core"."""
+        parameter = self.net.parts(i)[part]
+        name = next(name for name, p in self.net.named_parameters() if p is parameter)
+        module, _, attribute = name.rpartition(".")
+        delattr(self.net.get_submodule(module), attribute)
+        setattr(self.net.get_submodule(module), attribute, tensor)
 
     def grad(self, y: Tensor, targets: list[Tensor] | None = None, **settings: object) -> Results:
         """Returns the gradients of y.
@@ -346,7 +300,9 @@ class Side:
 
 def sides(net: Net, x: Tensor, trains_x: bool = True) -> tuple[Side, Side]:
     """Returns the net and its truth."""
-    return Side(net, x, False, trains_x), Side(net, x, True, trains_x)
+    truth = copy.deepcopy(net).double()
+    truth.exact = True
+    return Side(net, x, trains_x), Side(truth, x, trains_x)
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -393,7 +349,6 @@ def agree(
     results = []
     for side in sides(net, x, trains_x):
         torch.manual_seed(0)
-        with net.request():
-            results.append(context(side))
+        results.append(context(side))
     error = worst(*results)
     assert error < close, f"{error:.1e}"

@@ -111,7 +111,9 @@ def test_operator_refuses_freed_and_short_memory(
     name: str, sample: int, i: int, is_freed: bool
 ) -> None:
     values = list(arguments(name)[sample])
-    values[i] = values[i].clone()
+    # A view that does not start at the beginning of its storage.
+    elements = values[i].flatten()
+    values[i] = torch.cat([elements[:1], elements])[1:].view_as(values[i])
     storage = values[i].untyped_storage()
     storage.resize_(0 if is_freed else storage.nbytes() - values[i].element_size())
     refused_operator(name, values, start_of_message(name, i))

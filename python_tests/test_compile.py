@@ -4,9 +4,7 @@ Graphs of torch.compile contain our operators. Graphs of torch.export and ONNX c
 fallback.
 """
 
-import copy
 import io
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -15,14 +13,18 @@ from helpers import CLOSE, relative, worst
 from layers import (
     K,
     Net,
+    Results,
+    Side,
     agree,
     inputs,
     loss,
     no_grad_first,
     once,
+    siblings,
     sides,
 )
-from torch import Tensor, nn
+from torch import nn
+from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.utils.checkpoint import checkpoint
 
 from lotr_ext import LoTRLinear, disabled
@@ -32,12 +34,15 @@ from lotr_ext import LoTRLinear, disabled
 GRAPH_KINDS = ("siblings", "two Bs", "wrapped", "function", "rows")
 
 
-def compiled(net: Net, backend: str = "aot_eager", **options: bool) -> Net:
-    """Returns the net with a compiled forward."""
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> None:
     torch._dynamo.reset()
-    other = copy.copy(net)
-    other.forward = torch.compile(net.forward, fullgraph=True, backend=backend, **options)
-    return other
+
+
+def compiled(net: Net, backend: str = "aot_eager", **options: bool) -> Net:
+    """Compiles a net. Its truth, a copy, is not compiled."""
+    net.compile(fullgraph=True, backend=backend, **options)
+    return net
 
 
 @pytest.mark.parametrize("kind", GRAPH_KINDS)
@@ -53,61 +58,40 @@ def test_compile(kind: str) -> None:
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def graphs_of(net: Net, x: Tensor) -> list[str]:
-    """Returns the nodes of the compiled forward and of the compiled backward graph as text."""
-    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-    from torch._dynamo.backends.common import aot_autograd
-
-    graphs: list[str] = []
-
-    def compiler(graph: torch.fx.GraphModule, _: object) -> Callable:
-        graphs.append(" ".join(str((node.target, node.args)) for node in graph.graph.nodes))
-        return make_boxed_func(graph.forward)
-
-    torch._dynamo.reset()
-    backend = aot_autograd(
-        fw_compiler=compiler,
-        bw_compiler=compiler,
-        partition_fn=min_cut_rematerialization_partition,
-    )
-    loss(torch.compile(net, fullgraph=True, backend=backend)(x)).backward()
-    return graphs
-
-
 def test_compiled_graphs_contain_our_operators(shared: None) -> None:
-    forward, backward = graphs_of(Net("siblings"), inputs(6))
+    backend = AotEagerAndRecordGraphs()
+    net = torch.compile(Net("siblings"), fullgraph=True, backend=backend)
+    loss(net(inputs(6))).backward()
+    forward = str(backend.fw_graphs[0].graph)
     assert "lotr.shrink" in forward
     assert "lotr.layer_forward" in forward
+    backward = str(backend.bw_graphs[0].graph)
     assert "lotr.layer_backward_" in backward
     assert "lotr.shrink_backward_" in backward
 
 
+def checkpointed(side: Side) -> Results:
+    y = checkpoint(side, side.x, use_reentrant=False)
+    return [y, *side.grad(loss(y))]
+
+
 @pytest.mark.parametrize("where", ["inside", "outside", "each layer"])
 def test_compile_and_checkpoint(where: str) -> None:
-    torch._dynamo.reset()
     net = Net("siblings")
-    other = copy.copy(net)
-    run = partial(torch.compile, fullgraph=where != "each layer", backend="aot_eager")
     if where == "inside":
-        other.forward = run(lambda x: checkpoint(net, x, use_reentrant=False))
-    elif where == "outside":
-        graph = run(net.forward)
-        other.forward = lambda x: checkpoint(graph, x, use_reentrant=False)
-    else:
-        layers = [run(layer) for layer in net.layers]
-        other.forward = lambda x: net.wire(lambda i, h: layers[i](h), x)
-    agree(other, once, inputs(6))
+        net.wire = lambda call, x: checkpoint(partial(siblings, call), x, use_reentrant=False)
+    for module in net.layers if where == "each layer" else [net]:
+        module.compile(fullgraph=True, backend="aot_eager")
+    agree(net, once if where == "inside" else checkpointed, inputs(6))
 
 
 @pytest.mark.parametrize("kind", ["siblings", "rows of siblings"])
 def test_compiled_autograd(kind: str, shared: None) -> None:
     """Dynamo traces the backward, which then runs as the PyTorch fallback."""
-    torch._dynamo.reset()
     ours, truth = sides(Net(kind), inputs(6))
-    with ours.net.request():
-        y = ours()
-        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
-            loss(y).backward()
+    y = ours()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss(y).backward()
     assert worst([leaf.grad for leaf in ours.targets], once(truth)[1:]) < 1e-10
 
 
@@ -123,7 +107,6 @@ def test_compile_with_autocast() -> None:
 
 
 def test_a_compiled_model_can_be_disabled() -> None:
-    torch._dynamo.reset()
     net = nn.Sequential(LoTRLinear(K, K, 2), nn.Tanh())
     x = inputs(6, dtype=torch.float32)
     nn.init.normal_(net[0].core)
@@ -147,14 +130,12 @@ def test_export(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["siblings", "conv1d", "wrapped"])
 def test_onnx(kind: str) -> None:
     """onnx's reference evaluator computes the same from an exported file."""
-    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
-    from onnx.reference import ReferenceEvaluator
-
+    onnx_reference = pytest.importorskip("onnx.reference", reason="onnx is not installed")
     net = Net(kind, torch.float32).eval()
     x = inputs(6, dtype=torch.float32)
     file = io.BytesIO()
     torch.onnx.export(net, (x,), file, dynamo=False, input_names=["x"])
-    (y,) = ReferenceEvaluator(onnx.load_from_string(file.getvalue())).run(None, {"x": x.numpy()})
+    (y,) = onnx_reference.ReferenceEvaluator(file.getvalue()).run(None, {"x": x.numpy()})
     assert relative(torch.from_numpy(y), net(x)) < 1e-5
 
 

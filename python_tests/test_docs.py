@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_python
 
 import lotr_ext
 
@@ -119,10 +120,6 @@ def commands() -> list[str]:
     return sorted(lines)
 
 
-def help_of(program: list[str]) -> str:
-    return subprocess.check_output([sys.executable, *program, "--help"], cwd=ROOT, text=True)
-
-
 def program_of(words: list[str]) -> tuple[list[str], list[str]]:
     """Splits a command into the program that Python runs and its arguments."""
     if words[0] == "make":
@@ -147,7 +144,7 @@ def test_every_command_exists(command: str) -> None:
     program, arguments = program_of(words)
     flags = [word.split("=")[0] for word in arguments if word.startswith("-")]
     if flags:
-        text = help_of(program)
+        text = run_python(*program, "--help", cwd=ROOT).stdout
         for flag in flags:
             assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text), flag
     elif program[:1] == ["-m"]:
@@ -170,8 +167,7 @@ def test_links_and_paths_exist(page: Path) -> None:
         other_page = page.parent / target if target else page
         assert target.startswith("https://") or other_page.exists(), target
         if heading:
-            other_text = other_page.read_text(encoding="utf-8")
-            headings = re.findall(r"^#+ (.*)$", other_text, re.MULTILINE)
+            headings = re.findall(r"^#+ (.*)$", other_page.read_text("utf-8"), re.MULTILINE)
             assert heading in map(anchor, headings), f"{target}#{heading}"
     quoted = [word for part in re.findall(r"`([^`\n]+)`", text) for word in part.split()]
     rooms = re.compile(r"(?:lotr_ext|csrc|bench|python_tests|examples|docs|requirements)/")

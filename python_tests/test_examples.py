@@ -1,13 +1,11 @@
 """A short run of each example."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 MINILM = ROOT / "data" / "all-minilm-l6-v2"
@@ -32,13 +30,6 @@ QUICK = {  # program: (arguments, words in its output)
     ),
     "serve": ("--tasks-only --steps 2 {language} --out {out}", ["three tasks"]),
 }
-
-
-def run(program: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "examples" / f"{program}.py"), *arguments]
-    if arguments:
-        command += ["--threads", "1"]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +64,9 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_an_example_runs(program: str, language: list[str], tmp_path: Path) -> None:
     arguments, words = QUICK[program]
     options = arguments.format(out=tmp_path / "out", language=" ".join(language)).split()
-    process = run(program, *options)
+    if options:
+        options += ["--threads", "1"]
+    process = run_python(ROOT / "examples" / f"{program}.py", *options)
     assert process.returncode == 0, process.stderr[-3000:]
     output = process.stdout + process.stderr
     assert all(word in output for word in words), output[-3000:]

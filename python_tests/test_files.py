@@ -293,7 +293,7 @@ def test_loads_tasks_that_older_code_saved() -> None:
 # ---- damaged and foreign files -------------------------------------------------------------------
 
 Damage = Callable[[Path], object]  # of an adapter's folder
-Change = Callable[[dict, dict], object]  # of the document and the tensors
+Change = Callable[[dict, dict], object]  # of the document d and the tensors t
 UP = "blocks.1.up"
 OLD_NAME = "lotr_adapter.0123456789abcdef.safetensors"
 
@@ -448,10 +448,9 @@ DAMAGES = OF_FILES | rewrites(FILE_NAME, OF_BYTES) | edits(OF_DOCUMENTS | OF_CON
 OLD_DAMAGES = (
     OF_OLD_FILES | rewrites(JSON_NAME, OF_OLD_BYTES) | edits(OF_DOCUMENTS | OF_OLD_DOCUMENTS)
 )
-HOSTILE = [
-    *(pytest.param(damage, False, id=name) for name, damage in DAMAGES.items()),
-    *(pytest.param(damage, True, id=f"version 2, {name}") for name, damage in OLD_DAMAGES.items()),
-]
+HOSTILE = {name: [damage] for name, damage in DAMAGES.items()} | {
+    f"version 2, {name}": [as_version_2, damage] for name, damage in OLD_DAMAGES.items()
+}
 
 
 @pytest.fixture
@@ -471,15 +470,14 @@ def loads(folder: Path, x: Tensor) -> Tensor | None:
         return None
 
 
-@pytest.mark.parametrize(("damage", "old"), HOSTILE)
+@pytest.mark.parametrize("damages", HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
 def test_damaged_files_are_one_clear_error(
-    x: Tensor, damage: Damage, old: bool, adapted: bool, folder: Path
+    x: Tensor, damages: list[Damage], adapted: bool, folder: Path
 ) -> None:
     """Loading changes nothing, and an adapter can be saved over the damaged one."""
-    if old:
-        as_version_2(folder)
-    damage(folder)
+    for damage in damages:
+        damage(folder)
     model = started("mlp", modules_to_save=["head"]) if adapted else zoo.net("mlp")
     with unchanged(model), pytest.raises(ERRORS, match="expected") as raised:
         load_adapter(model, folder)

@@ -4,13 +4,13 @@
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distributed import CHECKS
+from helpers import run_python
 from test_distributed import run_in_two_processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,10 +27,9 @@ ZERO = [name for name in CHECKS if name.startswith("zero")]
 
 @pytest.fixture(scope="module", autouse=True)
 def _frameworks_last_on_the_path() -> Any:
-    before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [before, str(FRAMEWORKS)]))
-    yield
-    os.environ["PYTHONPATH"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{os.environ['PYTHONPATH']}{os.pathsep}{FRAMEWORKS}")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +133,7 @@ close(unload(loaded, merge=True), vectors)
 
 
 def run_program(code: str, *arguments: str) -> None:
-    process = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=600
-    )
+    process = run_python("-c", code, *arguments, timeout=600)
     assert process.returncode == 0, process.stderr[-3000:]
 
 

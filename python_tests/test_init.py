@@ -165,13 +165,19 @@ def test_svd_moves_the_leading_part_of_the_weights_into_the_adapter(name: str) -
     assert moved_norm > 0.15 * total_norm
 
 
+SVD = {"way": "svd"}
+OTHER_SVD = {"way": "svd", "rank": 3, "scaling": 0.7}
+
+
 @pytest.mark.parametrize(
-    "settings", [{}, {"way": "svd", "rank": 3, "scaling": 0.7}], ids=["none", "svd"]
+    ("settings", "settings_in_file"), [({}, SVD), (OTHER_SVD, SVD), (SVD, {})], ids=str
 )
-def test_a_loaded_start_replaces_the_start_of_a_model(settings: dict, tmp_path: Path) -> None:
+def test_a_loaded_start_replaces_the_start_of_a_model(
+    settings: dict, settings_in_file: dict, tmp_path: Path
+) -> None:
     x = zoo.inputs("mlp")
     model = moved(started("mlp", **settings), 3)
-    saved = moved(started("mlp", "svd"))
+    saved = moved(started("mlp", **settings_in_file))
     save_adapter(saved, tmp_path)
     load_adapter(model, tmp_path)
     assert relative(model(x), saved(x)) < 1e-6
@@ -179,21 +185,30 @@ def test_a_loaded_start_replaces_the_start_of_a_model(settings: dict, tmp_path: 
     assert relative(model(x), zoo.net("mlp")(x)) < 1e-6
 
 
-def test_a_file_without_a_start_gives_the_weights_back(tmp_path: Path) -> None:
-    x = zoo.inputs("mlp")
-    model = moved(started("mlp", "svd"))
-    saved = moved(started("mlp"))
-    save_adapter(saved, tmp_path)
-    load_adapter(model, tmp_path)
-    assert relative(model(x), saved(x)) < 1e-6
-    assert all(layer.start_core is None for layer in adapted_layers(model).values())
-
-
 # ---- from gradients ------------------------------------------------------------------------------
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return zoo.output(model, x).square().mean()
+
+
+def gradient_of(plain: nn.Module, name: str, layer: nn.Module) -> Tensor:
+    """Returns the gradient [n, k] of the weight of the plain layer."""
+    return matrix(layer, plain.get_submodule(name).weight.grad.double())
+
+
+def check_captured(model: nn.Module, plain: nn.Module, captured: CapturedGradient) -> None:
+    """The reported shares are |B^T dW A|^2 / |dW|^2. What is not captured is estimated."""
+    norms = torch.zeros(2, dtype=torch.float64)  # squared: projected, total
+    for name, layer in adapted_layers(model).items():
+        gradient = gradient_of(plain, name, layer)
+        A, B = (factor.value.detach().double() / START for factor in layer.factors.children())
+        of_layer = torch.stack([(B.T @ gradient @ A).square().sum(), gradient.square().sum()])
+        norms += of_layer
+        share = float(of_layer[0] / of_layer[1])
+        assert captured.layers[name] == pytest.approx(share, abs=0.02 + 0.3 * (1 - share))
+    assert captured.total == pytest.approx(float(norms[0] / norms[1]), abs=0.1)
+    assert 0 < captured.total <= 1
 
 
 @pytest.mark.parametrize("name", ["mlp", "attention", "gpt2"])
@@ -216,25 +231,6 @@ def test_factors_span_the_leading_directions_of_the_gradients(name: str, way: st
         all_gradients = torch.cat(blocks, 1)
         norm = float((directions.T @ all_gradients).norm())
         assert norm > 0.97 * float(torch.linalg.svdvals(all_gradients)[: factor.rank].norm())
-
-
-def gradient_of(plain: nn.Module, name: str, layer: nn.Module) -> Tensor:
-    """Returns the gradient [n, k] of the weight of the plain layer."""
-    return matrix(layer, plain.get_submodule(name).weight.grad.double())
-
-
-def check_captured(model: nn.Module, plain: nn.Module, captured: CapturedGradient) -> None:
-    """The reported shares are |B^T dW A|^2 / |dW|^2. What is not captured is estimated."""
-    norms = torch.zeros(2, dtype=torch.float64)  # squared: projected, total
-    for name, layer in adapted_layers(model).items():
-        gradient = gradient_of(plain, name, layer)
-        A, B = (factor.value.detach().double() / START for factor in layer.factors.children())
-        of_layer = torch.stack([(B.T @ gradient @ A).square().sum(), gradient.square().sum()])
-        norms += of_layer
-        share = float(of_layer[0] / of_layer[1])
-        assert captured.layers[name] == pytest.approx(share, abs=0.02 + 0.3 * (1 - share))
-    assert captured.total == pytest.approx(float(norms[0] / norms[1]), abs=0.1)
-    assert 0 < captured.total <= 1
 
 
 def test_a_full_rank_captures_all_gradients() -> None:

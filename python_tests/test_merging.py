@@ -7,6 +7,7 @@ import torch
 from helpers import HALVES, copy64, relative
 from layers import SCALING, K, Net, inputs, loss
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped, adapt
 from lotr_ext.factors import scaling_of
@@ -110,12 +111,6 @@ def test_a_merge_between_forward_and_backward_is_refused(form: str) -> None:
         loss(y).backward()
 
 
-def parametrized() -> LoTRLinear:
-    layer = Net("linear").layers[0]
-    torch.nn.utils.parametrize.register_parametrization(layer, "weight", nn.Tanh())
-    return layer
-
-
 def hooked(factor: float) -> LoTRWrapped:
     """Returns a wrapped nn.Linear with a hook that multiplies its output."""
     layer = LoTRWrapped.from_linear(nn.Linear(K, K), LoTRFactors(K, K, 2))
@@ -125,7 +120,10 @@ def hooked(factor: float) -> LoTRWrapped:
 
 
 NOT_A_PRODUCT = {
-    "a parametrized weight": (parametrized, "a weight that is a parameter"),
+    "a parametrized weight": (
+        lambda: register_parametrization(Net("linear").layers[0], "weight", nn.Tanh()),
+        "a weight that is a parameter",
+    ),
     "a base with a custom forward": (lambda: Net("wrapped").layers[0], ""),
     "a base with a hook": (lambda: hooked(2.0), "a base that returns"),
 }

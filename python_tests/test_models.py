@@ -151,12 +151,10 @@ def test_unload_gives_plain_layers_back(name: str, way: str, merges: bool) -> No
 def test_disabled_computes_the_plain_model(name: str, way: str) -> None:
     model = trained(name, way)
     x = zoo.inputs(name)
-    adapted = zoo.output(model, x)
     with disabled(model):
         y = zoo.output(model, x)
     assert relative(y, zoo.output(zoo.net(name), x)) < (1e-5 if way == "svd" else 1e-7)
     assert not y.requires_grad
-    assert torch.equal(zoo.output(model, x), adapted)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +345,6 @@ LLAMA_BLOCK = [
     *(f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")),
 ]
 QUERIES = [f"inner.bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)]
-PATTERN = r".*\.(query|classifier)"
 EXPERTS = [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
 DOWN_EXPERTS = [f"{experts}.lotr.down_proj" for experts in EXPERTS]
 # A network, settings, the adapted layers, and the modules that are saved.
@@ -421,10 +418,8 @@ def test_selects_layers(
     assert list(adapted_layers(model)) == selected
     assert (model.lotr_config.modules_to_save or ()) == saved
     assert list(saved_modules(model, model.lotr_config)) == saved_names
-    for name, parameter in model.named_parameters():
-        if "lotr_" not in name and not name.endswith("core"):
-            is_saved = any(name.startswith(f"{module}.") for module in saved_names)
-            assert parameter.requires_grad == is_saved, name
+    saved_parameters = {p for name in saved_names for p in model.get_submodule(name).parameters()}
+    assert set(trained_parameters(model)) - set(lotr_parameters(model)) == saved_parameters
 
 
 # A model, settings, a part of the reason for each layer that is left out, and how many are adapted.
@@ -436,7 +431,10 @@ LEFT_OUT = [
     (inner_bert, {"target_modules": ["classifier", "query"]}, {}, 3),
     (
         inner_bert,
-        {"target_modules": PATTERN, "exclude_modules": ["1.attention.self.query"]},
+        {
+            "target_modules": r".*\.(query|classifier)",
+            "exclude_modules": ["1.attention.self.query"],
+        },
         {QUERIES[1]: "exclude_modules"},
         2,
     ),
@@ -530,7 +528,6 @@ def test_the_children_of_a_container_stay_its_only_children(
     model = moved(apply_lotr(copy.deepcopy(plain), settings))
     lotr_ext.TaskBank(model, 1).add()
     assert [n for n, _ in model.named_children()] == [n for n, _ in plain.named_children()]
-    assert set(lotr_parameters(model)) <= set(model.parameters())
     y = run(model, x)
     with disabled(model):
         assert relative(run(model, x), run(plain, x)) < 1e-6 < relative(y, run(plain, x))
@@ -769,11 +766,10 @@ def test_only_the_named_parts_are_trained(x: Tensor, train: tuple[str, ...]) -> 
         assert {part for part, p in parts.items() if p.grad is not None} == set(train)
 
 
-# A model, the type of its task, and the warnings.
-TASK_TYPES = [("bert", None, 1), ("bert", "SEQ_CLS", 0), ("llama", "CAUSAL_LM", 0)]
-
-
-@pytest.mark.parametrize(("name", "task_type", "count"), TASK_TYPES)
+@pytest.mark.parametrize(
+    ("name", "task_type", "count"),
+    [("bert", None, 1), ("bert", "SEQ_CLS", 0), ("llama", "CAUSAL_LM", 0)],
+)
 def test_a_head_that_stays_frozen_is_warned_of(
     name: str, task_type: str | None, count: int, recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -782,6 +778,8 @@ def test_a_head_that_stays_frozen_is_warned_of(
     messages = [str(warning.message) for warning in recwarn]
     assert len(messages) == count and all("classifier stays frozen" in m for m in messages)
 
+
+# ---- models without memory -----------------------------------------------------------------------
 
 ROBERTA = partial(RobertaModel, RobertaConfig(vocab_size=50265), add_pooling_layer=False)
 QWEN3 = partial(
@@ -808,11 +806,14 @@ COUNTS = {
     80: 276480,
     88: 321024,
 }
-# Qwen3-30B-A3B: each of 128 experts has two cores per layer, each factor is there once.
-COUNT_OF_QWEN3 = 2 * 48 * 128 * 16**2 + 16 * (2048 + 1536 + 768 + 2048)
 COUNTED = [
     *((ROBERTA, {"rank": r, "target_modules": ["query", "value"]}, n) for r, n in COUNTS.items()),
-    (QWEN3, {"rank": 16, "target_parameters": ["gate_up_proj", "down_proj"]}, COUNT_OF_QWEN3),
+    # Qwen3-30B-A3B: each of 128 experts has two cores per layer, each factor is there once.
+    (
+        QWEN3,
+        {"rank": 16, "target_parameters": ["gate_up_proj", "down_proj"]},
+        2 * 48 * 128 * 16**2 + 16 * (2048 + 1536 + 768 + 2048),
+    ),
 ]
 
 
@@ -855,6 +856,9 @@ def test_an_adapter_over_offloaded_layers_is_in_memory_and_trains(tmp_path: Path
     for base in (zoo.net("llama"), offloaded()):
         loaded = lotr_ext.load_adapter(base, tmp_path)
         assert relative(zoo.output(loaded, x), zoo.output(model, x)) < 1e-6
+
+
+# ---- the first step of an optimizer --------------------------------------------------------------
 
 
 def at_first_step(model: nn.Module, parameters: Iterable[nn.Parameter], x: Tensor) -> list[str]:
@@ -962,6 +966,9 @@ def test_importing_the_package_registers_no_hook() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+# ---- what reads weights --------------------------------------------------------------------------
+
+
 def test_projections_are_fused_only_without_an_adapter() -> None:
     model = nn.ModuleDict({"adapted": fusible(), "plain": fusible()})
     moved(apply_lotr(model, LoTRConfig(rank=2, exclude_modules=r"plain\..*")))
@@ -992,6 +999,9 @@ def test_an_adapted_output_layer_is_not_resized(by_peft: bool) -> None:
     unloaded().resize_token_embeddings(80)
     apply_lotr(model, LoTRConfig(rank=2, target_modules=["q_proj"])).resize_token_embeddings(90)
     assert len(model.lm_head.weight) == 90
+
+
+# ---- reports -------------------------------------------------------------------------------------
 
 
 def test_a_rank_above_the_width_is_warned_of() -> None:

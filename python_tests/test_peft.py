@@ -462,26 +462,42 @@ def test_biases_are_trained_and_saved(tmp_path: Path) -> None:
 # ---- files and configuration ---------------------------------------------------------------------
 
 
-def test_the_first_versions_files_load(tmp_path: Path) -> None:
+def test_the_first_versions_files_load() -> None:
     expected = load_file(DATA / "peft" / "expected.safetensors")
     assert close(output(loaded(DATA / "peft", "gpt2"), expected["x"]), expected["y"], 1e-6)
     # PEFT warns where its base class reads the file.
     with pytest.warns(UserWarning, match="Unexpected keyword arguments"):
         assert peft.PeftConfig.from_pretrained(str(DATA / "peft")).scaling == 1.0
+
+
+# "auto" was 4 (8 / r)^1.5, with an exponent of 0.5 only for the form "diagonal".
+OLD_SCALINGS = [
+    ({"scaling": "auto"}, 32.0),
+    ({"scaling": 0.5}, 0.5),
+    ({"scaling": "auto", "rank": 4, "r": 4, "core": "cp"}, 4 * 2**1.5),
+    ({"scaling": "auto", "rank": 4, "r": 4, "core": "diagonal"}, 4 * 2**0.5),
+]
+
+
+def rewritten(folder: Path, **settings: object) -> str:
+    """Writes the first version's configuration with other settings, and returns the folder."""
     content = json.loads((DATA / "peft" / "adapter_config.json").read_text())
-    # "auto" was 4 (8 / r)^1.5, with an exponent of 0.5 only for the form "diagonal"
-    for settings, scaling in (
-        ({"scaling": "auto"}, 32.0),
-        ({"scaling": 0.5}, 0.5),
-        ({"scaling": "auto", "rank": 4, "r": 4, "core": "cp"}, 4 * 2**1.5),
-        ({"scaling": "auto", "rank": 4, "r": 4, "core": "diagonal"}, 4 * 2**0.5),
-    ):
-        (tmp_path / "adapter_config.json").write_text(json.dumps(content | settings))
-        assert LoTRPeftConfig.from_pretrained(str(tmp_path)).scaling == pytest.approx(scaling)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(content | {"magnitude": True}))
-    for read in (LoTRPeftConfig, peft.PeftConfig):
-        with pytest.raises(ERRORS, match="magnitude"):
-            read.from_pretrained(str(tmp_path))
+    (folder / "adapter_config.json").write_text(json.dumps(content | settings))
+    return str(folder)
+
+
+@pytest.mark.parametrize(("settings", "scaling"), OLD_SCALINGS)
+def test_the_scaling_of_a_configuration_of_the_first_version(
+    settings: dict, scaling: float, tmp_path: Path
+) -> None:
+    config = LoTRPeftConfig.from_pretrained(rewritten(tmp_path, **settings))
+    assert config.scaling == pytest.approx(scaling)
+
+
+@pytest.mark.parametrize("config_class", [LoTRPeftConfig, peft.PeftConfig])
+def test_magnitudes_of_the_first_version_are_refused(config_class: type, tmp_path: Path) -> None:
+    with pytest.raises(ERRORS, match="magnitude"):
+        config_class.from_pretrained(rewritten(tmp_path, magnitude=True))
 
 
 def test_a_configuration_for_apply_lotr_is_refused_by_name() -> None:

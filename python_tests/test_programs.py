@@ -2,23 +2,18 @@
 
 Each value of a program is a pair: the tensor that the layers compute, and its twin in plain
 PyTorch, each with its graph. A step calls layers, joins values, runs backwards of all kinds and
-adds their gradients as values, changes parameters, merges, copies, or trains in threads. The two
-must agree after each step.
+adds their gradients as values, or changes parameters. The two must agree after each step.
+
+Not here: copies, threads, reentrant checkpoints (test_layers.py) and merges (test_merging.py).
 """
 
-import copy
-import io
 import itertools
-import pickle
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
 import torch
 from helpers import relative
-from layers import SCALING, K, Net, R, cores_of_rows
+from layers import K, Net, R, Side, cores_of_rows, inputs, sides
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
@@ -47,7 +42,6 @@ JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "tanh": lambda a, b: torch.tanh(a - b),
     "norm": lambda a, b: nnf.layer_norm(a, (K,), eps=0.1) + 0 * b,
 }
-CHANGES = ("step", "freeze", "merge", "threads", "dropout", "copy")
 
 number = st.integers(0, 7)
 newest = st.integers(0, 1)
@@ -55,11 +49,36 @@ a_layer = st.integers(0, LAYERS - 1)
 row_tasks = st.lists(st.integers(-1, TASKS - 1), min_size=TOKENS, max_size=TOKENS)
 
 
-def make_net() -> Net:
-    """Returns four layers that share one A and two B, and cores of tasks."""
-    net = Net("two Bs")
-    net.tasks = nn.Parameter(torch.randn(TASKS, R, R + 1, dtype=torch.float64))
-    return net
+# ---- what a side computes ------------------------------------------------------------------------
+
+
+def layer(side: Side, x: Tensor, i: int) -> Tensor:
+    return side.net.call(i, x)
+
+
+def layer_of_rows(side: Side, x: Tensor, i: int, tasks: list[int]) -> Tensor:
+    """Computes a layer with one task per row."""
+    index = torch.tensor(tasks)
+    net = side.net
+    if net.exact:
+        return net.formula(i, x, cores_of_rows(net.tasks, index))
+    return lotr_linear(
+        x,
+        **{**net.parts(i), "core": net.tasks},
+        scaling=net.layers[i].scaling,
+        core_index=index,
+        dropout_p=net.layers[i].dropout,
+        training=True,
+    )
+
+
+def layers_in_checkpoint(side: Side, x: Tensor, i: int, j: int) -> Tensor:
+    """Computes two layers on one x under a checkpoint."""
+
+    def product(x: Tensor) -> Tensor:
+        return torch.tanh(side.net.call(i, x)) * side.net.call(j, x)
+
+    return checkpoint(product, x, use_reentrant=False)
 
 
 def scalar(y: Tensor) -> Tensor:
@@ -71,63 +90,40 @@ def scalar(y: Tensor) -> Tensor:
     return y.asinh().sum()
 
 
+# ---- the programs --------------------------------------------------------------------------------
+
+
 class Program(RuleBasedStateMachine):
     patch = pytest.MonkeyPatch()
 
     @initialize(little=st.booleans(), few=st.booleans())
     def start(self, little: bool, few: bool) -> None:
-        """Chooses the form of the nodes. Makes the net, the twin's parameters and a first value."""
+        """Chooses the form of the nodes. Four layers share one A and two B, and cores of tasks."""
         self.patch.setattr(dispatch, "LITTLE_WORK", 2**62 if little else 0)
         self.patch.setattr(dispatch, "FEW_TOKENS", 2**62 if few else 0)
-        self.net = make_net()
+        net = Net("two Bs")
+        net.tasks = nn.Parameter(torch.randn(TASKS, R, R + 1, dtype=torch.float64))
+        self.sides = sides(net, inputs(TOKENS))
         self.values: list[Pair] = []
         self.seed = 0
-        self.merged: dict[str, Tensor] = {}  # merged weights of the twin, by name
-        self.twin = dict(copy.deepcopy(self.net).named_parameters())
         self.new_input(True)
 
     def teardown(self) -> None:
         self.patch.undo()
 
-    # ---- the twin --------------------------------------------------------------------------------
-
-    def parameters(self) -> dict[str, Tensor]:
-        return dict(self.net.named_parameters())
-
     def leaves(self) -> list[Pair]:
         """Returns the trained parameters, each with its twin."""
-        return [
-            (parameter, self.twin[name])
-            for name, parameter in self.parameters().items()
-            if parameter.requires_grad
-        ]
+        pairs = zip(*(side.net.parameters() for side in self.sides), strict=True)
+        return [pair for pair in pairs if pair[0].requires_grad]
 
-    def plain(self, i: int, x: Tensor) -> Tensor:
-        """Computes a layer of the twin."""
-        names = self.net.names[i]
-        if names["weight"] in self.merged:
-            return nnf.linear(x, self.merged[names["weight"]], self.twin[names["bias"]])
-        return self.net.plain(i, self.twin, x)
-
-    def rows(self, i: int, x: Tensor, index: Tensor) -> Tensor:
-        """Computes a layer with one task per row."""
-        tensors = {**self.net.parts(i), "core": self.net.tasks}
-        p = self.net.layers[i].dropout
-        return lotr_linear(
-            x, **tensors, scaling=SCALING, core_index=index, dropout_p=p, training=True
-        )
-
-    def plain_rows(self, i: int, x: Tensor, index: Tensor) -> Tensor:
-        cores = cores_of_rows(self.twin["tasks"], index)
-        return self.net.formula(i, {**self.twin, **self.merged}, x, cores)
-
-    def pair_of(self, layers: Callable[[], Tensor], twin: Callable[[], Tensor]) -> Pair:
-        """Computes a pair. Both sides start from the same state of torch's generator."""
+    def run(self, compute: Callable[..., Tensor], pair: Pair, *arguments: object) -> None:
+        """Computes a value from a pair. Both sides start with the same state of the generator."""
         self.seed += 1
-        torch.manual_seed(self.seed)
-        actual = layers()
-        torch.manual_seed(self.seed)
-        return actual, twin()
+        results = []
+        for side, x in zip(self.sides, pair, strict=True):
+            torch.manual_seed(self.seed)
+            results.append(compute(side, x, *arguments))
+        self.add(*results)
 
     # ---- values ----------------------------------------------------------------------------------
 
@@ -153,22 +149,14 @@ class Program(RuleBasedStateMachine):
             difference = float((actual.detach() - twin.detach()).abs().max())
             assert difference < ABSOLUTE_TOLERANCE, f"{error:.1e}"
 
-    def compare_gradients(self) -> None:
-        for parameter, twin in self.leaves():
-            self.compare(parameter.grad, twin.grad)
-
-    def clear_gradients(self) -> None:
-        for pair in self.leaves():
-            for parameter in pair:
-                parameter.grad = None
-
     def forget_graphs(self) -> None:
         """Detaches all values. Older graphs saved parameters that have changed since."""
         self.values = [
             (actual.detach().requires_grad_(), twin.detach().requires_grad_())
             for actual, twin in self.values
         ]
-        self.clear_gradients()
+        for parameter in itertools.chain(*self.leaves()):
+            parameter.grad = None
 
     @rule(requires_grad=st.booleans())
     def new_input(self, requires_grad: bool) -> None:
@@ -186,42 +174,18 @@ class Program(RuleBasedStateMachine):
     )
     def call(self, layers: list[int], v: int, graph: bool) -> None:
         """Calls layers on one x."""
-        x, x_twin = self.value(v)
+        pair = self.value(v)
         with torch.set_grad_enabled(graph):
             for i in layers:
-                layer = partial(self.net.layers[i], x)
-                self.add(*self.pair_of(layer, partial(self.plain, i, x_twin)))
+                self.run(layer, pair, i)
 
     @rule(i=a_layer, v=number, tasks=row_tasks)
     def call_rows(self, i: int, v: int, tasks: list[int]) -> None:
-        x, x_twin = self.value(v)
-        index = torch.tensor(tasks)
-        layer = partial(self.rows, i, x, index)
-        self.add(*self.pair_of(layer, partial(self.plain_rows, i, x_twin, index)))
+        self.run(layer_of_rows, self.value(v), i, tasks)
 
-    @rule(i=a_layer, j=a_layer, v=number, reentrant=st.booleans())
-    def checkpointed(self, i: int, j: int, v: int, reentrant: bool) -> None:
-        """Calls two layers on one x under a checkpoint."""
-        x, x_twin = self.value(v)
-
-        def run(x: Tensor) -> Tensor:
-            return torch.tanh(self.net.layers[i](x)) * self.net.layers[j](x)
-
-        def plain(x: Tensor) -> Tensor:
-            return torch.tanh(self.plain(i, x)) * self.plain(j, x)
-
-        if not (reentrant and x.requires_grad):
-            layers = partial(checkpoint, run, x, use_reentrant=False)
-            self.add(*self.pair_of(layers, partial(plain, x_twin)))
-            return
-        # A reentrant checkpoint supports only backward(), not torch.autograd.grad.
-        self.clear_gradients()
-        x = x.detach().requires_grad_()
-        layers = partial(checkpoint, run, x, use_reentrant=True)
-        for y in self.pair_of(layers, partial(plain, x_twin.detach())):
-            if y.requires_grad:
-                scalar(y).backward()
-        self.compare_gradients()
+    @rule(i=a_layer, j=a_layer, v=number)
+    def checkpointed(self, i: int, j: int, v: int) -> None:
+        self.run(layers_in_checkpoint, self.value(v), i, j)
 
     @rule(v1=number, v2=number, kind=st.sampled_from(sorted(JOINS)))
     def join(self, v1: int, v2: int, kind: str) -> None:
@@ -231,23 +195,15 @@ class Program(RuleBasedStateMachine):
 
     # ---- backward --------------------------------------------------------------------------------
 
-    @rule(v=newest)
-    def backward(self, v: int) -> None:
-        actual, twin = self.value(v)
-        if twin.requires_grad:
-            for y in (actual, twin):
-                scalar(y).backward(retain_graph=True)
-            self.compare_gradients()
-
     @rule()
     def backward_of_all(self) -> None:
-        """Runs a backward without retain_graph, which frees the graphs."""
-        self.clear_gradients()
+        """Runs a backward into the leaves. It frees the graphs."""
         losses = [sum(map(scalar, values)) for values in zip(*self.values, strict=True)]
         if losses[1].requires_grad:
             for loss in losses:
                 loss.backward()
-            self.compare_gradients()
+            for parameter, twin in self.leaves():
+                self.compare(parameter.grad, twin.grad)
         self.forget_graphs()
 
     @rule(
@@ -287,25 +243,10 @@ class Program(RuleBasedStateMachine):
             self.compare(*pair)
         return pairs
 
-    @rule(v=newest, vectors=st.integers(1, 3))
-    def batched_gradients(self, v: int, vectors: int) -> None:
-        pair = self.value(v)
-        values = torch.linspace(-1, 1, vectors * TOKENS * K, dtype=torch.float64)
-        dy = values.view(vectors, TOKENS, K)
-        if pair[1].requires_grad:
-            self.compared(pair, self.leaves(), grad_outputs=dy, is_grads_batched=True)
-
     # ---- changes ---------------------------------------------------------------------------------
 
-    @rule(change=st.sampled_from(CHANGES), i=number, on=st.booleans())
-    def change(self, change: str, i: int, on: bool) -> None:
-        """Changes the parameters or the net. What i and on mean depends on the change.
-
-        One rule, because each change forgets the graphs.
-        """
-        getattr(self, change)(i, on)
-
-    def step(self, _: int, by_data: bool) -> None:
+    @rule(by_data=st.booleans())
+    def step(self, by_data: bool) -> None:
         """Changes the parameters in place like an optimizer, or by `.data` like some trainers."""
         with torch.no_grad():
             for parameter in itertools.chain(*self.leaves()):
@@ -315,74 +256,20 @@ class Program(RuleBasedStateMachine):
                     parameter.mul_(0.9)
         self.forget_graphs()
 
+    @rule(part=number, trained=st.booleans())
     def freeze(self, part: int, trained: bool) -> None:
-        names = [name for name in self.parameters() if not name.endswith(("weight", "bias"))]
-        name = names[part % len(names)]
-        for parameter in (self.parameters()[name], self.twin[name]):
-            parameter.requires_grad_(trained or len(self.leaves()) == 1)
+        """Freezes a factor or a core, or trains it again. One parameter always trains."""
+        names = [name for name, _ in self.sides[0].net.named_parameters()]
+        names = [name for name in names if not name.endswith(("weight", "bias"))]
+        trained = trained or len(self.leaves()) == 1
+        for side in self.sides:
+            side.net.get_parameter(names[part % len(names)]).requires_grad_(trained)
         self.forget_graphs()
 
-    def merge(self, i: int, _: bool) -> None:
-        """Merges a layer, or unmerges it if it is merged."""
-        i %= LAYERS
-        layer = self.net.layers[i]
-        W, _, A, B, core = (self.twin[name] for name in self.net.names[i].values())
-        name = self.net.names[i]["weight"]
-        if layer.merged:
-            layer.unmerge()
-            assert torch.equal(layer.weight, W)
-            del self.merged[name]
-        else:
-            layer.merge()
-            self.merged[name] = (W + SCALING * B @ core.T @ A.T).detach()
-        self.forget_graphs()
-
+    @rule(i=a_layer, on=st.booleans())
     def dropout(self, i: int, on: bool) -> None:
-        self.net.layers[i % LAYERS].dropout = 0.3 * on
-
-    def copy(self, i: int, _: bool) -> None:
-        """Continues the program with a copy of the net. A merged layer has no state_dict."""
-        copies = (
-            self.copied_by_state_dict,
-            partial(copy.deepcopy, self.net),
-            lambda: pickle.loads(pickle.dumps(self.net)),
-        )
-        if not self.merged:
-            self.net = copies[i % 3]()
-            self.forget_graphs()
-
-    def copied_by_state_dict(self) -> Net:
-        file = io.BytesIO()
-        torch.save(self.net.state_dict(), file)
-        net = copy.deepcopy(self.net)
-        for parameter in net.parameters():
-            parameter.data.zero_()
-        net.load_state_dict(torch.load(io.BytesIO(file.getvalue())))
-        return net
-
-    def threads(self, v: int, _: bool) -> None:
-        """Two threads train the net at once."""
-        x, x_twin = (tensor.detach() for tensor in self.value(v))
-        self.forget_graphs()
-        if any(layer.dropout for layer in self.net.layers):
-            return  # threads share torch's generator, so dropout's masks differ
-        barrier = threading.Barrier(2)
-
-        def train(scale: float) -> None:
-            barrier.wait()
-            for _ in range(3):
-                y = sum(layer(x * scale) for layer in self.net.layers)
-                if y.requires_grad:
-                    scalar(y).backward()
-
-        scales = (1.0, 0.5)
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(train, scales))
-        for scale in scales:
-            y = sum(self.plain(i, x_twin * scale) for i in range(LAYERS))
-            if y.requires_grad:
-                (3 * scalar(y)).backward()
-        self.compare_gradients()
+        for side in self.sides:
+            side.net.layers[i].dropout = 0.3 * on
 
 
 class TestPrograms(Program.TestCase):

@@ -18,14 +18,13 @@ import pytest
 import torch
 import zoo
 from helpers import relative, worst
+from models import moved
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from lotr_ext import (
     LoTRConfig,
-    LoTRFactors,
     LoTRWrapped,
-    adapt,
     apply_lotr,
     load_adapter,
     merge,
@@ -36,6 +35,7 @@ from lotr_ext import (
 
 LIBRARIES = Path(sys.prefix) / "quantized"
 K = 64  # bitsandbytes' kernels need multiples of 32
+X = torch.randn(6, K, generator=torch.Generator().manual_seed(1))
 CONFIG = LoTRConfig(rank=4, scaling=1.0, target_modules=["up", "down"])
 
 
@@ -142,29 +142,20 @@ def wide_net(convert: Callable[[nn.Linear], nn.Module]) -> nn.Module:
     return net
 
 
-def adapted(net: nn.Module) -> nn.Module:
-    return zoo.fill(apply_lotr(net, CONFIG), 7, 0.2, lambda name: name.endswith(".core"))
-
-
-def x_of(tokens: int = 6) -> Tensor:
-    return torch.randn(tokens, K, generator=torch.Generator().manual_seed(1))
-
-
 def updated(layer: LoTRWrapped, x: Tensor) -> Tensor:
     """The layer's output in plain PyTorch."""
-    A = layer.factors.A.value
-    return layer.base_layer(x) + layer.scaling * x @ A @ layer.core @ layer.factors.B.value.T
+    A, B = (factor.value for factor in (layer.factors.A, layer.factors.B))
+    return layer.base_layer(x) + layer.scaling * x @ A @ layer.core @ B.T
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_trains_saves_and_merges_on_request(name: str, form: str, tmp_path: Path) -> None:
     base = wide_net(QUANTIZED[name])
-    before = base(x_of()).detach()
     model = apply_lotr(copy.deepcopy(base), CONFIG)
     layers = [layer for block in model.blocks for layer in block.values()]
     assert {type(layer) for layer in layers} == {LoTRWrapped}
-    assert torch.equal(model(x_of()), before)
-    zoo.fill(model, 7, 0.2, lambda name: name.endswith(".core"))
+    assert torch.equal(model(X), base(X))
+    moved(model)
 
     for layer in layers:
         x = torch.randn(6, layer.in_features)
@@ -174,84 +165,71 @@ def test_trains_saves_and_merges_on_request(name: str, form: str, tmp_path: Path
         assert worst(*gradients) < 1e-4
 
     save_adapter(model, tmp_path)
-    y = model.eval()(x_of()).detach()
+    y = model.eval()(X).detach()
     loaded = load_adapter(copy.deepcopy(base), tmp_path).eval()
     # bitsandbytes with 8 bits also rounds x, and its evaluation rounds the scales permanently.
     tolerance = 0.03 if "bitsandbytes" in name else 2e-5
-    assert relative(loaded(x_of()), y) <= tolerance
+    assert relative(loaded(X), y) <= tolerance
 
     with pytest.raises(TypeError, match=r"merge: expected .*dequantize=True"):
         merge(model)
-    assert not any(layer.merged for layer in layers)
     merge(model, dequantize=True)
     assert {type(layer.base_layer) for layer in layers} == {nn.Linear}
-    assert relative(model(x_of()), y) < tolerance
+    assert relative(model(X), y) < tolerance
     unmerge(model)
-    assert relative(model(x_of()), y) < tolerance
+    assert relative(model(X), y) < tolerance
     unload(model, merge=True, dequantize=True)
     assert type(model.blocks[0].up) is nn.Linear
-    assert relative(model(x_of()), y) < tolerance
+    assert relative(model(X), y) < tolerance
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        merge,
-        lambda model: merge(model, dequantize=True),
-        lambda model: unload(model, merge=True, dequantize=True),
-    ],
-    ids=["merge", "merge with dequantize", "unload"],
-)
-def test_a_base_that_cannot_be_made_dense_is_never_merged(call: Callable) -> None:
-    model = adapted(wide_net(Codes))
-    before = model(x_of()).detach()
+MERGES = {
+    "merge": merge,
+    "merge with dequantize": partial(merge, dequantize=True),
+    "unload": partial(unload, merge=True, dequantize=True),
+}
+
+
+def dequantized_to(result: object, linear: nn.Linear) -> Dense:
+    """Returns a quantized layer whose dequantize returns something else than its weight."""
+    layer = Dense(linear)
+    layer.dequantize = lambda: result
+    return layer
+
+
+NOT_DENSE = {
+    "no dequantize": Codes,
+    "another shape": partial(dequantized_to, torch.zeros(3, K)),
+    "not a tensor": partial(dequantized_to, "W"),
+}
+
+
+@pytest.mark.parametrize("call", MERGES)
+@pytest.mark.parametrize("base", NOT_DENSE)
+def test_a_base_that_cannot_be_made_dense_is_never_merged(call: str, base: str) -> None:
+    model = moved(apply_lotr(wide_net(NOT_DENSE[base]), CONFIG))
+    before = model(X).detach()
     with pytest.raises(TypeError, match="merge: expected"):
-        call(model)
-    assert torch.equal(model(x_of()), before)
+        MERGES[call](model)
+    assert torch.equal(model(X), before)
     assert not any(getattr(module, "merged", False) for module in model.modules())
 
 
-def test_dequantize_sets_the_dtype_of_the_dense_layer() -> None:
-    model = adapted(wide_net(Dense))
-    layer = model.blocks[0].up
-    expected = (layer.base_layer.dequantize() + layer.delta_weight()).bfloat16()
-    merge(model, dequantize=torch.bfloat16)
-    assert torch.equal(layer.base_layer.weight, expected)
-    assert layer.base_layer.bias.dtype == torch.bfloat16
-
-
-def test_a_dense_layer_shares_no_bias_and_the_base_takes_the_mode() -> None:
-    layer = adapted(wide_net(Dense)).blocks[0].up
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_dense_layer_shares_nothing_and_the_base_comes_back(dtype: torch.dtype) -> None:
+    """The base takes the mode that the layer has when it is unmerged."""
+    layer = moved(apply_lotr(wide_net(Dense), CONFIG)).blocks[0].up
     base = layer.base_layer
     bias = base.bias.detach().clone()
-    layer.merge(dequantize=True)
-    with torch.no_grad():
-        layer.base_layer.bias.zero_()
-    layer.eval()
-    layer.unmerge()
+    expected = (base.dequantize() + layer.delta_weight()).to(dtype)
+    layer.merge(dequantize=dtype)
+    assert torch.equal(layer.base_layer.weight, expected)
+    assert layer.base_layer.bias.dtype == dtype
+    nn.init.zeros_(layer.base_layer.bias)
+    layer.eval().unmerge()
     assert layer.base_layer is base
     assert torch.equal(base.bias, bias)
     assert not base.training
-
-
-def test_unmerge_needs_the_backup() -> None:
-    model = adapted(wide_net(Dense))
-    merge(model, dequantize=True, keep_backup=False)
-    for call in (unmerge, unload):
-        with pytest.raises(RuntimeError, match="unmerge: expected the quantized base"):
-            call(model)
-    assert type(unload(model, merge=True).blocks[0].up) is nn.Linear
-
-
-@pytest.mark.parametrize("bad", [torch.zeros(3, K), "W"], ids=["a shape", "not a tensor"])
-def test_the_result_of_dequantize_is_checked(bad: object) -> None:
-    base = Dense(nn.Linear(K, K))
-    base.dequantize = lambda: bad
-    layer = adapt(base, LoTRFactors(K, K, 2))
-    with pytest.raises(TypeError, match=r"merge: expected .* dense weight"):
-        layer.merge(dequantize=True)
-    assert layer.base_layer is base
-    assert not layer.merged
 
 
 @pytest.mark.skipif("LOTR_QUANTIZED" in os.environ, reason="runs this file")
@@ -259,9 +237,7 @@ def test_with_the_libraries() -> None:
     """torchao and bitsandbytes, in a separate process."""
     if not LIBRARIES.is_dir():
         pytest.skip("torchao and bitsandbytes are missing: make quantized")
-    path = str(LIBRARIES)
-    if os.environ.get("PYTHONPATH"):
-        path += os.pathsep + os.environ["PYTHONPATH"]
+    path = os.pathsep.join([str(LIBRARIES), os.environ["PYTHONPATH"]])  # conftest.py has set it
     options = ["-v", "-n", "0", "-p", "no:cacheprovider", "-k", "torchao or bitsandbytes"]
     process = subprocess.run(
         [sys.executable, "-m", "pytest", *options, __file__],

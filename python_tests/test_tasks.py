@@ -11,7 +11,7 @@ import pytest
 import torch
 import zoo
 from helpers import relative, worst
-from models import adapter_parameters, moved, same, trained, unchanged
+from models import adapter_parameters, moved, same, trained, trained_parameters, unchanged
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -418,7 +418,7 @@ def test_an_optimizer_of_tasks_that_no_forward_used_is_noticed_once(
 ) -> None:
     """The model's adapter trains, and the bank idles."""
     model.lotr_tasks.requires_grad_()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD(trained_parameters(model), lr=0.1)
     optimizer.step()  # without a backward
     zoo.output(model, x).square().mean().backward()
     with pytest.warns(UserWarning, match="lotr_ext"):

@@ -156,8 +156,7 @@ struct RowProducts {
       for (int64_t j = 0; j < n; ++j)
         times_core(sums + j * core.cols, wide + j * core.rows, core, scaling);
     } else {
-      Small<T>::times_core(sums, wide, n, core.rows, core.cols, core, core.row_stride,
-                           core.col_stride, scaling);
+      Small<T>::times_core(sums, wide, n, core, scaling);
     }
     for (int64_t j = 0; j < n; ++j)
       write_rows<K>(h, row[j], 1, sums + j * core.cols, core.cols, 1.0, false);

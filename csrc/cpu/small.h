@@ -52,18 +52,18 @@ struct Small {
     for (int64_t b = 0; b < n; ++b) out[b] += v * row[b];
   }
 
-  // out[M, to] = scale * in[M, from] core, element (a, b) of core at a * sa + b * sb; core is
-  // rounded to T.
-  static void times_core(Acc* out, const Acc* in, int64_t m, int64_t from, int64_t to,
-                         const TensorView& core, int64_t sa, int64_t sb, Acc scale) {
+  // out [m, r_out] = scale * in [m, r_in] core. core [r_in, r_out] is rounded to T.
+  static void times_core(Acc* out, const Acc* in, int64_t m, const TensorView& core, Acc scale) {
+    const int64_t from = core.rows;
+    const int64_t to = core.cols;
     for (int64_t i = 0; i < m * to; ++i) out[i] = 0;
     by_dtype(core.dtype, [&](auto stored) {
       using S = typename decltype(stored)::type;
       Scratch line(size_t(to) * sizeof(Acc));
       Acc* row = line.get<Acc>();
       for (int64_t a = 0; a < from; ++a) {
-        const S* src = static_cast<const S*>(core.data) + a * sa;
-        parts<Plain<Acc>, T>(row, src, sb, to, nullptr);
+        const S* src = static_cast<const S*>(core.data) + a * core.row_stride;
+        parts<Plain<Acc>, T>(row, src, core.col_stride, to, nullptr);
         for (int64_t i = 0; i < m; ++i) add_scaled(out + i * to, in[i * from + a] * scale, row, to);
       }
     });
@@ -87,13 +87,13 @@ struct Small {
   static Drop scaled_core(T* out, Acc* h, const Acc* u, int64_t m, const TensorView& core,
                           double scaling) {
     Drop last;
-    times_core(h, u, m, core.rows, core.cols, core, core.row_stride, core.col_stride, Acc(scaling));
+    times_core(h, u, m, core, Acc(scaling));
     if constexpr (std::is_same_v<T, f16>) {
       bool inside = true;
       for (int64_t i = 0; i < m * core.cols; ++i)
         inside = inside && h[i] < Acc(65504) && h[i] > Acc(-65504);
       if (!inside) {
-        times_core(h, u, m, core.rows, core.cols, core, core.row_stride, core.col_stride, Acc(1));
+        times_core(h, u, m, core, Acc(1));
         last.scale = scaling;
       }
     }
@@ -137,7 +137,7 @@ struct Small {
       Ops::shrink(dense(h, m, r_out, acc), s.g, s.B, scaled);
     }
     if (s.dx.data || s.dA.data) {
-      times_core(du, h, m, r_out, r_in, s.core, s.core.col_stride, s.core.row_stride, Acc(1));
+      times_core(du, h, m, transposed(s.core), Acc(1));
       narrow(du_t, du, m * r_in);
       const TensorView du_mat = dense(du_t, m, r_in, t);
       if (s.dx.data) Ops::expand(s.dx, du_mat, s.A, Drop{}, {s.fresh_dx ? TensorView{} : s.dx, {}});

@@ -20,18 +20,19 @@ DType type_of(const Call& call, const Matrix& m) {
   return m.access == Access::float32_element ? DType::float32 : call.type;
 }
 
-void expand(const Call& call, const Matrix& y, const Matrix& u, const Matrix& F, int64_t M,
-            int64_t N, int32_t r, float scale, Workspace& memory) {
-  ExpandProblem p{};
-  p.y = y;
-  p.start = y;
-  p.u = u;
-  p.F = F;
-  p.M = M;
-  p.N = N;
-  p.r = r;
-  p.dropout.scale = scale;
-  run(call, p, memory);
+// y += scale u F^T
+ExpandProblem expand_of(const Matrix& y, const Matrix& u, const Matrix& F, int64_t M, int64_t N,
+                        int32_t r, float scale = 1.f) {
+  ExpandProblem problem{};
+  problem.y = y;
+  problem.start = y;
+  problem.u = u;
+  problem.F = F;
+  problem.M = M;
+  problem.N = N;
+  problem.r = r;
+  problem.dropout.scale = scale;
+  return problem;
 }
 
 // h = g B, du = scale h core^T, Q = g^T u; without `Q` (null) h and du.
@@ -65,7 +66,7 @@ void run(const Call& call, const SmallForwardProblem& p, Workspace& memory) {
   ShrinkProblem u = shrink_of(p.x, p.A, p.u, p.M, p.K, p.r_in);
   u.core_product = {p.core, h, p.r_out, 1.f};
   run(call, u, memory);
-  expand(call, p.y, h, p.B, p.M, p.N, p.r_out, p.scale, memory);
+  run(call, expand_of(p.y, h, p.B, p.M, p.N, p.r_out, p.scale), memory);
 }
 
 // dB and dcore by Q = g^T u, as in the folded form: dB = scale Q core, dcore = scale Q^T B.
@@ -96,7 +97,7 @@ void run(const Call& call, const SmallBackwardProblem& p, Workspace& memory) {
     problem.scale = p.scale;
     run(call, problem, memory);
   }
-  if (p.dx.data) expand(call, p.dx, du, p.A, p.M, p.K, p.r_in, 1.f, memory);
+  if (p.dx.data) run(call, expand_of(p.dx, du, p.A, p.M, p.K, p.r_in), memory);
   if (p.dA.data) run(call, factor_grad_of(p.dA, p.x, du, p.M, p.K, p.r_in), memory);
 }
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -36,18 +37,27 @@ JOBS = 2
 MODULE = "lotr_simt"
 
 _SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-# flags of the executor, of code that contains kernels, of linking
-_FLAGS: dict[str, tuple[list[str], list[str], list[str]]] = {
-    "plain": (["-O2"], ["-O2"], []),
-    "asan": (["-O1", *_SANITIZE], ["-O1", *_SANITIZE], _SANITIZE),
-    "race": (
+
+
+class _Flags(NamedTuple):
+    """Compiler flags of a mode."""
+
+    executor: list[str]
+    kernels: list[str]  # of code that contains kernels
+    link: list[str]
+
+
+_FLAGS = {
+    "plain": _Flags(["-O2"], ["-O2"], []),
+    "asan": _Flags(["-O1", *_SANITIZE], ["-O1", *_SANITIZE], _SANITIZE),
+    "race": _Flags(
         ["-O2", "-DLOTR_SIMT_RACE=1"],
         ["-O1", "-DLOTR_SIMT_RACE=1", "-fsanitize=thread"],
         ["-ldl"],
     ),
-    "coverage": (["-O2", "-DLOTR_SIMT_COVERAGE=1"], ["-O1", "--coverage"], ["--coverage"]),
+    "coverage": _Flags(["-O2", "-DLOTR_SIMT_COVERAGE=1"], ["-O1", "--coverage"], ["--coverage"]),
     # csrc/simt/module in every mode. It has no kernels, so -O0, which compiles fastest, is enough.
-    "bindings": (["-O0"], ["-O0"], []),
+    "bindings": _Flags(["-O0"], ["-O0"], []),
 }
 _COMMON = [
     "-std=c++17",
@@ -110,7 +120,12 @@ def cuda_include() -> Path:
     )
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
+    """Runs a compiler, and returns what it prints.
+
+    Raises:
+        BuildError: If there is none, or it fails.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:  # of the compiler: there is none
@@ -120,8 +135,21 @@ def _run(command: list[str]) -> None:
         ) from None
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    if done.stderr:
-        sys.stderr.write(done.stderr)
+    return done.stdout + done.stderr
+
+
+def nvcc(source: Path, output: Path, *options: str) -> str:
+    """Compiles a file for a GPU, and returns what the compiler reports."""
+    fixed = [str(tool("nvcc")), "-std=c++17", f"-I{CSRC}"]
+    return _run([*fixed, *options, str(source), "-o", str(output)])
+
+
+class _Compilation(NamedTuple):
+    """An object file, its source, and the command that writes it, without the name of the file."""
+
+    output: Path
+    source: Path
+    command: list[str]
 
 
 def _stale(output: Path, command: list[str]) -> bool:
@@ -137,29 +165,30 @@ def _stale(output: Path, command: list[str]) -> bool:
 
 
 def make(output: Path, command: list[str]) -> bool:
-    """Runs the command, which writes `output`, if it or a file that it reads has changed.
+    """Runs the command, which `-o output` ends, if it or a file that it reads has changed.
 
     Returns whether it ran.
     """
     if not _stale(output, command):
         return False
     output.with_suffix(".cmd").unlink(missing_ok=True)
-    _run(command)
+    sys.stderr.write(_run([*command, "-o", str(output)]))
     output.with_suffix(".cmd").write_text("\n".join(command))
     return True
 
 
 def _compile(
     mode: str, source: Path, has_kernels: bool, includes: list[Path], defines: list[str]
-) -> tuple[Path, list[str]]:
-    executor, kernels, _ = _FLAGS[mode]
+) -> _Compilation:
+    flags = _FLAGS[mode]
     key = hashlib.sha1("\n".join([str(source), *defines]).encode()).hexdigest()[:8]
     output = BUILD / mode / f"{source.stem}-{key}.o"
-    command = [compiler(), *_COMMON, *(kernels if has_kernels else executor), *defines, f"-I{CSRC}"]
+    of_source = flags.kernels if has_kernels else flags.executor
+    command = [compiler(), *_COMMON, *of_source, *defines, f"-I{CSRC}"]
     for folder in [cuda_include(), *includes]:
         command += ["-isystem", str(folder)]
-    command += ["-MMD", "-x", "c++", "-c", str(source), "-o", str(output)]
-    return output, command
+    command += ["-MMD", "-x", "c++", "-c", str(source)]
+    return _Compilation(output, source, command)
 
 
 @contextlib.contextmanager
@@ -172,12 +201,12 @@ def locked(mode: str) -> Iterator[None]:
         yield
 
 
-def _make_all(steps: list[tuple[Path, list[str]]]) -> list[str]:
+def _make_all(steps: list[_Compilation]) -> list[str]:
     """Runs the compile commands, the largest source first, and returns the objects."""
-    largest_first = sorted(steps, key=lambda step: -Path(step[1][-3]).stat().st_size)
+    largest_first = sorted(steps, key=lambda step: -step.source.stat().st_size)
     with ThreadPoolExecutor(JOBS) as pool:
-        list(pool.map(lambda step: make(*step), largest_first))
-    return [str(output) for output, _ in steps]
+        list(pool.map(lambda step: make(step.output, step.command), largest_first))
+    return [str(step.output) for step in steps]
 
 
 def _build(
@@ -201,7 +230,7 @@ def _build(
         steps += [_compile(mode, source, True, [], defines) for source in sources]
         objects = [*_make_all(steps), *other_objects]
         output.with_suffix(".d").write_text("out: " + " ".join(objects))
-        make(output, [compiler(), *link, *objects, *_FLAGS[mode][2], "-o", str(output)])
+        make(output, [compiler(), *link, *objects, *_FLAGS[mode].link])
     return output
 
 
@@ -238,18 +267,6 @@ def module(mode: str = "plain", kind: str | None = None) -> Path:
     return _build(mode, sources, output, ["-shared"], [], tuple(other_objects))
 
 
-def changed_module(mode: str, source: Path, folder: Path) -> Path:
-    """Builds the module in `folder`, with a source replaced by `source`, a changed copy."""
-    objects = module(mode).with_suffix(".d").read_text().split()[1:]
-    output, command = _compile(mode, source, True, [], [])
-    command[-1] = str(folder / output.name)
-    _run(command)
-    others = [name for name in objects if not Path(name).name.startswith(f"{source.stem}-")]
-    linked = folder / module(mode).name
-    _run([compiler(), "-shared", *others, command[-1], *_FLAGS[mode][2], "-o", str(linked)])
-    return linked
-
-
 def planted_module(mode: str, unit: str, file: str, text: str, instead: str, folder: Path) -> Path:
     """Builds the module in `folder`, with a bug: in a copy of `file`, `instead` replaces `text`.
 
@@ -260,7 +277,15 @@ def planted_module(mode: str, unit: str, file: str, text: str, instead: str, fol
     source = (copy / file).read_text()
     assert source.count(text) == 1, f"{file} has changed: {text}"
     (copy / file).write_text(source.replace(text, instead))
-    return changed_module(mode, copy / unit, folder)
+    correct = module(mode)
+    planted = _compile(mode, copy / unit, True, [], [])
+    changed = str(folder / planted.output.name)
+    _run([*planted.command, "-o", changed])
+    objects = correct.with_suffix(".d").read_text().split()[1:]
+    others = [name for name in objects if not Path(name).name.startswith(f"{Path(unit).stem}-")]
+    output = folder / correct.name
+    _run([compiler(), "-shared", *others, changed, *_FLAGS[mode].link, "-o", str(output)])
+    return output
 
 
 def load(
@@ -329,16 +354,13 @@ def python_environment(mode: str) -> dict[str, str]:
     env = environment(mode)
     if mode == "asan":
         # With libstdc++, so that exceptions can be intercepted.
-        libraries = [_library("libasan.so"), _library("libstdc++.so")]
-        env["LD_PRELOAD"] = " ".join(libraries)
+        env["LD_PRELOAD"] = " ".join(map(_library, ("libasan.so", "libstdc++.so")))
     return env
 
 
 def _library(name: str) -> str:
     """Returns the path of one of the compiler's libraries."""
-    command = [compiler(), f"-print-file-name={name}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return str(Path(done.stdout.strip()).resolve())
+    return str(Path(_run([compiler(), f"-print-file-name={name}"]).strip()).resolve())
 
 
 def _counted_files() -> Iterator[tuple[Path, list[dict]]]:

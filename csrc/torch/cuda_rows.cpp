@@ -116,16 +116,16 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& args, 
   Tensor dcores;
   if (need_u) {
     const TensorView du_out = make(du, sizes[M], sizes[R_IN], like_.dtype, true);
-    RowIndex by_core = index;
-    by_core.token = nullptr;
-    by_core.tokens = index.rows;  // g has a row for each
+    RowIndex of_g = index;  // g has a row for each row
+    of_g.token = nullptr;
+    of_g.tokens = index.rows;
     if (!rows.tokens) {
-      product(*this, du_out, read(args.g), by_core, args.cores, true, scaling, 0.f);
+      product(*this, du_out, read(args.g), of_g, args.cores, true, scaling, 0.f);
     } else {
       const Sorted by_token(*this, like_, *rows.tokens, sizes[M]);
       OptionalTensor row_du;  // float32: not rounded before it is summed
       const TensorView row_du_out = make(row_du, index.rows, sizes[R_IN], ScalarType::Float, false);
-      product(*this, row_du_out, read(args.g), by_core, args.cores, true, scaling, 0.f);
+      product(*this, row_du_out, read(args.g), of_g, args.cores, true, scaling, 0.f);
       SumRowsProblem problem{};
       problem.of_token = by_token.segments();
       problem.row_du = static_cast<const float*>(row_du_out.data);
@@ -138,11 +138,11 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& args, 
   }
   if (need_cores) {
     dcores = empty<3>(like_, {sizes[L], sizes[R_IN], sizes[R_OUT]}, aoti_torch_dtype_float32());
-    std::optional<Sorted> by_core;
-    if (rows.index) by_core.emplace(*this, like_, *rows.index, sizes[L]);
+    std::optional<Sorted> by_index;
+    if (rows.index) by_index.emplace(*this, like_, *rows.index, sizes[L]);
     const TensorView u = read(args.u);
     RowCoreGradProblem problem{};
-    problem.of_core = by_core ? by_core->segments() : Segments{nullptr, index.ends, 1};
+    problem.of_core = by_index ? by_index->segments() : Segments{nullptr, index.ends, 1};
     problem.token = index.token;
     problem.u = matrix(u);
     problem.g = matrix(read(args.g));

@@ -13,10 +13,9 @@ from .to_lotr import GROUPS_OF_ONE_SHAPE, lora_to_lotr, original_to_lotr
 
 
 def _lotr_to_lora(source: str, destination: str, **options: object) -> list[str]:
-    layers = lotr_to_lora(source, destination, **options)
     return [
         f"{name}  {layer.sizes[0]} x {layer.sizes[1]}  rank {layer.rank}"
-        for name, layer in layers.items()
+        for name, layer in lotr_to_lora(source, destination, **options).items()
     ]
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..config import LoTRConfig
 from ..init import START
@@ -170,10 +171,12 @@ def _rank_that_keeps(share: float, collection: Collection, groups: Iterable[list
             full = min(sum(lora.rank for lora in loras), max(loras[0].sizes))
             _, _, cores = tucker2_of_loras(loras, (full, full))
             squares.append(cores.square().sum(0).cumsum(0).cumsum(1).diagonal())
-    kept = torch.zeros(max(map(len, squares), default=1), dtype=torch.float64)  # by all groups
-    for square in squares:
-        kept[: len(square)] += square
-        kept[len(square) :] += square[-1]  # past its largest rank, a group keeps no more
+    most = max(map(len, squares), default=1)
+    # Past its largest rank, a group keeps no more.
+    kept = sum(
+        (pad(square, (0, most - len(square)), value=float(square[-1])) for square in squares),
+        start=torch.zeros(most, dtype=torch.float64),
+    )
     # Up to the rounding of sums, so that a share of 1 does not depend on it.
     is_enough = kept >= (share - 1e-9) * kept[-1]
     return int(is_enough.nonzero()[0]) + 1

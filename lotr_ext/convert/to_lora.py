@@ -11,7 +11,7 @@ rank: [lora_B, -start_B] [lora_A; start_A].
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,9 @@ def export_lora(
     else:
         adapter = replace(adapter, tensors=adapter.tensors | inner.lotr_tasks.cores_of(task))
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
-    conv1d = any(isinstance(layer, LoTRConv1D) for layer in layers_in(inner).values())
     options.setdefault("base_model", adapter.base.name)
-    options.setdefault("fan_in_fan_out", conv1d)
+    layers = layers_in(inner).values()
+    options.setdefault("fan_in_fan_out", any(isinstance(m, LoTRConv1D) for m in layers))
     if options.get("experts") in ("vllm-shared", "per-expert") and model_type in HOSTS:
         options.setdefault("hosts", model_type)
     return _write_lora(path, adapter, **options) if writes else {}
@@ -237,7 +237,10 @@ def _write_lora(
     layers = _lora_of(adapter, experts)
     linear = {name: layer for name, layer in layers.items() if not layer.experts}
     stacked = {name: layer for name, layer in layers.items() if layer.experts}
-    modules = adapter.modules_to_save
+    saved = adapter.modules_to_save
+    inside_saved = tuple(f"{module}." for module in saved)
+    # A module inside another one is saved with it.
+    outermost = sorted(name for name in saved if not name.startswith(inside_saved))
     rank = next(iter(layers.values())).rank  # all have the same
     config = {
         "peft_type": "LORA",
@@ -251,7 +254,7 @@ def _write_lora(
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": _target_modules(linear, stacked, experts),
-        "modules_to_save": _outermost(modules) or None,
+        "modules_to_save": outermost or None,
     }
     if stacked and experts == "peft":
         config["target_parameters"] = sorted(stacked)
@@ -259,7 +262,6 @@ def _write_lora(
     for name, layer in sorted(linear.items()):
         written[f"{name}.lora_A.weight"] = layer.A
         written[f"{name}.lora_B.weight"] = layer.B
-    inside_saved = tuple(f"{module}." for module in modules)
     written |= {key: t for key, t in adapter.tensors.items() if key.startswith(inside_saved)}
     named = {f"base_model.model.{key}": tensor for key, tensor in written.items()}
     put_folder(directory, TENSORS_NAME, named, config)
@@ -280,10 +282,3 @@ def _target_modules(
         return [*sorted(linear), *endings]
     patterns = [re.escape(name) for name in sorted(linear)]
     return "|".join([*patterns, *(rf".*\.{ending}" for ending in endings)])
-
-
-def _outermost(modules: Collection[str]) -> list[str]:
-    """Returns the modules that are not inside another one, which saves them with it."""
-    return sorted(
-        name for name in modules if not any(name.startswith(f"{other}.") for other in modules)
-    )

@@ -23,7 +23,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -71,9 +70,12 @@ def factors_of(adapter: AdapterState, where: str) -> Factors:
     """
     _check_servable(adapter, where)
     layers = adapter.layers
-    keys = chain.from_iterable((entry.A, entry.B) for entry in layers.values())
     # One object per factor: layers that share one are recognized by its identity.
-    tensors = {key: adapter.tensors[key].detach() for key in keys}
+    tensors = {
+        key: adapter.tensors[key].detach()
+        for entry in layers.values()
+        for key in (entry.A, entry.B)
+    }
     pairs = {name: (tensors[entry.A], tensors[entry.B]) for name, entry in layers.items()}
     shapes = {f"{name}.core": (A.shape[1], B.shape[1]) for name, (A, B) in pairs.items()}
     spans: dict[str, slice] = {}

@@ -14,7 +14,7 @@ version moves or drops one.
 """
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -254,15 +254,17 @@ class _LayerWithCores:
 
     def _rows_of_process(self, full: Tensor, side: str, place: int) -> Tensor:
         """Returns this process's rows, by vLLM's rule for lora_A [r, k] or lora_B [n, r]."""
-        slice_lora = self.slice_lora_a if side == "A" else self.slice_lora_b
-        matrices: list[Tensor | None] = [None] * self.n_slices
-        matrices[place] = full.T if side == "A" else full
+        if side == "A":
+            return self._cut(self.slice_lora_a, full.T, place).T
+        return self._cut(self.slice_lora_b, full, place)
+
+    def _cut(self, rule: Callable[..., Any], matrix: Tensor, place: int) -> Tensor:
         # vLLM's rules take a list for a packed layer, and a tensor for any other.
         if self.n_slices == 1:
-            rows = slice_lora(matrices[0])
-        else:
-            rows = slice_lora(matrices)[place]
-        return rows.T if side == "A" else rows
+            return rule(matrix)
+        matrices: list[Tensor | None] = [None] * self.n_slices
+        matrices[place] = matrix
+        return rule(matrices)[place]
 
     def reset_lora(self, index: int) -> None:
         for part in self.lotr_parts:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import worst
 
 from lotr_ext import LoTRFactors, LoTRLinear
 
@@ -66,44 +68,32 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("m", [1, 64, 4099])
-def test_same_bits_a_hundred_times(m: int, dtype: torch.dtype) -> None:
+def test_same_bits_a_hundred_times(m: int, dtype: torch.dtype, p: float) -> None:
     """Kernels that start early wait for the previous ones.
 
-    Consecutive steps, and replays of a graph of ten, have the bits of a step that pauses after
-    every operator.
+    Consecutive steps have the bits of a step that pauses after every operator. So have replays of a
+    graph of ten steps, with new inputs and seeds.
     """
     t = layer(m, 1000, 1208, 24, dtype)
-    expected = step(t, pause=torch.cuda.synchronize)
+    seed = torch.zeros(1, dtype=torch.int64, device="cuda")
+    expected = step(t, p, seed, torch.cuda.synchronize)
     assert all(torch.isfinite(a).all() for a in expected)
-    results = [step(t) for _ in range(100)]
+    results = [step(t, p, seed) for _ in range(100)]
     assert all(same(expected, result) for result in results)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = [step(t) for _ in range(10)]
-    for _ in range(20):
+        captured = [step(t, p, seed) for _ in range(10)]
+    for number in range(20):
+        t["x"].normal_()
+        seed.fill_(number)
         for tensor in captured[-1]:
             tensor.fill_(float("nan"))
         graph.replay()
-        assert all(same(expected, result) for result in captured)
-
-
-def test_graph_replays_with_new_inputs_and_a_new_seed() -> None:
-    t = layer(1000, 512, 768, 16)
-    seed = torch.zeros(1, dtype=torch.int64, device="cuda")
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):  # as torch asks: warm up off the default stream
-        step(t, 0.1, seed)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(t, 0.1, seed)
-    for number in range(3):
-        t["x"].normal_()
-        seed.fill_(number)
-        graph.replay()
-        assert same([a.clone() for a in captured], step(t, 0.1, seed)), f"replay {number}"
+        expected_now = step(t, p, seed, torch.cuda.synchronize)
+        assert all(same(expected_now, result) for result in captured)
 
 
 def test_many_streams_at_once() -> None:
@@ -178,8 +168,7 @@ def test_gradients_of_layers_on_two_streams() -> None:
         for x, layer in zip(xs, layers, strict=True)
     )
     expected = torch.autograd.grad(plain, (A, B))
-    for factor, truth in zip(trained, expected, strict=True):
-        assert (factor.grad - truth).norm() < 1e-3 * truth.norm()
+    assert worst([factor.grad for factor in trained], expected) < 1e-3
 
 
 def test_nothing_synchronises() -> None:
@@ -193,36 +182,26 @@ def test_nothing_synchronises() -> None:
 
 
 def test_more_than_31_bits_of_elements() -> None:
-    m = 40_000
-    k = 65_536  # x has 2.6e9 elements
-    r = 16
     if torch.cuda.mem_get_info()[0] < 16 << 30:
         pytest.skip("needs 16 GB of free GPU memory")
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    A = torch.randn(k, r, device="cuda", dtype=torch.bfloat16) / 256
-    u = lotr.shrink(x, A)
-    tail = slice(m - 100, m)
-    assert torch.allclose(u[tail].double(), x[tail].double() @ A.double(), rtol=2**-7, atol=2e-2)
+    close = partial(torch.testing.assert_close, rtol=2**-7, atol=2e-2)
+    tail = slice(-100, None)
+    x = torch.randn(40_000, 65_536, device="cuda", dtype=torch.bfloat16)  # 2.6e9 elements
+    A = torch.randn(x.shape[1], 16, device="cuda", dtype=torch.bfloat16) / 256
     before = x[tail].double()
+    u = lotr.shrink(x, A)
+    close(u[tail].double(), before @ A.double())
     lotr.expand_add_(x, u, A)
-    assert torch.allclose(
-        x[tail].double(), before + u[tail].double() @ A.double().T, rtol=2**-7, atol=2e-2
-    )
-    acc = torch.zeros(k, r, device="cuda")
-    only_last = torch.zeros(m, r, device="cuda", dtype=torch.bfloat16)
+    close(x[tail].double(), before + u[tail].double() @ A.double().T)
+    only_last = torch.zeros_like(u)
     only_last[-1] = 1
-    lotr.shrink_backward_(only_last, None, x, None, acc)
-    assert torch.equal(acc[:, 0], x[-1].float())
+    dA = torch.zeros(A.shape, device="cuda")
+    lotr.shrink_backward_(only_last, None, x, None, dA)
+    assert torch.equal(dA[:, 0], x[-1].float())
     # The index of dropout exceeds 32 bits.
+    y = torch.zeros_like(x)
     seed = torch.tensor([5], device="cuda")
-    y = torch.zeros(m, k, device="cuda", dtype=torch.bfloat16)
-    lotr.expand_add_(
-        y,
-        torch.ones(m, 1, device="cuda").bfloat16(),
-        torch.ones(k, 1, device="cuda").bfloat16(),
-        0.5,
-        seed,
-    )
+    lotr.expand_add_(y, x.new_ones(len(x), 1), x.new_ones(x.shape[1], 1), 0.5, seed)
     kept = (y[tail] != 0).double().mean().item()
     assert 0.49 < kept < 0.51
 
@@ -239,32 +218,19 @@ with torch.cuda.graph(graph):
 graph.replay()
 assert same(captured, step(t))
 """
-    subprocess.run(
-        [sys.executable, "-c", program],
-        check=True,
-        cwd=HERE,
-        env=os.environ | {"PYTHONPATH": str(HERE.parents[1])},
-    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=HERE)
 
 
-def test_wrong_devices_overlap_and_rank_are_named() -> None:
+def test_wrong_devices_dtypes_and_ranks_are_named() -> None:
     t = layer(8, 16, 16, 4)
     x = t["x"]
-    A = t["A"]
-    y = t["y"]
-    bad_calls = [
-        (lotr.shrink, (x, A.cpu()), "lotr::shrink: A: expected the device of x"),
-        (lotr.shrink, (x, A.new_zeros(16, 300)), "expected a rank of at most 256 .*16, 300"),
-        (lotr.expand_add_, (y, y[:, :4], t["F"]), "y: expected memory of its own"),
-        (
-            lotr.shrink,
-            (x.double(), A.double()),
-            r"expected dtype torch\.float32, torch\.bfloat16 or torch\.float16 on CUDA",
-        ),
-    ]
-    for operator, arguments, message in bad_calls:
-        with pytest.raises(RuntimeError, match=message):
-            operator(*arguments)
+    with pytest.raises(RuntimeError, match="lotr::shrink: A: expected the device of x"):
+        lotr.shrink(x, t["A"].cpu())
+    with pytest.raises(RuntimeError, match=r"expected a rank of at most 256 .*16, 300"):
+        lotr.shrink(x, x.new_zeros(16, 300))
+    of_cuda = r"expected dtype torch\.float32, torch\.bfloat16 or torch\.float16 on CUDA"
+    with pytest.raises(RuntimeError, match=of_cuda):
+        lotr.shrink(x.double(), t["A"].double())
 
 
 @TWO_GPUS
@@ -307,23 +273,13 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 torch.cuda.synchronize()
 """
     # initcheck also reports blocks that torch's allocator reuses, so only our kernels are checked.
-    command = [
-        program,
-        "--tool",
-        tool,
-        "--error-exitcode",
-        "9",
-        "--kernel-regex",
-        "kns=lotr",
-        sys.executable,
-        "-c",
-        steps,
-    ]
-    environment = os.environ | {
-        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
-        "PYTHONPATH": f"{HERE}:{HERE.parents[1]}",
-    }
+    options = ("--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=lotr")
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=HERE, env=environment, timeout=3000
+        [program, *options, sys.executable, "-c", steps],
+        capture_output=True,
+        text=True,
+        cwd=HERE,
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        timeout=3000,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

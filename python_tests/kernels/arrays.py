@@ -10,29 +10,24 @@ from dataclasses import dataclass
 import numpy as np
 
 DTYPE = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}
-# Half a unit in the last place of what a kernel of the type stores, relative.
-UNIT = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-24}
+# Half a unit in the last place of what a kernel stores in this type, relative.
+UNIT = {np.uint16: 2.0**-8, np.float16: 2.0**-11, np.float32: 2.0**-24}
 
 
-def narrow(a: np.ndarray, kind: str) -> np.ndarray:
+def narrow(a: np.ndarray, dtype: type) -> np.ndarray:
     """Rounds float values to the stored type, to nearest even."""
-    if kind != "bf16":
-        return np.asarray(a).astype(DTYPE[kind])
+    if dtype != np.uint16:
+        return np.asarray(a).astype(dtype)
     bits = np.ascontiguousarray(np.asarray(a, np.float32)).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(a), np.uint16(0x7FC0), rounded)
 
 
 def wide(a: np.ndarray) -> np.ndarray:
-    """float64 values of a stored array."""
+    """Returns the float64 values of a stored array."""
     if a.dtype == np.uint16:
         return (a.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return a.astype(np.float64)
-
-
-def operand(a: np.ndarray, kind: str) -> np.ndarray:
-    """Returns the float64 values that a product uses: float32 factors of half types are rounded."""
-    return wide(narrow(a, kind) if a.dtype == np.float32 else a)
 
 
 @dataclass(frozen=True)
@@ -55,92 +50,87 @@ PACKED = Layout()
 ROWS_OF_16_BYTES = Layout(multiple=8)
 
 
-# A NaN for each size of an element. The executor's shared memory starts as another NaN, all bits
-# set, so that a copy of it outside an output is noticed.
-POISON = {2: np.uint16(0xFFFE), 4: np.uint32(0xFFFFFFFE)}
+# A NaN of each type, in words of 2 bytes. The executor's shared memory starts as another NaN, all
+# bits set, so that a copy of it outside an output is noticed.
+POISON = np.uint16(0xFFFE)
 
 
-def poisoned(
-    shape: tuple[int, int], dtype: np.dtype, layout: Layout
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a buffer of NaN at a multiple of 64 bytes, and the view of `shape` inside it."""
-    rows, cols = shape[::-1] if layout.transposed else shape
-    stride = -(-(cols + layout.pad) // layout.multiple) * layout.multiple
-    size = layout.offset + rows * stride + 96
-    raw = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    buffer = raw[start : start + size * np.dtype(dtype).itemsize].view(dtype)
-    poison = POISON[buffer.itemsize]
-    buffer.view(poison.dtype)[...] = poison
-    view = buffer[layout.offset : layout.offset + rows * stride].reshape(rows, stride)[:, :cols]
-    return buffer, view.T if layout.transposed else view
+def poisoned(rows: int, cols: int, dtype: type, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the words of a buffer of NaN at a multiple of 64 bytes, and the matrix inside it."""
+    lines, length = (cols, rows) if layout.transposed else (rows, cols)
+    stride = -(-(length + layout.pad) // layout.multiple) * layout.multiple
+    size = layout.offset + lines * stride + 96
+    words_per_element = np.dtype(dtype).itemsize // POISON.itemsize
+    raw = np.full(size * words_per_element + 32, POISON)
+    start = -raw.ctypes.data % 64 // POISON.itemsize
+    words = raw[start : start + size * words_per_element]
+    elements = words.view(dtype)[layout.offset : layout.offset + lines * stride]
+    matrix = elements.reshape(lines, stride)[:, :length]
+    return words, matrix.T if layout.transposed else matrix
 
 
-def place(values: np.ndarray, dtype: np.dtype, layout: Layout = ALIGNED) -> np.ndarray:
-    """A copy of `values` (already of the stored type) in poisoned memory."""
-    _, view = poisoned(values.shape, dtype, layout)
-    view[...] = values
-    return view
+class Array:
+    """An array in poisoned memory: a vector, a matrix, or several packed matrices.
 
-
-class Output:
-    """An output in poisoned memory. Three dimensions are packed."""
+    Args:
+        shape: its extents.
+        dtype: of the stored type.
+        layout: of a vector or a matrix.
+        values: what it holds after `reset`; poison without them.
+    """
 
     def __init__(
         self,
         shape: tuple[int, ...],
-        dtype: np.dtype,
+        dtype: type,
         layout: Layout = ALIGNED,
         values: np.ndarray | None = None,
     ):
-        matrix_shape = (int(np.prod(shape[:-1])), shape[-1])
-        self.buffer, matrix = poisoned(matrix_shape, dtype, PACKED if len(shape) > 2 else layout)
+        rows = int(np.prod(shape[:-1]))
+        self.words, matrix = poisoned(rows, shape[-1], dtype, PACKED if len(shape) > 2 else layout)
         self.view = matrix.reshape(shape)
-        self.poison = POISON[self.buffer.itemsize]
-        self.words = self.buffer.view(self.poison.dtype)
+        self.values = values
         self.view[...] = 0
-        self.is_outside = self.words == self.poison  # what zeros in the matrix do not replace
-        self.words[...] = self.poison
-        if values is not None:
-            self.view[...] = values
+        self.is_outside = self.words == POISON  # what zeros in the array do not replace
+        self.reset()
+
+    def reset(self) -> None:
+        self.words[...] = POISON
+        if self.values is not None:
+            self.view[...] = self.values
 
     def check_outside(self) -> None:
-        """Asserts that nothing around the matrix was written."""
-        assert (self.words[self.is_outside] == self.poison).all(), "wrote outside the output"
+        """Asserts that nothing around the array was written."""
+        assert (self.words[self.is_outside] == POISON).all(), "wrote outside the output"
 
 
 def check_close(
-    result: np.ndarray,
-    truth: np.ndarray,
-    eager: np.ndarray,
-    scale: np.ndarray,
-    kind: str,
-    what: str,
+    result: np.ndarray, truth: np.ndarray, eager: np.ndarray, slack: np.ndarray, what: str
 ) -> None:
     """Asserts that the error against float64 is at most twice the eager formula's, plus an epsilon.
 
     The epsilon is a unit of the stored type at the result's magnitude (two rounded values may
-    differ by one), and the effect of another order of summation in float32: a few units of the
-    sum of absolute products, `scale`.
+    differ by one), and `slack`, which the caller knows.
     """
-    result = wide(result)
-    assert result.shape == truth.shape, f"{what}: shape {result.shape}, expected {truth.shape}"
+    dtype = result.dtype.type
+    values = wide(result)
+    assert values.shape == truth.shape, f"{what}: shape {values.shape}, expected {truth.shape}"
     if not truth.size:
         return
-    assert np.isfinite(result).all(), (
-        f"{what}: {np.count_nonzero(~np.isfinite(result))} of {result.size} values are not finite"
+    assert np.isfinite(values).all(), (
+        f"{what}: {np.count_nonzero(~np.isfinite(values))} of {values.size} values are not finite"
     )
-    error = np.abs(result - truth)
+    error = np.abs(values - truth)
     allowed = (
-        2 * np.abs(wide(eager) - truth)
-        + 2 * UNIT[kind] * np.abs(truth)
-        + 8 * 2.0**-24 * scale
+        2 * np.abs(wide(narrow(eager, dtype)) - truth)
+        + 2 * UNIT[dtype] * np.abs(truth)
+        + slack
         + 1e-30
     )
     worst = np.unravel_index(np.argmax(error - allowed), error.shape)
     assert (error <= allowed).all(), (
         f"{what}: at {tuple(int(i) for i in worst)} expected {truth[worst]:.9g} within "
-        f"{allowed[worst]:.3g}, got {result[worst]:.9g}; "
+        f"{allowed[worst]:.3g}, got {values[worst]:.9g}; "
         f"{np.count_nonzero(error > allowed)} of {error.size} values are off"
     )
 

@@ -5,9 +5,9 @@ run the table of test_operators.py (python_tests/cuda).
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -19,21 +19,17 @@ from arrays import (
     ODD,
     PACKED,
     ROWS_OF_16_BYTES,
+    UNIT,
+    Array,
     Layout,
-    Output,
     check_close,
     narrow,
-    operand,
     philox_keep,
-    place,
     wide,
 )
 
 SEED = -0x123456789ABCDEF  # negative: all 64 bits matter
 FLOAT = np.float32
-Views = dict[str, np.ndarray]
-Outputs = dict[str, Callable[[], Output]]  # functions, because each run has new outputs
-Check = Callable[[Views], None]
 
 
 @dataclass(frozen=True)
@@ -64,11 +60,6 @@ class Shape:
     @property
     def columns(self) -> int:
         return self.n or max(1, self.k // 2)
-
-    def __str__(self) -> str:
-        place = {PACKED: "packed", ALIGNED: "aligned", ODD: "odd", COLUMNS: "columns"}[self.layout]
-        flags = f"-p{self.p}" * bool(self.p) + "-bare" * self.bare + "-float" * self.float_factors
-        return f"{self.m}x{self.k}x{self.columns}-r{self.r}-{place}-sm{self.sms}{flags}"
 
 
 # Odd, ragged, strided, unaligned, transposed; ranks 1 to 256; no token and one; fewer tiles than
@@ -132,193 +123,210 @@ FUSED_SHAPES = [
 ]
 
 
-@dataclass
 class Problem:
-    """One call of a kernel: inputs, functions that create outputs, the check of their values."""
+    """One call of a kernel, which a function of KERNELS declares operand by operand.
 
-    name: str
-    kernel: str
-    device: dict[str, int]  # for which plans are made
-    inputs: Views
-    numbers: dict[str, float]
-    outputs: Outputs
-    check: Check
-
-    def run(self, lib: ModuleType, **options: object) -> Views:
-        """Returns the outputs by name, and checks that nothing else was written.
-
-        Args:
-            lib: The executor's module.
-            options: For the executor.
-        """
-        outputs = {name: make() for name, make in self.outputs.items()}
-        views = {name: output.view for name, output in outputs.items()}
-        before = {name: array.copy() for name, array in self.inputs.items()}
-        lib.set_device(**self.device)
-        lib.set_options(sm90=self.kernel == "gemm_lotr", **options)
-        lib.run(self.kernel, self.inputs | views, self.numbers)
-        for output in outputs.values():
-            output.check_outside()
-        for name, array in before.items():
-            np.testing.assert_array_equal(self.inputs[name], array, f"{self.name}: input {name}")
-        return views
-
-    def checked(self, lib: ModuleType, **options: object) -> dict[str, bytes]:
-        """Runs once, checks the values, and returns the bits of the outputs."""
-        views = self.run(lib, **options)
-        self.check(views)
-        return {name: np.ascontiguousarray(view).tobytes() for name, view in views.items()}
-
-
-class Maker:
-    """Random operands of a shape and element type, and the comparison of results."""
+    It has the inputs, the outputs, and the checks of their values.
+    """
 
     def __init__(self, kernel: str, shape: Shape, kind: str):
-        self.shape = shape
-        self.kind = kind
         self.name = f"{kernel} {kind} {shape}"
+        self.kernel = kernel  # of the executor's module; some rows of KERNELS run another row's
+        self.shape = shape
         self.dtype = DTYPE[kind]
+        self.device = {"multiprocessors": shape.sms}  # for which plans are made
         self.rng = np.random.default_rng(zlib.crc32(self.name.encode()))
+        self.inputs: dict[str, np.ndarray] = {}
+        self.numbers: dict[str, float] = {}
+        self.outputs: dict[str, Array] = {}
+        self.checks: list[Callable[[], None]] = []
+        KERNELS[kernel](self, shape)
+
+    # ---- values ----
 
     def floats(self, *size: int) -> np.ndarray:
         return self.rng.standard_normal(size, FLOAT)
 
-    def stored(self, rows: int, cols: int) -> np.ndarray:
+    def stored(self, *size: int) -> np.ndarray:
         """Returns values of the kernel's type."""
-        return narrow(self.floats(rows, cols), self.kind)
+        return narrow(self.floats(*size), self.dtype)
 
-    def large(self, rows: int, cols: int) -> np.ndarray:
-        return place(self.stored(rows, cols), self.dtype, self.shape.layout)
-
-    def factor(self, rows: int, cols: int) -> np.ndarray:
-        if self.shape.float_factors:
-            return place(self.floats(rows, cols), FLOAT, self.shape.layout)
-        return self.large(rows, cols)
+    def of_factor(self, *size: int) -> np.ndarray:
+        return self.floats(*size) if self.shape.float_factors else self.stored(*size)
 
     def op(self, a: np.ndarray) -> np.ndarray:
-        """Returns the values of an operand that the kernel's product uses."""
-        return operand(a, self.kind)
+        """Returns the values that a product uses: float32 factors of half types are rounded."""
+        return wide(narrow(a, self.dtype) if a.dtype == FLOAT else a)
 
-    def problem(
-        self, kernel: str, inputs: Views, outputs: Outputs, check: Check, **numbers: float
-    ) -> Problem:
-        device = {"multiprocessors": self.shape.sms}
-        return Problem(self.name, kernel, device, inputs, numbers, outputs, check)
+    # ---- inputs ----
 
-    def with_dropout(self, problem: Problem) -> Problem:
-        """Adds the shape's dropout, whose effect is `mask`."""
-        if self.shape.p:
-            problem.inputs["seed"] = np.array([SEED], np.int64)
-            problem.numbers["p"] = self.shape.p
-        return problem
+    def place(self, name: str, values: np.ndarray, layout: Layout | None = None) -> np.ndarray:
+        """Declares an input with these values, in poisoned memory."""
+        array = Array(values.shape, values.dtype.type, layout or self.shape.layout, values)
+        self.inputs[name] = array.view
+        return array.view
 
-    @cached_property
-    def mask(self) -> np.ndarray | float:
-        """1 / (1 - p) for the elements [m, k] that dropout keeps, else 0."""
+    def large(self, name: str, *size: int) -> np.ndarray:
+        return self.place(name, self.stored(*size))
+
+    def factor(self, name: str, *size: int) -> np.ndarray:
+        return self.place(name, self.of_factor(*size))
+
+    def dropout(self) -> np.ndarray | float:
+        """Declares the shape's dropout.
+
+        Returns:
+            1 / (1 - p) for the elements [m, k] that it keeps, else 0.
+        """
         shape = self.shape
         if not shape.p:
             return 1.0
+        self.inputs["seed"] = np.array([SEED], np.int64)
+        self.numbers["p"] = shape.p
         return philox_keep(SEED, shape.m, shape.k, shape.p) / (1 - shape.p)
+
+    # ---- outputs ----
 
     def out(
         self,
-        *size: int,
+        name: str,
+        size: tuple[int, ...],
         start: np.ndarray | None = None,
         dtype: type | None = None,
-        packed: bool = False,
-    ) -> Callable[[], Output]:
-        """Returns a function that creates an output, by default of the kernel's type and of NaN."""
-        layout = PACKED if packed else self.shape.layout
-        return lambda: Output(size, dtype or self.dtype, layout, start)
+        layout: Layout | None = None,
+    ) -> np.ndarray:
+        """Declares an output, by default of the kernel's type. It holds `start`, or NaN."""
+        array = Array(size, dtype or self.dtype, layout or self.shape.layout, start)
+        self.outputs[name] = array
+        return array.view
 
-    def sum(self, rows: int, cols: int) -> tuple[np.ndarray | float, Callable[[], Output]]:
-        """Returns what a float32 sum is added to, and the function that creates it.
+    def product(
+        self,
+        name: str,
+        left: np.ndarray,
+        right: np.ndarray,
+        *,
+        add: np.ndarray | float = 0.0,
+        mask: np.ndarray | float = 1.0,
+        scale: float = 1.0,
+        size: tuple[int, ...] | None = None,
+        **output: object,
+    ) -> np.ndarray:
+        """Declares an output that must hold start + add + mask scale (left right).
 
-        bare: It is not added to anything, and is packed, as it must be without tokens.
+        Args:
+            name: of the output.
+            left: stored values, or float64. It may be an output, which is read after the launch.
+            right: the same.
+            add: what the kernel adds the product to.
+            mask: of the product.
+            scale: of the product.
+            size: of the output, by default [rows of left, columns of right].
+            output: for `out`.
         """
+        view = self.out(name, size or (left.shape[0], right.shape[1]), **output)
+        self.checks.append(partial(self.close, name, left, right, add, mask * scale))
+        return view
+
+    def sum(self, name: str, left: np.ndarray, right: np.ndarray) -> None:
+        """Declares a float32 sum, which is added to.
+
+        bare: It is not, and is packed, as it must be without tokens.
+        """
+        self.numbers["accumulate"] = not self.shape.bare
         if self.shape.bare:
-            return 0.0, self.out(rows, cols, dtype=FLOAT, packed=True)
-        start = self.floats(rows, cols)
-        return start, self.out(rows, cols, start=start, dtype=FLOAT)
+            self.product(name, left, right, dtype=FLOAT, layout=PACKED)
+        else:
+            start = self.floats(left.shape[0], right.shape[1])
+            self.product(name, left, right, dtype=FLOAT, start=start)
 
     def close(
         self,
-        result,
-        left,
-        right,
-        what: str,
-        add=0.0,
-        mask=1.0,
-        kind: str | None = None,
-        scale: float = 1.0,
+        name: str,
+        left: np.ndarray,
+        right: np.ndarray,
+        add: np.ndarray | float,
+        mask: np.ndarray | float,
     ) -> None:
-        """Asserts result = add + mask scale (left right), by float64 and float32 arithmetic."""
-        kind = kind or self.kind
-        truth = add + mask * scale * (left @ right)
-        eager = add + mask * scale * (left.astype("f4") @ right.astype("f4"))
-        size = np.abs(add) + np.abs(mask * scale) * (np.abs(left) @ np.abs(right))
-        check_close(result, truth, narrow(eager, kind), size, kind, f"{self.name}: {what}")
+        """Asserts that an output is start + add + mask (left right), by float64 and float32."""
+        output = self.outputs[name]
+        start = add if output.values is None else add + wide(output.values)
+        a = self.op(left)
+        b = self.op(right)
+        truth = start + mask * (a @ b)
+        eager = start + mask * (a.astype("f4") @ b.astype("f4"))
+        size = np.abs(start) + np.abs(mask) * (np.abs(a) @ np.abs(b))
+        slack = 8 * 2.0**-24 * size  # of another order of summation in float32
+        result = output.view.reshape(truth.shape)
+        check_close(result, truth, eager, slack, f"{self.name}: {name}")
+
+    # ---- the call ----
+
+    def checked(self, lib: ModuleType, **options: object) -> dict[str, bytes]:
+        """Runs once, and checks the outputs and that nothing else was written.
+
+        Args:
+            lib: The executor's module.
+            options: For the executor.
+
+        Returns:
+            The bits of the outputs.
+        """
+        for output in self.outputs.values():
+            output.reset()
+        views = {name: output.view for name, output in self.outputs.items()}
+        before = {name: array.copy() for name, array in self.inputs.items()}
+        lib.set_device(**self.device)
+        lib.set_options(sm90=self.kernel == "gemm_lotr", **options)
+        lib.run(self.kernel, self.inputs | views, self.numbers)
+        for output in self.outputs.values():
+            output.check_outside()
+        for name, array in before.items():
+            np.testing.assert_array_equal(self.inputs[name], array, f"{self.name}: input {name}")
+        for check in self.checks:
+            check()
+        return {name: np.ascontiguousarray(view).tobytes() for name, view in views.items()}
 
 
-def shrink(t: Maker, shape: Shape) -> Problem:
-    x = t.large(shape.m, shape.k)
-    A = t.factor(shape.k, shape.r)
-    problem = t.problem(
-        "shrink",
-        {"x": x, "A": A},
-        {"u": t.out(shape.m, shape.r)},
-        lambda out: t.close(out["u"], t.op(x) * t.mask, t.op(A), "u"),
-    )
-    return t.with_dropout(problem)
+def shrink(p: Problem, s: Shape) -> None:
+    x = p.large("x", s.m, s.k)
+    A = p.factor("A", s.k, s.r)
+    p.product("u", p.op(x) * p.dropout(), A)
 
 
-def shrink_core(t: Maker, shape: Shape) -> Problem:
-    """shrink of few tokens: u and h = 3 u core from one launch."""
-    x = t.large(shape.m, shape.k)
-    A = t.factor(shape.k, shape.r)
-    core = t.factor(shape.r, shape.other)
-    outputs = {"u": t.out(shape.m, shape.r), "h": t.out(shape.m, shape.other)}
-
-    def check(out: Views) -> None:
-        t.close(out["u"], t.op(x), t.op(A), "u", scale=0.5)
-        t.close(out["h"], t.op(out["u"]), t.op(core), "h", scale=3.0)  # of the u that is stored
-
-    inputs = {"x": x, "A": A, "core": core}
-    return t.problem("shrink", inputs, outputs, check, scale=0.5, core_scale=3.0)
+def shrink_core(p: Problem, s: Shape) -> None:
+    """shrink of few tokens: u and h = 3 u core, of the u that is stored, from one launch."""
+    p.kernel = "shrink"
+    p.numbers = {"scale": 0.5, "core_scale": 3.0}
+    x = p.large("x", s.m, s.k)
+    A = p.factor("A", s.k, s.r)
+    core = p.factor("core", s.r, s.other)
+    u = p.product("u", x, A, scale=0.5)
+    p.product("h", u, core, scale=3.0)
 
 
 def expand(
-    t: Maker,
-    shape: Shape,
-    add: np.ndarray | float,
-    y0: np.ndarray | None = None,
-    **inputs: np.ndarray,
-) -> Problem:
-    """y = add + drop(u F^T), where `add` is y0, or the start or bias in `inputs`, or zero."""
-    u = t.large(shape.m, shape.r)
-    F = t.factor(shape.k, shape.r)
-    problem = t.problem(
-        "expand_add",
-        {"u": u, "F": F, **inputs},
-        {"y": t.out(shape.m, shape.k, start=y0)},
-        lambda out: t.close(out["y"], t.op(u), t.op(F).T, "y", add, t.mask),
-        fresh=y0 is None,
-    )
-    return t.with_dropout(problem)
+    p: Problem,
+    s: Shape,
+    add: np.ndarray | float = 0.0,
+    start: np.ndarray | None = None,
+) -> None:
+    """y = drop(u F^T) + `start`, which y holds, or `add`: another matrix, a bias or nothing."""
+    p.kernel = "expand_add"
+    p.numbers["fresh"] = start is None
+    u = p.large("u", s.m, s.r)
+    F = p.factor("F", s.k, s.r)
+    p.product("y", u, F.T, add=add, mask=p.dropout(), start=start)
 
 
-def expand_add(t: Maker, shape: Shape) -> Problem:
+def expand_add(p: Problem, s: Shape) -> None:
     """y += u F^T."""
-    y0 = t.stored(shape.m, shape.k)
-    return expand(t, shape, wide(y0), y0)
+    expand(p, s, start=p.stored(s.m, s.k))
 
 
-def expand_fresh(t: Maker, shape: Shape) -> Problem:
+def expand_fresh(p: Problem, s: Shape) -> None:
     """y = bias + u F^T, or without the bias."""
-    if shape.bare:
-        return expand(t, shape, 0.0)
-    bias = t.large(1, shape.k)[0]
-    return expand(t, shape, wide(bias), bias=bias)
+    expand(p, s, 0.0 if s.bare else wide(p.large("bias", s.k)))
 
 
 # The layout of `start` for each layout of y: both by chunks with other strides, one of them, none.
@@ -330,216 +338,147 @@ START_LAYOUT = {
 }
 
 
-def expand_from(t: Maker, shape: Shape) -> Problem:
+def expand_from(p: Problem, s: Shape) -> None:
     """y = start + u F^T from another matrix."""
-    start = place(t.stored(shape.m, shape.k), t.dtype, START_LAYOUT[shape.layout])
-    return expand(t, shape, wide(start), start=start)
+    expand(p, s, wide(p.place("start", p.stored(s.m, s.k), START_LAYOUT[s.layout])))
 
 
-def factor_grad(t: Maker, shape: Shape) -> Problem:
+def factor_grad(p: Problem, s: Shape) -> None:
     """D += x^T v; bare: D = x^T v."""
-    x = t.large(shape.m, shape.k)
-    v = t.large(shape.m, shape.r)
-    D0, D = t.sum(shape.k, shape.r)
-    problem = t.problem(
-        "factor_grad",
-        {"x": x, "v": v},
-        {"D": D},
-        lambda out: t.close(out["D"], (t.op(x) * t.mask).T, t.op(v), "D", D0, kind="fp32"),
-        accumulate=not shape.bare,
-    )
-    return t.with_dropout(problem)
+    x = p.large("x", s.m, s.k)
+    v = p.large("v", s.m, s.r)
+    p.sum("D", (p.op(x) * p.dropout()).T, v)
 
 
-def shrink_grad(t: Maker, shape: Shape) -> Problem:
+def shrink_grad(p: Problem, s: Shape) -> None:
     """du = g F and Q += g^T u; bare: Q = g^T u."""
-    g = t.large(shape.m, shape.k)
-    F = t.factor(shape.k, shape.r)
-    u = t.large(shape.m, shape.r)
-    Q0, Q = t.sum(shape.k, shape.r)
-
-    def check(out: Views) -> None:
-        t.close(out["du"], t.op(g), t.op(F), "du")
-        t.close(out["Q"], t.op(g).T, t.op(u), "Q", Q0, kind="fp32")
-
-    inputs = {"g": g, "F": F, "u": u}
-    outputs = {"du": t.out(shape.m, shape.r), "Q": Q}
-    return t.problem("shrink_grad", inputs, outputs, check, accumulate=not shape.bare)
+    g = p.large("g", s.m, s.k)
+    F = p.factor("F", s.k, s.r)
+    u = p.large("u", s.m, s.r)
+    p.product("du", g, F)
+    p.sum("Q", g.T, u)
 
 
-def gemm_lotr(t: Maker, shape: Shape, backward: bool = False) -> Problem:
+def gemm_lotr(p: Problem, s: Shape, backward: bool = False) -> None:
     """y = x W^T + bias + u F^T. Backward, with the same names: y = x W + u F^T, W [k, n]."""
-    sizes = (shape.k, shape.columns) if backward else (shape.columns, shape.k)
-    inputs = {
-        "x": t.large(shape.m, shape.k),
-        "W": t.large(*sizes),
-        "u": t.large(shape.m, shape.r),
-        "F": t.large(shape.columns, shape.r),
-    }
-    left = np.hstack([wide(inputs["x"]), wide(inputs["u"])])
-    W = wide(inputs["W"])
-    right = np.vstack([W if backward else W.T, wide(inputs["F"]).T])
-    bias = 0.0
-    if not shape.bare:
-        inputs["bias"] = t.large(1, shape.columns)
-        bias = wide(inputs["bias"])
-    return t.problem(
-        "gemm_lotr",
-        inputs,
-        {"y": t.out(shape.m, shape.columns)},
-        lambda out: t.close(out["y"], left, right, "y", bias),
-        backward=backward,
-    )
+    p.kernel = "gemm_lotr"
+    p.numbers["backward"] = backward
+    x = p.large("x", s.m, s.k)
+    W = p.large("W", s.k, s.columns) if backward else p.large("W", s.columns, s.k).T
+    u = p.large("u", s.m, s.r)
+    F = p.large("F", s.columns, s.r)
+    bias = 0.0 if s.bare else wide(p.large("bias", 1, s.columns))
+    p.product("y", np.hstack([x, u]), np.vstack([W, F.T]), add=bias)
 
 
-def gemm_lotr_backward(t: Maker, shape: Shape) -> Problem:
-    return gemm_lotr(t, shape, True)
-
-
-def pack(t: Maker, shape: Shape) -> Problem:
+def pack(p: Problem, s: Shape) -> None:
     """A copy in the kernel's type, with rows at multiples of 16 bytes. Padding is not written."""
-    matrix = t.factor(shape.m, shape.k)
-    return t.problem(
-        "pack",
-        {"from": matrix},
-        {"to": lambda: Output((shape.m, shape.k), t.dtype, ROWS_OF_16_BYTES)},
-        lambda out: np.testing.assert_array_equal(wide(out["to"]), t.op(matrix)),
-    )
+    matrix = p.factor("from", s.m, s.k)
+    copy = p.out("to", matrix.shape, layout=ROWS_OF_16_BYTES)
+    p.checks.append(lambda: np.testing.assert_array_equal(wide(copy), p.op(matrix)))
 
 
 # ---- the core ----
 
 
-def fold(t: Maker, shape: Shape) -> Problem:
-    B = t.factor(shape.k, shape.other)
-    core = t.factor(shape.r, shape.other)
-    return t.problem(
-        "fold",
-        {"B": B, "core": core},
-        {"F": t.out(shape.k, shape.r)},
-        lambda out: t.close(out["F"], wide(B), wide(core).T, "F", scale=0.25),
-        scale=0.25,
-    )
+def fold(p: Problem, s: Shape) -> None:
+    p.numbers["scale"] = 0.25
+    B = p.factor("B", s.k, s.other)
+    core = p.factor("core", s.r, s.other)
+    p.product("F", wide(B), wide(core).T, scale=0.25)
 
 
-def fold_grad(t: Maker, shape: Shape) -> Problem:
+def fold_grad(p: Problem, s: Shape) -> None:
     """dcore = s Q^T B, dB += s Q core. Only dcore if bare, only dB if the shape has dropout."""
-    B = t.factor(shape.k, shape.other)
-    core = t.factor(shape.r, shape.other)
-    Q = t.floats(shape.k, shape.r)
-    dB0 = t.floats(shape.k, shape.other)
-    outputs: Outputs = {}
-    if shape.bare or not shape.p:
-        outputs["dcore"] = t.out(shape.r, shape.other, dtype=FLOAT, packed=True)
-    if not shape.bare:
-        outputs["dB"] = t.out(shape.k, shape.other, start=dB0, dtype=FLOAT)
-
-    def check(out: Views) -> None:
-        if "dcore" in out:
-            t.close(out["dcore"], wide(Q).T, wide(B), "dcore", scale=0.25, kind="fp32")
-        if "dB" in out:
-            t.close(out["dB"], wide(Q), wide(core), "dB", dB0, scale=0.25, kind="fp32")
-
-    return t.problem("fold_grad", {"Q": Q, "B": B, "core": core}, outputs, check, scale=0.25)
+    p.numbers["scale"] = 0.25
+    B = p.factor("B", s.k, s.other)
+    core = p.factor("core", s.r, s.other)
+    Q = p.place("Q", p.floats(s.k, s.r))
+    if s.bare or not s.p:
+        p.product("dcore", wide(Q).T, wide(B), scale=0.25, dtype=FLOAT, layout=PACKED)
+    if not s.bare:
+        start = p.floats(s.k, s.other)
+        p.product("dB", wide(Q), wide(core), scale=0.25, dtype=FLOAT, start=start)
 
 
 # ---- the few-token form: products of products, of which the inner one may be stored rounded ----
 
-ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-20}
+S = 0.125  # the scaling
 
 
 class Rounded(NamedTuple):
-    """A matrix and the mean square of its rounding error in units of the type.
-
-    h and du may be stored rounded or not.
-    """
+    """A matrix that may be stored rounded, and the mean square error in units of the type."""
 
     value: np.ndarray
     square: np.ndarray
-
-    @classmethod
-    def product(cls, scale: float, left: np.ndarray, right: np.ndarray) -> "Rounded":
-        """Returns scale left right. Its error is the error of the terms, which may cancel."""
-        value = scale * (left @ right)
-        return cls(value, np.maximum(value**2, scale**2 * (left**2 @ right**2)))
 
     @property
     def T(self) -> "Rounded":
         return Rounded(self.value.T, self.square.T)
 
+    def inherited(self, right: "Rounded") -> np.ndarray:
+        """Returns the mean square of the error that the operands give to self right."""
+        return self.square @ right.value**2 + self.value**2 @ right.square
 
-def check_unfolded(
-    t: Maker, what: str, result: np.ndarray, left: Rounded, right: np.ndarray, add: np.ndarray
+    def product(self, right: "Rounded", scale: float = 1.0) -> "Rounded":
+        """Returns scale self right. Its own error is that of the terms, which may cancel."""
+        value = scale * (self.value @ right.value)
+        own = np.maximum(value**2, scale**2 * (self.value**2 @ right.value**2))
+        return Rounded(value, own + scale**2 * self.inherited(right))
+
+
+def exact(p: Problem, stored: np.ndarray) -> Rounded:
+    return Rounded(p.op(stored), np.zeros(stored.shape))
+
+
+def unfolded(
+    p: Problem,
+    name: str,
+    left: Rounded,
+    right: Rounded,
+    start: np.ndarray | None = None,
+    **output: object,
 ) -> None:
-    """Asserts result = add + left right, off by at most four rounding errors of `left`."""
-    unit = ROUNDING[t.kind]
-    truth = wide(add) + left.value @ right
-    size = np.abs(wide(add)) + np.abs(left.value) @ np.abs(right)
-    error = np.abs(wide(result) - truth)
-    rounding = np.abs(truth) * (unit if result.dtype == t.dtype else 2.0**-22)
-    allowed = 4 * unit * np.sqrt(left.square @ right**2) + rounding + 1e-6 * size + 1e-30
-    assert np.isfinite(error).all() and (error <= allowed).all(), (
-        f"{t.name}: {what} is off by {error.max():.3g}"
-    )
+    """Declares an output start + left right, off by at most four of the operands' errors."""
+    unit = max(UNIT[p.dtype], 2.0**-20)  # in float32 the order of a sum matters more
+    view = p.out(name, (left.value.shape[0], right.value.shape[1]), start, **output)
+    add = 0.0 if start is None else wide(start)
+    truth = add + left.value @ right.value
+    size = np.abs(add) + np.abs(left.value) @ np.abs(right.value)
+    slack = 4 * unit * np.sqrt(left.inherited(right)) + 1e-6 * size
+    p.checks.append(partial(check_close, view, truth, truth, slack, f"{p.name}: {name}"))
 
 
-S = 0.125  # the scaling
-
-
-def small_forward(t: Maker, shape: Shape) -> Problem:
+def small_forward(p: Problem, s: Shape) -> None:
     """u = x A, y += s (u core) B^T."""
-    x = t.large(shape.m, shape.k)
-    A = t.factor(shape.k, shape.r)
-    core = t.factor(shape.r, shape.other)
-    B = t.factor(shape.columns, shape.other)
-    y0 = t.stored(shape.m, shape.columns)
-
-    def check(out: Views) -> None:
-        t.close(out["u"], t.op(x), t.op(A), "u")
-        h = Rounded.product(S, t.op(out["u"]), t.op(core))
-        check_unfolded(t, "y", out["y"], h, t.op(B).T, y0)
-
-    inputs = {"x": x, "A": A, "core": core, "B": B}
-    outputs = {"y": t.out(*y0.shape, start=y0), "u": t.out(shape.m, shape.r)}
-    return t.problem("small_forward", inputs, outputs, check, scale=S)
+    p.numbers["scale"] = S
+    x = exact(p, p.large("x", s.m, s.k))
+    A = exact(p, p.factor("A", s.k, s.r))
+    core = exact(p, p.factor("core", s.r, s.other))
+    B = exact(p, p.factor("B", s.columns, s.other))
+    p.product("u", x.value, A.value)
+    unfolded(p, "y", x.product(A).product(core, S), B.T, p.stored(s.m, s.columns))
 
 
-def small_backward(t: Maker, shape: Shape) -> Problem:
+def small_backward(p: Problem, s: Shape) -> None:
     """h = s g B, du = h core^T, dx += du A^T, dA += x^T du, dB += s g^T (u core), dcore = u^T h.
 
     bare: without dx and dA.
     """
-    x = t.large(shape.m, shape.k)
-    g = t.large(shape.m, shape.columns)
-    u = t.large(shape.m, shape.r)
-    A = t.factor(shape.k, shape.r)
-    core = t.factor(shape.r, shape.other)
-    B = t.factor(shape.columns, shape.other)
-    dx0 = t.stored(shape.m, shape.k)
-    dA0 = t.floats(*A.shape)
-    dB0 = t.floats(*B.shape)
-    inputs = {"g": g, "u": u, "A": A, "core": core, "B": B}
-    outputs = {
-        "dB": t.out(*B.shape, start=dB0, dtype=FLOAT),
-        "dcore": t.out(*core.shape, dtype=FLOAT, packed=True),
-    }
-    if not shape.bare:
-        inputs["x"] = x
-        outputs["dx"] = t.out(*dx0.shape, start=dx0)
-        outputs["dA"] = t.out(*A.shape, start=dA0, dtype=FLOAT)
-
-    def check(out: Views) -> None:
-        G = t.op(core)
-        uG = Rounded.product(S, t.op(u), G)
-        h = Rounded.product(S, t.op(g), t.op(B))
-        du = Rounded(h.value @ G.T, h.square @ (G**2).T)
-        check_unfolded(t, "dB", out["dB"].T, uG.T, t.op(g), dB0.T)
-        check_unfolded(t, "dcore", out["dcore"].T, h.T, t.op(u), np.zeros(core.T.shape))
-        if not shape.bare:
-            check_unfolded(t, "dx", out["dx"], du, t.op(A).T, dx0)
-            check_unfolded(t, "dA", out["dA"].T, du.T, t.op(x), dA0.T)
-
-    return t.problem("small_backward", inputs, outputs, check, scale=S)
+    p.numbers["scale"] = S
+    g = exact(p, p.large("g", s.m, s.columns))
+    u = exact(p, p.large("u", s.m, s.r))
+    A = exact(p, p.factor("A", s.k, s.r))
+    core = exact(p, p.factor("core", s.r, s.other))
+    B = exact(p, p.factor("B", s.columns, s.other))
+    h = g.product(B, S)
+    unfolded(p, "dB", g.T, u.product(core, S), p.floats(s.columns, s.other), dtype=FLOAT)
+    unfolded(p, "dcore", u.T, h, dtype=FLOAT, layout=PACKED)
+    if not s.bare:
+        x = exact(p, p.large("x", s.m, s.k))
+        du = h.product(core.T)
+        unfolded(p, "dx", du, A.T, p.stored(s.m, s.k))
+        unfolded(p, "dA", x.T, du, p.floats(s.k, s.r), dtype=FLOAT)
 
 
 # ---- per-row cores ----
@@ -551,83 +490,72 @@ class Rows:
     bare: by the ends of each core's rows, one row per token.
     """
 
-    def __init__(self, t: Maker, shape: Shape):
-        self.op = t.op
-        self.count = shape.cores or 1 + shape.k % 9
-        self.cores = np.stack([t.factor(shape.r, shape.other) for _ in range(self.count)])
-        self.g = t.large(shape.m, shape.other)
-        self.u = t.large(shape.m if shape.bare else shape.m // 3 + 1, shape.r)
-        self.index = t.rng.integers(-1, self.count, shape.m)
-        self.tokens = t.rng.integers(0, len(self.u), shape.m)
+    def __init__(self, p: Problem, s: Shape):
+        self.count = s.cores or 1 + s.k % 9
+        self.index = p.rng.integers(-1, self.count, s.m)
         self.index[self.index == self.count // 2] = -1  # and some cores without a row
-        self.inputs: Views = {"index": self.index, "tokens": self.tokens}
-        if shape.bare:
-            self.tokens = np.arange(shape.m)
+        if s.bare:
+            self.tokens = np.arange(s.m)
             self.index = np.sort(self.index % (self.count + 1))  # rows without a core come last
             ends = np.searchsorted(self.index, range(self.count), "right")
-            self.inputs = {"offs": ends.astype(np.int32)}
-        self.inputs |= {"u": self.u, "cores": self.cores}
+            p.inputs["offs"] = ends.astype(np.int32)
+        else:
+            self.tokens = p.rng.integers(0, s.m // 3 + 1, s.m)
+            p.inputs |= {"index": self.index, "tokens": self.tokens}
+        self.u = p.op(p.large("u", s.m if s.bare else s.m // 3 + 1, s.r))
+        p.inputs["cores"] = p.of_factor(self.count, s.r, s.other)
+        self.cores = p.op(p.inputs["cores"])
 
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Yields (index of a core, its rows, their u, the core, their g) in float64."""
-        for core in range(self.count):
-            rows = self.index == core
-            u = self.op(self.u[self.tokens[rows]])
-            yield core, rows, u, self.op(self.cores[core]), self.op(self.g[rows])
+    def by_core(self, rows: np.ndarray) -> np.ndarray:
+        """Returns each row in the columns of its core: [rows, cores x columns], else zeros.
 
-
-def row_core(t: Maker, shape: Shape) -> Problem:
-    rows = Rows(t, shape)
-
-    def check(out: Views) -> None:
-        for core, of_core, u, G, _ in rows:
-            t.close(out["h"][of_core], u, G, f"h of core {core}", scale=S)
-        without_core = ~np.isin(rows.index, range(rows.count))
-        assert not wide(out["h"][without_core]).any(), "rows without a core are zero"
-
-    return t.problem("row_core", rows.inputs, {"h": t.out(shape.m, shape.other)}, check, scale=S)
+        With the cores one below the other, a product of it is the sum over each row's core.
+        """
+        has_core = self.index[:, None] == np.arange(self.count)
+        spread = has_core[:, :, None] * rows[:, None, :]
+        return spread.reshape(len(rows), self.count * rows.shape[1])
 
 
-def row_core_backward(t: Maker, shape: Shape) -> Problem:
-    rows = Rows(t, shape)
-
-    def check(out: Views) -> None:
-        du = np.zeros(rows.u.shape)
-        size = np.zeros(rows.u.shape)
-        for core, of_core, u, G, g in rows:
-            t.close(out["dcores"][core], u.T, g, f"dcores[{core}]", scale=S, kind="fp32")
-            np.add.at(du, rows.tokens[of_core], S * g @ G.T)
-            np.add.at(size, rows.tokens[of_core], S * np.abs(g) @ np.abs(G).T)
-        check_close(out["du"], du, narrow(du, t.kind), size, t.kind, f"{t.name}: du")
-
-    outputs = {
-        "du": t.out(*rows.u.shape),
-        "dcores": t.out(rows.count, shape.r, shape.other, dtype=FLOAT),
-    }
-    inputs = rows.inputs | {"g": rows.g}
-    return t.problem("row_core_backward", inputs, outputs, check, scale=S)
+def row_core(p: Problem, s: Shape) -> None:
+    p.numbers["scale"] = S
+    rows = Rows(p, s)
+    u = rows.by_core(rows.u[rows.tokens])
+    p.product("h", u, rows.cores.reshape(-1, s.other), scale=S)
 
 
-FUSED = ("gemm_lotr", "gemm_lotr_backward")
-_LARGE = (
-    shrink,
-    shrink_core,
-    expand_add,
-    expand_fresh,
-    expand_from,
-    factor_grad,
-    shrink_grad,
-    pack,
-)
-_SMALL = (fold, fold_grad, small_forward, small_backward, row_core, row_core_backward)
-KERNELS: dict[str, Callable[[Maker, Shape], Problem]] = {
-    f.__name__: f for f in (*_LARGE, *_SMALL, gemm_lotr, gemm_lotr_backward)
+def row_core_backward(p: Problem, s: Shape) -> None:
+    p.numbers["scale"] = S
+    rows = Rows(p, s)
+    g = p.op(p.large("g", s.m, s.other))
+    of_token = np.arange(len(rows.u))[:, None] == rows.tokens  # [tokens, rows]
+    transposed = rows.cores.transpose(0, 2, 1).reshape(-1, s.r)
+    p.product("du", of_token @ rows.by_core(g), transposed, scale=S)
+    u = rows.by_core(rows.u[rows.tokens])
+    p.product("dcores", u.T, g, scale=S, size=rows.cores.shape, dtype=FLOAT)
+
+
+# ---- the table ----
+
+KERNELS: dict[str, Callable[[Problem, Shape], None]] = {
+    "shrink": shrink,
+    "shrink_core": shrink_core,
+    "expand_add": expand_add,
+    "expand_fresh": expand_fresh,
+    "expand_from": expand_from,
+    "factor_grad": factor_grad,
+    "shrink_grad": shrink_grad,
+    "pack": pack,
+    "fold": fold,
+    "fold_grad": fold_grad,
+    "small_forward": small_forward,
+    "small_backward": small_backward,
+    "row_core": row_core,
+    "row_core_backward": row_core_backward,
+    "gemm_lotr": gemm_lotr,
+    "gemm_lotr_backward": partial(gemm_lotr, backward=True),
 }
+FUSED = ("gemm_lotr", "gemm_lotr_backward")
 CASES = [(name, kind) for name in KERNELS for kind in DTYPE if name not in FUSED or kind != "fp32"]
-
-
-def problem_of(kernel: str, shape: Shape, kind: str) -> Problem:
-    return KERNELS[kernel](Maker(kernel, shape, kind), shape)
 
 
 def shapes_of(kernel: str, quick: bool = False) -> list[Shape]:

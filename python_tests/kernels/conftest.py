@@ -1,21 +1,17 @@
-"""The executor's module, built once, and the folders that its tests import from."""
+"""The executor's module, built once."""
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+from csrc.simt import build
 
 
 @pytest.fixture(scope="session")
 def executor(pytestconfig: pytest.Config) -> ModuleType:
     """Returns csrc/simt/module, the operators of csrc/cuda on numpy arrays. May compile it."""
-    from csrc.simt import build
-
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         return build.load(
             "plain",

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from arrays import DTYPE, ODD, PACKED  # noqa: E402
-from cases import CASES, FUSED, KERNELS, Problem, Shape, problem_of, shapes_of  # noqa: E402
+from arrays import DTYPE, ODD, PACKED
+from cases import CASES, FUSED, KERNELS, Problem, Shape, shapes_of
+
+from csrc.simt import build
 
 # At least two blocks in each dimension of every grid, and walks of more tiles than the ring has
 # stages, so that every stage is filled a second time; with and without dropout, aligned and not. On
@@ -52,7 +53,7 @@ def problems(which: str, kinds: Iterable[str], kernels: Iterable[str]) -> Iterat
     """Yields one problem at a time, because each has its arrays."""
     cases = [(kernel, kind) for kernel in kernels for kind in kinds if (kernel, kind) in CASES]
     return (
-        problem_of(kernel, shape, kind) for kernel, kind in cases for shape in shapes(which, kernel)
+        Problem(kernel, shape, kind) for kernel, kind in cases for shape in shapes(which, kernel)
     )
 
 
@@ -90,8 +91,6 @@ def failures(
 
 def in_process(mode: str, module: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs this file with a module that is built already, in a process of its mode."""
-    from csrc.simt import build
-
     command = [sys.executable, __file__, "--mode", mode, "--module", str(module), *arguments]
     environment = build.python_environment(mode)
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3000)
@@ -109,8 +108,6 @@ def main(arguments: list[str] | None = None) -> int:
         "--skip", help="FILE:LINE of csrc/cuda, whose barriers and waits are skipped"
     )
     options = parser.parse_args(arguments)
-    from csrc.simt import build
-
     lib = build.load(options.mode, options.module)
     if options.skip:
         file, _, line = options.skip.partition(":")

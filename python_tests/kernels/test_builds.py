@@ -3,7 +3,6 @@
 The builds: race detector, sanitizers, coverage.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -20,18 +19,6 @@ def sweep(mode: str, *arguments: str, kind: str | None = None) -> None:
     assert done.returncode == 0, f"{mode}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
 
 
-def wide_sweep(mode: str, *arguments: str) -> None:
-    """All kernels, shapes and element types, in two processes."""
-    build.module(mode)
-
-    def half(i: int) -> None:
-        kernels = ",".join(list(KERNELS)[i::2])
-        sweep(mode, "--shapes", "all", "--kernels", kernels, *arguments)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(half, range(2)))
-
-
 def test_no_race() -> None:
     """Without small_forward and small_backward, which consist of the other kernels."""
     kernels = ",".join(kernel for kernel in KERNELS if not kernel.startswith("small"))
@@ -39,14 +26,13 @@ def test_no_race() -> None:
 
 
 @pytest.mark.full
-def test_no_race_anywhere() -> None:
-    wide_sweep("race", "--schedules", "reverse,1,2")
-
-
-@pytest.mark.full
-def test_no_bad_access_anywhere() -> None:
-    """AddressSanitizer and UBSan. `make test` relies on NaN around arrays and the executor."""
-    wide_sweep("asan", "--schedules", "reverse,1")
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("mode", "schedules"), [("race", "reverse,1,102"), ("asan", "forward,2,103")]
+)
+def test_no_race_and_no_bad_access_anywhere(mode: str, schedules: str, kernel: str) -> None:
+    """All shapes and element types. `make test` relies on NaN around arrays and the executor."""
+    sweep(mode, "--shapes", "all", "--kernels", kernel, "--schedules", schedules)
 
 
 @pytest.mark.full

@@ -2,16 +2,16 @@
 
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from csrc.simt import build
 
-NVCC = build.tool("nvcc")
 CUOBJDUMP = build.tool("cuobjdump")
-pytestmark = pytest.mark.skipif(NVCC is None or CUOBJDUMP is None, reason="no nvcc or no cuobjdump")
+pytestmark = pytest.mark.skipif(
+    build.tool("nvcc") is None or CUOBJDUMP is None, reason="no nvcc or no cuobjdump"
+)
 
 FUSED = "gemm_lotr"
 SOURCES = {path.stem: path for path in sorted((build.CSRC / "cuda").rglob("*.cu"))}
@@ -29,27 +29,10 @@ def compiled(name: str, target: str, folder: Path) -> tuple[str, dict[str, str]]
     """Returns the report of ptxas on a source file, and the machine code of each kernel."""
     cubin = folder / "code.cubin"
     code = f"-gencode=arch={target.replace('sm', 'compute')},code={target}"
-    command = [
-        NVCC,
-        "-std=c++17",
-        "-O3",
-        "-cubin",
-        code,
-        f"-I{build.CSRC}",
-        "-Xptxas",
-        "-v",
-        SOURCES[name],
-        "-o",
-        cubin,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    sass = subprocess.run(
-        [CUOBJDUMP, "--dump-sass", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    return done.stdout + done.stderr, dict(
-        re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S)
-    )
+    report = build.nvcc(SOURCES[name], cubin, "-O3", "-cubin", code, "-Xptxas", "-v")
+    command = [CUOBJDUMP, "--dump-sass", cubin]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return report, dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S))
 
 
 def check_fused(report: str, kernels: dict[str, str]) -> None:
@@ -69,20 +52,19 @@ def check_fused(report: str, kernels: dict[str, str]) -> None:
         assert not re.search(r"\b(HMMA|STG)\b", code), symbol
 
 
-WITHOUT_KERNEL = {"operators", "plans", "small"}
+OTHERS = {"operators", "plans", "small", FUSED}  # the first three have no kernel
 
 
-def cases() -> Iterator[object]:
-    """Yields each source with a kernel and each target. The slow ones are marked."""
-    for name in sorted(SOURCES.keys() - WITHOUT_KERNEL):
-        for target in ("sm_90a",) if name == FUSED else TARGETS:
-            is_long = name in MMA or target not in COMMON
-            yield pytest.param(
-                name, target, marks=pytest.mark.full if is_long else pytest.mark.slow
-            )
+def case(name: str, target: str) -> object:
+    is_long = name in MMA or target not in COMMON
+    return pytest.param(name, target, marks=pytest.mark.full if is_long else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "target"), list(cases()))
+CASES = [case(name, target) for name in sorted(SOURCES.keys() - OTHERS) for target in TARGETS]
+CASES.append(case(FUSED, "sm_90a"))
+
+
+@pytest.mark.parametrize(("name", "target"), CASES)
 def test_compiled(name: str, target: str, tmp_path: Path) -> None:
     report, kernels = compiled(name, target, tmp_path)
     usage = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"

@@ -4,19 +4,21 @@ Rows without a core or token, offsets beyond 31 bits, a grid beyond its limit, b
 from LOTR_CUDA_PLAN, early launches.
 """
 
+import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
 from types import ModuleType
 
 import numpy as np
 import pytest
-from arrays import narrow, wide
-from cases import FUSED, KERNELS, problem_of, shapes_of
+from arrays import Array, Layout, narrow, wide
+from cases import FUSED, KERNELS, Problem, Shape, shapes_of
 
-HERE = Path(__file__).resolve().parent
-C = 4
+from csrc.simt import build
+
+BF16 = np.uint16
 R = 16
 
 
@@ -36,13 +38,13 @@ def results(lib: ModuleType, g: np.ndarray, inputs: dict[str, np.ndarray]) -> li
 def test_rows_whose_core_or_token_does_not_exist(lib: ModuleType, seed: int) -> None:
     """Such rows are NaN and have no gradient. The other rows do not change."""
     rng = np.random.default_rng(seed)
-    sizes = ((50, R), (9, R), (C, R, R))
+    sizes = ((50, R), (9, R), (4, R, R))
     g, u, cores = (rng.standard_normal(size, np.float32) for size in sizes)
-    index = rng.integers(0, C, 50)
-    tokens = rng.integers(0, 9, 50)
-    index[[3, 11, 20, 30]] = [-2, -1, C, 2**40]
-    tokens[[7, 21, 40]] = [-1, 9, -(2**40)]
-    is_good = ~np.isin(np.arange(50), [3, 20, 30, 7, 21, 40])
+    index = rng.integers(0, len(cores), len(g))
+    tokens = rng.integers(0, len(u), len(g))
+    index[[3, 11, 20, 30]] = [-2, -1, len(cores), 2**40]
+    tokens[[7, 21, 40]] = [-1, len(u), -(2**40)]
+    is_good = ~np.isin(np.arange(len(g)), [3, 20, 30, 7, 21, 40])
     lib.set_options(order="random", seed=seed)
     inputs = {"u": u, "cores": cores, "index": index, "tokens": tokens}
     h, *gradients = results(lib, g, inputs)
@@ -65,11 +67,11 @@ def test_rows_beyond_31_bits(lib: ModuleType) -> None:
     """Small integers, so that every product is exact and equality is the check."""
     rng = np.random.default_rng(0)
     x, A, v = (rng.integers(-4, 5, shape).astype(float) for shape in ((M, K), (K, R), (M, R)))
-    factors = {"A": narrow(A, "bf16"), "v": narrow(v, "bf16")}
+    factors = {"A": narrow(A, BF16), "v": narrow(v, BF16)}
     wide_x, u, du, y = (
-        lib.sparse_array([M, ROW], np.dtype(np.uint16))[:, :cols] for cols in (K, R, R, K)
+        lib.sparse_array([M, ROW], np.dtype(BF16))[:, :cols] for cols in (K, R, R, K)
     )
-    wide_x[...] = narrow(x, "bf16")
+    wide_x[...] = narrow(x, BF16)
     D = np.ones((K, R), np.float32)
     Q = np.zeros((K, R), np.float32)
     lib.set_device(multiprocessors=4)
@@ -78,7 +80,7 @@ def test_rows_beyond_31_bits(lib: ModuleType) -> None:
     lib.run("shrink_grad", {"g": wide_x, "F": factors["A"], "u": factors["v"], "du": du, "Q": Q})
     lib.run("expand_add", {"y": y, "u": factors["v"], "F": factors["A"]})
     for result, truth in ((u, x @ A), (du, x @ A), (y, v @ A.T)):
-        np.testing.assert_array_equal(result, narrow(truth, "bf16"))
+        np.testing.assert_array_equal(wide(result), truth)
     assert (D == 1 + x.T @ v).all() and (Q == x.T @ v).all()
 
 
@@ -86,16 +88,14 @@ def test_rows_beyond_31_bits(lib: ModuleType) -> None:
 def test_more_columns_than_a_grid_has_in_y(lib: ModuleType) -> None:
     """65,535 tiles of 64 strided columns: x is packed first, tile by tile."""
     cols = 65_536 * 64 + 3
-    x = lib.sparse_array([2, 3 * cols], np.dtype(np.uint16))[:, ::3]
-    A = lib.sparse_array([cols, 8], np.dtype(np.uint16))
+    x = lib.sparse_array([2, 3 * cols], np.dtype(BF16))[:, ::3]
+    A = lib.sparse_array([cols, 8], np.dtype(BF16))
+    u = np.zeros((2, 8), BF16)
     ends = [0, 1, cols // 2, cols - 2, cols - 1]
-    out = np.zeros((2, 8), np.uint16)
-    values = np.arange(10.0).reshape(2, 5) - 4
-    factors = np.arange(40.0).reshape(5, 8) % 7
-    x[:, ends] = narrow(values, "bf16")
-    A[ends] = narrow(factors, "bf16")
-    lib.run("shrink", {"x": x, "A": A, "u": out})
-    assert (wide(out) == values @ factors).all()
+    x[:, ends] = narrow(np.arange(10.0).reshape(2, 5) - 4, BF16)
+    A[ends] = narrow(np.arange(40.0).reshape(5, 8) % 7, BF16)
+    lib.run("shrink", {"x": x, "A": A, "u": u})
+    assert (wide(u) == wide(x[:, ends]) @ wide(A[ends])).all()
 
 
 # ---- bad arguments: refused before anything is written ----
@@ -103,9 +103,8 @@ def test_more_columns_than_a_grid_has_in_y(lib: ModuleType) -> None:
 
 def bf16(rows: int, cols: int, stride: int = 0, start: int = 0) -> np.ndarray:
     """Returns zeros with this row stride, `start` elements after a multiple of 16 bytes."""
-    raw = np.zeros(rows * (stride or cols) + 64, np.uint16)
-    first = -(raw.ctypes.data // 2) % 8 + start
-    return raw[first : first + rows * (stride or cols)].reshape(rows, -1)[:, :cols]
+    layout = Layout(start, max(0, stride - cols))
+    return Array((rows, cols), BF16, layout, np.zeros((rows, cols))).view
 
 
 ROWS = "expected a row stride that is a multiple of 8 and at least"
@@ -215,51 +214,40 @@ def test_bad_argument_is_named(
 
 # ---- plans: a process reads LOTR_CUDA_PLAN at the first launch at which the text is a plan ----
 
-PROGRAM = f"""
-import os, sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parents[1])!r}]
-import numpy as np
-from cases import Shape, problem_of
-from csrc.simt import build
-lib = build.load("plain")
 
-def launch(plan, kernel, op, *sizes):  # prints the plan and the launched blocks, or the error
+@pytest.fixture
+def process() -> Iterator[Executor]:
+    """Yields a new process."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        yield pool
+
+
+def launched(plan: str, kernel: str, op: str, *sizes: int) -> tuple[str, int]:
+    """Returns an operator's plan as text, and how many blocks its launch in a kernel had."""
     os.environ["LOTR_CUDA_PLAN"] = plan
+    lib = build.load("plain")
     lib.reset_counters()
-    try:
-        problem_of(kernel, Shape(330, 600, 20, sms=12, r2=12), "bf16").checked(lib)
-    except ValueError as error:
-        return print(str(error).removeprefix("LOTR_CUDA_PLAN: expected "))
-    grids = {{launch["name"]: launch["grid"] for launch in lib.counters()["launches"]}}
-    print(lib.plan_text(op, *sizes, 20, 12), np.prod(grids[op]))
-
-"""
+    Problem(kernel, Shape(330, 600, 20, sms=12, r2=12), "bf16").checked(lib)
+    grids = {launch["name"]: launch["grid"] for launch in lib.counters()["launches"]}
+    return lib.plan_text(op, *sizes, 20, 12), np.prod(grids[op])
 
 
-def printed(calls: list[tuple]) -> list[str]:
-    """Returns the lines that `launch` prints for each of the arguments, in one process."""
-    command = [sys.executable, "-c", f"{PROGRAM}for call in {calls!r}: launch(*call)"]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=True
-    ).stdout.splitlines()
+# kernel, its launch, the sizes of that, a plan
+FORCED = [
+    ("shrink", "shrink", 330, 600, "rows=64 cols=128 m_blocks=6 n_blocks=2"),
+    ("expand_add", "expand_add", 330, 600, "rows=128 cols=64 m_blocks=1 n_blocks=10"),
+    ("factor_grad", "factor_grad", 330, 600, "rows=64 cols=128 m_blocks=3 n_blocks=5"),
+    ("shrink_grad", "shrink_grad", 330, 600, "rows=64 cols=128 m_blocks=2 n_blocks=5"),
+    ("row_core_backward", "row_core_grad", 330, 7, "splits=3"),
+]
 
 
-FORCED = {
-    "shrink": "rows=64 cols=128 m_blocks=6 n_blocks=2",
-    "expand_add": "rows=128 cols=64 m_blocks=1 n_blocks=10",
-    "factor_grad": "rows=64 cols=128 m_blocks=3 n_blocks=5",
-    "shrink_grad": "rows=64 cols=128 m_blocks=2 n_blocks=5",
-    "row_core_grad": "splits=3",
-}
-
-
-def test_a_plan_of_the_environment_is_printed_and_launched(lib: ModuleType) -> None:
+def test_a_plan_of_the_environment_is_printed_and_launched(process: Executor) -> None:
     """And the results stay right."""
-    plan = "; ".join(f"{op} {words}" for op, words in FORCED.items())
-    calls = [(plan, op, op, 330, 600) for op in FORCED if op != "row_core_grad"]
-    lines = printed([*calls, (plan, "row_core_backward", "row_core_grad", 330, 7)])
-    for (op, words), line in zip(FORCED.items(), lines, strict=True):
-        text, blocks, launched = re.fullmatch(r"(.*): (\d+) blocks.* (\d+)", line).groups()
-        assert text == f"{op} {words}" and blocks == launched, line
+    plan = "; ".join(f"{op} {words}" for _, op, _, _, words in FORCED)
+    for kernel, op, m, n, words in FORCED:
+        text, blocks = process.submit(launched, plan, kernel, op, m, n).result()
+        assert text.startswith(f"{op} {words}: {blocks} blocks")
 
 
 # Texts that are not plans, and the bad word; plans that no kernel can run.
@@ -279,14 +267,14 @@ IMPOSSIBLE = {
 }
 
 
-def test_bad_plan_is_refused(lib: ModuleType) -> None:
+def test_bad_plan_is_refused(process: Executor) -> None:
     # The first plan that is one stays for the process.
-    calls = [(text, "shrink", "shrink") for text in NOT_PLANS]
-    ops = [text.split()[0] for text in IMPOSSIBLE]
-    lines = printed(calls + [("; ".join(IMPOSSIBLE), op, op) for op in ops])
-    bad_words = [line.rpartition(", got ")[2] for line in lines[: len(calls)]]
-    assert bad_words == list(NOT_PLANS.values())
-    assert lines[len(calls) :] == list(IMPOSSIBLE.values())
+    refusals = [(text, "shrink", f"got {word}") for text, word in NOT_PLANS.items()]
+    plan = "; ".join(IMPOSSIBLE)
+    refusals += [(plan, words.split()[0], message) for words, message in IMPOSSIBLE.items()]
+    for text, op, message in refusals:
+        with pytest.raises(ValueError, match=f"^LOTR_CUDA_PLAN: expected .*{re.escape(message)}$"):
+            process.submit(launched, text, op, op).result()
 
 
 # ---- launches ----
@@ -298,7 +286,7 @@ def test_every_launch_is_early_and_lets_the_next_begin(lib: ModuleType) -> None:
     for kernel in KERNELS:
         for shape in (shapes_of(kernel)[6], shapes_of(kernel)[-2]):
             bits = []
-            problem = problem_of(kernel, shape, "bf16")
+            problem = Problem(kernel, shape, "bf16")
             for early in (True, False):
                 problem.device["early"] = early
                 lib.reset_counters()
@@ -315,7 +303,7 @@ def test_every_launch_is_early_and_lets_the_next_begin(lib: ModuleType) -> None:
 
 def test_bits_of_gemm_lotr_do_not_depend_on_the_number_of_multiprocessors(lib: ModuleType) -> None:
     for kernel in FUSED:
-        problem = problem_of(kernel, shapes_of(kernel, quick=True)[-1], "bf16")
+        problem = Problem(kernel, shapes_of(kernel, quick=True)[-1], "bf16")
         first = problem.checked(lib)
         problem.device["multiprocessors"] = 6
         assert problem.checked(lib) == first, problem.name

@@ -174,10 +174,10 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
     },
     ("rows.cu", "kernels/row_core.cuh"): {
         "rows_of_the_core_before": Bug(
-            "if (begin <= row && row < end", "if (row < end", ": h of core", "row_core"
+            "if (begin <= row && row < end", "if (row < end", ": h: ", "row_core"
         ),
         "rows_of_the_first_split_of_a_core": Bug(
-            "  begin += split * share;\n", "", r": dcores\[", "row_core_backward"
+            "  begin += split * share;\n", "", ": dcores: ", "row_core_backward"
         ),
         "place_of_an_equal_key": Bug(
             "(sorted + middle)) <= value)",

@@ -1,24 +1,21 @@
 """Counted bytes: every large matrix moves exactly once, and no array more than in traffic.json.
 
-python python_tests/kernels/test_traffic.py     writes traffic.json, after an improvement
+After an improvement, this writes traffic.json:
+PYTHONPATH=.:python_tests/kernels python -c "import test_traffic; test_traffic.record()"
 """
 
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from arrays import PACKED
+from cases import FUSED, Problem, Shape
 
-HERE = Path(__file__).resolve().parent
-if __name__ == "__main__":
-    sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+from csrc.simt import build
 
-from arrays import DTYPE, PACKED  # noqa: E402
-from cases import FUSED, Shape, problem_of  # noqa: E402
-
-RECORD = HERE / "traffic.json"
+RECORD = Path(__file__).with_name("traffic.json")
 # The large matrix of each kernel, which moves once. gemm_lotr reads x and W once for each tile of
 # 256 columns or rows.
 OF_ADAPTER = {
@@ -45,54 +42,65 @@ CASES = [
     *((kernel, "A100", "fp32") for kernel in OF_ADAPTER),
     *((kernel, "A100", "bf16") for kernel in SMALL),
 ]
-Counts = dict[str, list[int]]  # bytes read and written of each array
 
 
-def count(lib: ModuleType, kernel: str, shape: Shape, kind: str = "bf16") -> tuple[Counts, dict]:
-    """Returns the bytes of one call by array, and all counters."""
-    problem = problem_of(kernel, shape, kind)
+def counted(lib: ModuleType, problem: Problem) -> dict:
+    """Returns the executor's counters after one checked call."""
     lib.reset_counters()
-    problem.check(problem.run(lib, count_memory=True))
-    counters = lib.counters()
+    problem.checked(lib, count_memory=True)
+    return lib.counters()
+
+
+def moved(counters: dict) -> dict[str, list[int]]:
+    """Returns the bytes read and written of each array that moved."""
     arrays = {name: [a["read_bytes"], a["written_bytes"]] for name, a in counters["arrays"].items()}
-    return {name: moved for name, moved in arrays.items() if any(moved)}, counters
+    return {name: number for name, number in arrays.items() if any(number)}
 
 
-def launches_of(lib: ModuleType, kernel: str, shape: Shape) -> list[str]:
-    lib.reset_counters()
-    problem_of(kernel, shape, "bf16").run(lib)
-    return [launch["name"] for launch in lib.counters()["launches"]]
+def launches(counters: dict) -> list[str]:
+    return [launch["name"] for launch in counters["launches"]]
 
 
 @pytest.mark.parametrize(("kernel", "shape", "kind"), CASES)
 def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
-    moved, counters = count(lib, kernel, SHAPES[shape], kind)
+    problem = Problem(kernel, SHAPES[shape], kind)
+    counters = counted(lib, problem)
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))[f"{kernel}, {shape}, {kind}"]
     more = {
-        name: (bytes_, recorded.get(name))
-        for name, bytes_ in moved.items()
-        if np.greater(bytes_, recorded.get(name, [0, 0])).any()
+        name: (number, recorded.get(name))
+        for name, number in moved(counters).items()
+        if np.greater(number, recorded.get(name, [0, 0])).any()
     }
     assert not more, f"{more}: bytes moved, and recorded"
     if kernel in LARGE:
-        check_large_matrix(kernel, SHAPES[shape], np.dtype(DTYPE[kind]).itemsize, moved)
+        check_large_matrix(problem, kernel, moved(counters))
+        check_launches(problem, counters, LARGE[kernel] != "y")
         check_accesses(counters)
+    if kernel in FUSED:  # products of a warpgroup, 64 x 256 x 16: the rank costs one per tile
+        tiles = problem.shape.m // 64 * problem.shape.columns // 256
+        assert counters["wgmma"] == tiles * (problem.shape.k // 16 + 1)
 
 
-def check_large_matrix(kernel: str, shape: Shape, itemsize: int, moved: Counts) -> None:
+def check_large_matrix(problem: Problem, kernel: str, bytes_of: dict[str, list[int]]) -> None:
     """Asserts that it moves once: y of expand_add in both directions."""
-    name = LARGE[kernel]
-    size = shape.m * (shape.columns if kernel in FUSED else shape.k) * itemsize
-    is_read = name != "y" or kernel == "expand_add"
-    assert moved[name] == [size * is_read, size * (name == "y")]
-    assert kernel != "expand_from" or moved["start"] == [size, 0]
+    if LARGE[kernel] == "y":
+        size = problem.outputs["y"].view.nbytes
+        assert bytes_of["y"] == [size * (kernel == "expand_add"), size]
+        assert kernel != "expand_from" or bytes_of["start"] == [size, 0]
+    else:
+        assert bytes_of[LARGE[kernel]] == [problem.inputs[LARGE[kernel]].nbytes, 0]
+
+
+def check_launches(problem: Problem, counters: dict, may_share: bool) -> None:
+    """Asserts one launch for a product, and one more if blocks may share an output and do."""
+    of_parts = ["sum_parts"] if may_share else []
+    assert launches(counters) in ([problem.kernel], [problem.kernel, *of_parts])
 
 
 def check_accesses(counters: dict) -> None:
     """Asserts complete sectors of global memory, and no bank conflicts of shared memory."""
-    launches = {launch["name"] for launch in counters["launches"]}
     # sum_parts stores these by elements.
-    summed = {"u", "du", "D", "Q"} if "sum_parts" in launches else set()
+    summed = {"u", "du", "D", "Q"} if "sum_parts" in launches(counters) else set()
     used = 0
     sectors = 0
     for name, array in counters["arrays"].items():
@@ -103,31 +111,12 @@ def check_accesses(counters: dict) -> None:
     assert counters["shared_wavefronts"] <= 1.05 * counters["shared_phases"]
 
 
-@pytest.mark.parametrize("kernel", FUSED)
-def test_the_rank_costs_one_product_per_tile(lib: ModuleType, kernel: str) -> None:
-    """Products of a warpgroup are 64 x 256 x 16."""
-    shape = SHAPES["base product"]
-    products = shape.m // 64 * shape.columns // 256 * (shape.k // 16 + 1)
-    assert count(lib, kernel, shape)[1]["wgmma"] == products
-
-
-@pytest.mark.parametrize("kernel", LARGE)
-def test_launches(lib: ModuleType, kernel: str) -> None:
-    """One launch for each product, and one more if blocks share an output."""
-    for shape in [SHAPES[shape] for name, shape, _ in CASES if name == kernel]:
-        launch = problem_of(kernel, shape, "bf16").kernel
-        launches = launches_of(lib, kernel, shape)
-        assert launches == [launch] or (
-            launches == [launch, "sum_parts"] and LARGE[kernel] != "y"
-        ), shape
-
-
 @pytest.mark.parametrize("kernel", ["shrink", "factor_grad", "shrink_grad", "fold_grad"])
 def test_every_element_of_a_part_is_written_and_read_once(lib: ModuleType, kernel: str) -> None:
     """The columns that pad a part are written too, because sum_parts loads them."""
-    moved, counters = count(lib, kernel, Shape(2000, 1024, 13))
-    assert "sum_parts" in [launch["name"] for launch in counters["launches"]]
-    read, written = moved["workspace"]
+    counters = counted(lib, Problem(kernel, Shape(2000, 1024, 13), "bf16"))
+    assert "sum_parts" in launches(counters)
+    read, written = moved(counters)["workspace"]
     assert read == written
 
 
@@ -137,43 +126,35 @@ def test_a_step_of_few_tokens_has_no_more_launches_than_a_folded_one(
 ) -> None:
     shape = Shape(tokens, 1024, 16, PACKED, n=1024)
 
-    def launches(*kernels: str) -> int:
-        return sum(len(launches_of(lib, kernel, shape)) for kernel in kernels)
+    def count(*kernels: str) -> int:
+        problems = [Problem(kernel, shape, "bf16") for kernel in kernels]
+        return sum(len(launches(counted(lib, problem))) for problem in problems)
 
-    assert launches("small_forward") < launches("shrink", "fold", "expand_add")
-    folded_backward = launches("shrink_grad", "fold_grad", "factor_grad", "expand_add")
-    assert launches("small_backward") <= folded_backward
+    assert count("small_forward") < count("shrink", "fold", "expand_add")
+    folded_backward = count("shrink_grad", "fold_grad", "factor_grad", "expand_add")
+    assert count("small_backward") <= folded_backward
 
 
 def test_sorted_rows_read_each_operand_once(lib: ModuleType) -> None:
     """u and h move once, an index is read once, and a core once for each block of 32 rows."""
-    rows = 4096
-    cores = 8
-    r = 16
     rng = np.random.default_rng(0)
-    u = rng.standard_normal((rows, r), np.float32)
-    G = rng.standard_normal((cores, r, r), np.float32)
-    index = np.sort(rng.integers(0, cores, rows))
+    u = rng.standard_normal((4096, 16), np.float32)
+    cores = rng.standard_normal((8, 16, 16), np.float32)
+    index = np.sort(rng.integers(0, len(cores), len(u)))
     lib.set_device(multiprocessors=16)
     lib.set_options(count_memory=True)
     lib.reset_counters()
-    lib.run("row_core", {"u": u, "cores": G, "h": np.empty_like(u), "index": index})
+    lib.run("row_core", {"u": u, "cores": cores, "h": np.empty_like(u), "index": index})
     arrays = lib.counters()["arrays"]
-    assert arrays["u"]["read_bytes"] == arrays["h"]["written_bytes"] == rows * r * 4
-    assert arrays["index"]["read_bytes"] == rows * 8
-    assert arrays["cores"]["read_bytes"] <= (rows // 32 + cores - 1) * r * r * 4
+    assert arrays["u"]["read_bytes"] == arrays["h"]["written_bytes"] == u.nbytes
+    assert arrays["index"]["read_bytes"] == index.nbytes
+    assert arrays["cores"]["read_bytes"] <= (len(u) // 32 + len(cores) - 1) * cores[0].nbytes
 
 
-def main() -> None:
-    from csrc.simt import build
-
+def record() -> None:
     lib = build.load("plain")
     lines = []
     for kernel, shape, kind in CASES:
-        moved, _ = count(lib, kernel, SHAPES[shape], kind)
-        lines.append(f"{json.dumps(f'{kernel}, {shape}, {kind}')}: {json.dumps(moved)}")
+        counters = counted(lib, Problem(kernel, SHAPES[shape], kind))
+        lines.append(f'"{kernel}, {shape}, {kind}": {json.dumps(moved(counters))}')
     RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

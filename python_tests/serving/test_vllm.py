@@ -199,7 +199,7 @@ def test_bad_tasks_are_refused_and_the_engine_continues(tmp_path: Path) -> None:
         tmp_path / "lora": "expected a task by export_task, got ",
         tmp_path / "factors": "expected a task by export_task",
         tmp_path / "other-rank" / "task-0": "expected the ranks of the adapter",
-        tmp_path / "other-factors" / "task-0": "expected a task with factors",
+        tmp_path / "other-factors" / "task-0": "expected a task for the A and B of this adapter",
         tmp_path / "nowhere": "expected a task by export_task",
     }
     mix = [1, None, 1, None, 1]

@@ -73,12 +73,10 @@ def test_mma(printed: dict, kind: str) -> None:
 def test_ldmatrix(printed: dict, kind: int, tiles: int, trans: bool) -> None:
     registers = np.asarray(printed["ldmatrix"]["r"], np.uint32).reshape(4, 32, 4)[kind]
     memory = np.arange(256).reshape(4, 8, 8)  # tile, row, column, as the program filled it
-    for lane in range(32):
-        for tile in range(tiles):
-            matrix = memory[tile].T if trans else memory[tile]
-            low = matrix[lane // 4, 2 * (lane % 4)]
-            high = matrix[lane // 4, 2 * (lane % 4) + 1]
-            assert registers[lane, tile] == low | high << 16
+    matrices = memory.transpose(0, 2, 1) if trans else memory
+    pairs = matrices.reshape(4, 32, 2)  # lane l has two neighbors of row l / 4
+    expected = pairs[..., 0] | pairs[..., 1] << 16
+    np.testing.assert_array_equal(registers[:, :tiles], expected[:tiles].T)
 
 
 def test_half_precision_values(printed: dict) -> None:

@@ -99,31 +99,26 @@ def run(mistake: str, mode: str, **settings: object) -> tuple[list[str], str]:
     return done.stdout.splitlines(), done.stderr
 
 
-@pytest.mark.parametrize(
-    ("mistake", "mode"),
-    [
-        pytest.param(
-            mistake, mode, id=f"{mistake}-{mode}", marks=[pytest.mark.full] * (mode == "asan")
-        )
-        for mistake, modes in MISTAKES.items()
-        for mode in modes
-    ],
-)
-def test_noticed(mistake: str, mode: str) -> None:
+CASES = [
+    pytest.param(mistake, mode, (), marks=[pytest.mark.full] * (mode == "asan"))
+    for mistake, modes in MISTAKES.items()
+    for mode in modes
+]
+CASES += [
+    pytest.param(mistake, "plain", (UCONTEXT,), marks=pytest.mark.full)
+    for mistake, modes in MISTAKES.items()
+    if "plain" in modes
+]
+
+
+@pytest.mark.parametrize(("mistake", "mode", "defines"), CASES)
+def test_noticed(mistake: str, mode: str, defines: tuple[str, ...]) -> None:
     """If the process continues, a failed launch has no effect on the next one."""
-    printed, errors = run(mistake, mode)
+    printed, errors = run(mistake, mode, defines=defines)
     if mode == "asan":
         assert re.search(MISTAKES[mistake][mode], errors), errors
     else:
         assert re.search(MISTAKES[mistake][mode], printed[0]) and printed[1] == "right", printed
-
-
-@pytest.mark.full
-def test_noticed_on_fibers_of_ucontext() -> None:
-    for mistake, modes in MISTAKES.items():
-        if "plain" in modes:
-            printed, _ = run(mistake, "plain", defines=(UCONTEXT,))
-            assert re.search(modes["plain"], printed[0]) and printed[1] == "right", printed
 
 
 @pytest.mark.parametrize("mode", ["plain", "race", pytest.param("asan", marks=pytest.mark.full)])

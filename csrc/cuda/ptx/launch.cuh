@@ -101,7 +101,7 @@ class DriverQuery {
 #endif
 
 // The compute capability, times ten, of the kernel's code that the current device runs: the lower
-// of the virtual and the real one.  0 if there is no code for the device.
+// of the virtual and the real one; 0 if there is no code for the device.
 inline int capability_of_code([[maybe_unused]] const void* kernel) {
 #ifdef __CUDACC__
   const DriverQuery query;

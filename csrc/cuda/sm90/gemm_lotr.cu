@@ -17,10 +17,10 @@ constexpr int64_t MOST = int64_t(1) << 30;  // rows and columns
 
 // f(the traits of the problem's instance).
 template <class F>
-void with_traits(const Call& call, const GemmLotr& q, F f) {
+void with_traits(const Call& call, const GemmLotr& problem, F f) {
   dispatch_half(call.type, [&](auto element) {
     using T = decltype(element);
-    if (q.backward)
+    if (problem.backward)
       f(kernels::GemmLotrTraits<T, true>{});
     else
       f(kernels::GemmLotrTraits<T, false>{});
@@ -44,18 +44,19 @@ std::string refuse_extent(const char* name, int64_t least, int64_t extent) {
          std::to_string(extent);
 }
 
-std::string refuse_layout(const GemmLotr& q) {
-  const std::string extents[] = {refuse_extent("M", 0, q.M), refuse_extent("N", 1, q.N),
-                                 refuse_extent("K", 1, q.K)};
+std::string refuse_layout(const GemmLotr& problem) {
+  const std::string extents[] = {refuse_extent("M", 0, problem.M), refuse_extent("N", 1, problem.N),
+                                 refuse_extent("K", 1, problem.K)};
   for (const std::string& text : extents)
     if (!text.empty()) return text;
-  if (q.M * q.N > int64_t(1) << 44)
-    return "M x N: expected at most 2^44, got " + std::to_string(q.M * q.N);
-  const int64_t W_rows = q.backward ? q.K : q.N;
-  const int64_t W_cols = q.backward ? q.N : q.K;
-  const std::string matrices[] = {refuse("x", q.x, q.M, q.K), refuse("W", q.W, W_rows, W_cols),
-                                  refuse("u", q.u, q.M, q.r), refuse("F", q.F, q.N, q.r),
-                                  refuse("y", q.y, q.M, q.N)};
+  if (problem.M * problem.N > int64_t(1) << 44)
+    return "M x N: expected at most 2^44, got " + std::to_string(problem.M * problem.N);
+  const int64_t W_rows = problem.backward ? problem.K : problem.N;
+  const int64_t W_cols = problem.backward ? problem.N : problem.K;
+  const std::string matrices[] = {
+      refuse("x", problem.x, problem.M, problem.K), refuse("W", problem.W, W_rows, W_cols),
+      refuse("u", problem.u, problem.M, problem.r), refuse("F", problem.F, problem.N, problem.r),
+      refuse("y", problem.y, problem.M, problem.N)};
   for (const std::string& text : matrices)
     if (!text.empty()) return text;
   return {};
@@ -116,40 +117,42 @@ ptx::TensorMap tensor_map(const Matrix& m, int64_t rows, int64_t cols, int box_r
 }
 
 template <class Traits>
-void run(const Call& call, const GemmLotr& q) {
+void run(const Call& call, const GemmLotr& problem) {
   using T = typename Traits::T;
   constexpr int HEIGHT = Traits::PAIR * Traits::BM;
-  const int64_t bands = (q.M + HEIGHT - 1) / HEIGHT;
-  const int64_t columns = (q.N + Traits::BN - 1) / Traits::BN;
-  const kernels::GemmLotrParams p{q.bias,   q.bias_stride, int(q.N),
-                                  int(q.K), q.r,           {int(bands), int(columns)}};
+  const int64_t bands = (problem.M + HEIGHT - 1) / HEIGHT;
+  const int64_t columns = (problem.N + Traits::BN - 1) / Traits::BN;
+  const kernels::GemmLotrParams p{problem.bias,   problem.bias_stride, int(problem.N),
+                                  int(problem.K), problem.r,           {int(bands), int(columns)}};
   const int64_t pairs =
       std::clamp<int64_t>(call.card.multiprocessors / Traits::PAIR, 1, bands * columns);
   ptx::launch<kernels::gemm_lotr<Traits>>(
-      launch_args<Traits>(call, pairs), tensor_map<T>(q.x, q.M, q.K, Traits::BM),
-      q.backward ? tensor_map<T>(q.W, q.K, q.N, Traits::BK)
-                 : tensor_map<T>(q.W, q.N, q.K, Traits::SHARE),
-      tensor_map<T>(q.u, q.M, q.r, Traits::BM), tensor_map<T>(q.F, q.N, q.r, Traits::SHARE),
-      tensor_map<T>(q.y, q.M, q.N, 64), p);
+      launch_args<Traits>(call, pairs), tensor_map<T>(problem.x, problem.M, problem.K, Traits::BM),
+      problem.backward ? tensor_map<T>(problem.W, problem.K, problem.N, Traits::BK)
+                       : tensor_map<T>(problem.W, problem.N, problem.K, Traits::SHARE),
+      tensor_map<T>(problem.u, problem.M, problem.r, Traits::BM),
+      tensor_map<T>(problem.F, problem.N, problem.r, Traits::SHARE),
+      tensor_map<T>(problem.y, problem.M, problem.N, 64), p);
 }
 
 }  // namespace
 
-std::string gemm_lotr_refusal(const Call& call, const GemmLotr& q) {
+std::string gemm_lotr_refusal(const Call& call, const GemmLotr& problem) {
   if (call.type == DType::float32) return "dtype: expected bfloat16 or float16, got float32";
-  if (q.r < 1 || q.r > GEMM_LOTR_MAX_RANK)
+  if (problem.r < 1 || problem.r > GEMM_LOTR_MAX_RANK)
     return "r: expected 1 to " + std::to_string(GEMM_LOTR_MAX_RANK) + ", got " +
-           std::to_string(q.r);
-  std::string text = refuse_layout(q);
+           std::to_string(problem.r);
+  std::string text = refuse_layout(problem);
   if (text.empty())
-    with_traits(call, q, [&](auto traits) { text = refuse_device<decltype(traits)>(call); });
+    with_traits(call, problem, [&](auto traits) { text = refuse_device<decltype(traits)>(call); });
   return text;
 }
 
-void gemm_lotr(const Call& call, const GemmLotr& q) {
-  if (const std::string refusal = gemm_lotr_refusal(call, q); !refusal.empty())
+void gemm_lotr(const Call& call, const GemmLotr& problem) {
+  if (const std::string refusal = gemm_lotr_refusal(call, problem); !refusal.empty())
     throw std::invalid_argument("gemm_lotr: " + refusal);
-  if (q.M > 0) with_traits(call, q, [&](auto traits) { run<decltype(traits)>(call, q); });
+  if (problem.M > 0)
+    with_traits(call, problem, [&](auto traits) { run<decltype(traits)>(call, problem); });
 }
 
 }  // namespace lotr::cuda

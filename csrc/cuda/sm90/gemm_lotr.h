@@ -28,9 +28,9 @@ struct GemmLotr {
 
 // Returns why the kernel or the current device cannot run the problem (name, expected, got), or an
 // empty string. Reads no memory.
-std::string gemm_lotr_refusal(const Call& call, const GemmLotr& q);
+std::string gemm_lotr_refusal(const Call& call, const GemmLotr& problem);
 
 // One launch. Throws std::invalid_argument if gemm_lotr_refusal returns a reason.
-void gemm_lotr(const Call& call, const GemmLotr& q);
+void gemm_lotr(const Call& call, const GemmLotr& problem);
 
 }  // namespace lotr::cuda

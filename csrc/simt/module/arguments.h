@@ -27,12 +27,12 @@ class Arguments {
   DType type(const char* name) const;
   double number(const char* name) const { return numbers_.at(name); }
 
-  // Arguments of a kernel of element type `type`. An array that is absent is null.
-  Matrix input(const char* name, DType type, int64_t rows, int64_t cols) const;
-  Matrix output(const char* name, DType type, int64_t rows, int64_t cols) const;
+  // Arguments of a kernel of element type `as`. An array that is absent is null.
+  Matrix input(const char* name, DType as, int64_t rows, int64_t cols) const;
+  Matrix output(const char* name, DType as, int64_t rows, int64_t cols) const;
   FloatSum sum(const char* name, int64_t rows, int64_t cols, bool add) const;
-  const void* line(const char* name, DType type, int64_t size) const;  // [size]
-  float* floats(const char* name, std::vector<int64_t> shape) const;   // contiguous
+  const void* line(const char* name, DType as, int64_t size) const;   // [size]
+  float* floats(const char* name, std::vector<int64_t> shape) const;  // contiguous
   // Matrices [count, rows, cols] of any type; next: the stride from one to the next.
   struct Stack {
     Matrix matrix;

@@ -244,13 +244,14 @@ struct Sorted {
   Segments segments() { return {order.as<int64_t>(), ends.as<int32_t>(), 0}; }
 };
 
-void sum_over_rows(const Arguments& args, const cuda::Call& call, const RowIndex& by_core,
+// du, the sum over the rows of each token.
+void sum_over_rows(const Arguments& args, const cuda::Call& call, const RowIndex& of_g,
                    int64_t rows, Matrix g) {
   const int64_t r_in = args.extent("cores", 1);
   const int64_t tokens = args.extent("u", 0);
   Sorted by_token(call, args.integers<int64_t>("tokens"), rows, tokens);
   Memory row_du(nullptr, size_t(rows * r_in) * 4);
-  product(args, by_core, g, args.type("g"), {row_du.as<float>(), r_in, 1, Access::element},
+  product(args, of_g, g, args.type("g"), {row_du.as<float>(), r_in, 1, Access::element},
           DType::float32, true, 0.f);
   SumRowsProblem problem{};
   problem.of_token = by_token.segments();
@@ -266,14 +267,14 @@ void row_core_backward(const Arguments& args) {
   const cuda::Call call = call_of(args.type("u"));
   const int64_t rows = args.extent("g", 0);
   const RowIndex index = index_of(args, rows);
-  RowIndex by_core = index;
-  by_core.token = nullptr;
-  by_core.tokens = rows;
+  RowIndex of_g = index;  // g has a row for each row
+  of_g.token = nullptr;
+  of_g.tokens = rows;
   const Matrix g = matrix(args, "g");
   if (args.has("tokens"))
-    sum_over_rows(args, call, by_core, rows, g);
+    sum_over_rows(args, call, of_g, rows, g);
   else
-    product(args, by_core, g, args.type("g"), matrix(args, "du"), args.type("du"), true, 0.f);
+    product(args, of_g, g, args.type("g"), matrix(args, "du"), args.type("du"), true, 0.f);
   std::optional<Sorted> by_index;
   if (index.core) by_index.emplace(call, index.core, rows, index.cores);
   RowCoreGradProblem problem{};
