@@ -100,7 +100,7 @@ class LoTRLayer(nn.Module):
             TypeError: If linear is not a layer that this class adapts, or is adapted already.
             ValueError: If the factors have other sizes, or an argument has a wrong value.
         """
-        # Adapting freezes all parameters inside. Those of another adapter would stop training.
+        # Adapting freezes all parameters inside, and another adapter would stop training.
         if not cls.adapts(linear) or _contains_adapter(linear):
             raise TypeError(
                 f"linear: expected a linear layer that {cls.__name__} adapts, got "
