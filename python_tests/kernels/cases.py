@@ -441,10 +441,10 @@ class Rounded(NamedTuple):
         return self.square @ right.value**2 + self.value**2 @ right.square
 
     def product(self, right: "Rounded", scale: float = 1.0) -> "Rounded":
-        """Returns scale self right. Its own error is that of the terms, which may cancel."""
+        """Returns scale self right. When stored it has the error of its terms, which may cancel."""
         value = scale * (self.value @ right.value)
-        own = np.maximum(value**2, scale**2 * (self.value**2 @ right.value**2))
-        return Rounded(value, own + scale**2 * self.inherited(right))
+        terms = scale**2 * (self.value**2 @ right.value**2)
+        return Rounded(value, np.maximum(value**2, terms) + scale**2 * self.inherited(right))
 
 
 def exact(p: Problem, stored: np.ndarray) -> Rounded:

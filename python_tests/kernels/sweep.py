@@ -37,14 +37,8 @@ def schedule(name: str) -> dict[str, str | int]:
     return {"order": "random", "seed": int(name), "preempt": 24 if int(name) > 100 else 0}
 
 
-def failures(
-    lib: ModuleType, cases: Iterable[Problem], schedules: Iterable[str], first: bool = False
-) -> list[str]:
-    """Returns one line for each case that fails, or only one line (`first`).
-
-    The bits must not depend on the schedule.
-    """
-    lines: list[str] = []
+def failures(lib: ModuleType, cases: Iterable[Problem], schedules: Iterable[str]) -> Iterator[str]:
+    """Yields one line for each case that fails. Its bits must not depend on the schedule."""
     for problem in cases:
         bits: list[dict[str, bytes]] = []
         for order in schedules:
@@ -52,11 +46,8 @@ def failures(
                 bits.append(problem.checked(lib, **schedule(order)))
                 assert bits[-1] == bits[0], "other bits than in another schedule"
             except (AssertionError, RuntimeError) as error:
-                lines.append(f"{problem.name} {order}: {' '.join(str(error).split())}")
+                yield f"{problem.name} {order}: {' '.join(str(error).split())}"
                 break
-        if lines and first:
-            break
-    return lines
 
 
 def in_process(mode: str, module: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -83,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         file, _, line = options.skip.partition(":")
         lib.skip_synchronisation(file, int(line))
     cases = problems(options.shapes, options.kinds.split(","), options.kernels.split(","))
-    lines = failures(lib, cases, options.schedules.split(","))
+    lines = list(failures(lib, cases, options.schedules.split(",")))
     print(*lines, f"{len(lines)} failures", sep="\n")
     if options.mode == "coverage":
         lib.write_coverage()
