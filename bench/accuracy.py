@@ -157,7 +157,7 @@ def tried_rates(runs: pd.DataFrame) -> dict[float, float]:
 
 
 def searched_rates(method: str, task: Task, runs: pd.DataFrame) -> list[float]:
-    """Returns the best of a place's recorded rates, and its neighbors on the ladder."""
+    """Returns the best of a place's recorded rates, at first the usual one, and its neighbors."""
     factor = LOTR_RATE if METHODS[method].family == "lotr" else 1.0
     rungs = [float(f"{rate * factor:.6g}") for rate in LADDER]
     begin = rungs[LADDER.index(getattr(METHODS[method].rates, task.kind))]

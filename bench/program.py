@@ -182,7 +182,7 @@ class Program:
         ]
 
     def main(self, argv: Sequence[str] | None = None) -> int:
-        """Measures all cases, alone or against another checkout, or shows recorded ones.
+        """Measures all cases, compares two checkouts, or shows recorded rows.
 
         Returns:
             The exit status.

@@ -100,7 +100,7 @@ class LoTRLayer(nn.Module):
             TypeError: If linear is not a layer that this class adapts, or is adapted already.
             ValueError: If the factors have other sizes, or an argument has a wrong value.
         """
-        # Adapting freezes all parameters inside. Those of another adapter would stop training.
+        # Adapting freezes all parameters inside, and another adapter would stop training.
         if not cls.adapts(linear) or _contains_adapter(linear):
             raise TypeError(
                 f"linear: expected a linear layer that {cls.__name__} adapts, got "
@@ -276,13 +276,12 @@ class LoTRLayer(nn.Module):
 
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the parameters of "A", "B" and "core", each with the name of its part."""
-        parameters = {
-            "A": self.factors.A.parameters(),
-            "B": self.factors.B.parameters(),
-            "core": self.core_parameters(),
-        }
-        for part, parameters_of_part in parameters.items():
-            for parameter in parameters_of_part:
+        for part, parameters in (
+            ("A", self.factors.A.parameters()),
+            ("B", self.factors.B.parameters()),
+            ("core", self.core_parameters()),
+        ):
+            for parameter in parameters:
                 yield part, parameter
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:

@@ -136,17 +136,15 @@ def _in_agreement(where: str, work: Callable[[], T]) -> T:
         return work()
     result = None
     error = None
-    message = None
     # A process that raises leaves the others waiting in the next collective operation.
     try:
         result = work()
     # Also KeyboardInterrupt, because the others wait for an answer.
     except BaseException as caught:
         error = caught
-        # As text, because an error of another package may not be importable in other processes.
-        message = f"{type(error).__name__}: {error}"
     failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, message)
+    # As text, because an error of another package may not be importable in the other processes.
+    dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     for rank, failure in enumerate(failures):

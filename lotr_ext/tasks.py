@@ -263,7 +263,7 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
 
     Raises:
         TypeError, ValueError: If index is not an index of tasks, or names a free slot. In a layer,
-            ValueError if the rows or tokens of an input are not those of the index.
+            ValueError if an input has other rows or tokens than the index.
         RuntimeError: If the model has no adapter, no bank, or is merged.
 
     Warns:

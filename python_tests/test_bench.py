@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import run_python
 
 pytest.importorskip("pandas")
 pytest.importorskip("scipy")
@@ -188,18 +189,19 @@ def faulty_program(fault: str, message: str) -> Program:
     error = RuntimeError(f"first line of many\n{message}\nCompile with TORCH_USE_CUDA_DSA")
     raises = mock.Mock(side_effect=error)
 
+    raises_later = mock.Mock(side_effect=chain(repeat(None, 8), repeat(error)))
+    faults = {
+        "make": raises,
+        "first run": lambda: Step({"step": raises}),
+        "third round": lambda: Step({"step": raises_later}),
+    }
+
+    def good() -> Step:
+        return Step({"step": lambda _: time.sleep(1e-4)})
+
     def build(case: dict, options: argparse.Namespace) -> Group:
-        good = Step({"step": lambda _: time.sleep(1e-4)})
-        raises_later = mock.Mock(side_effect=chain(repeat(None, 8), repeat(error)))
-        faulty = {
-            "make": raises,
-            "first run": lambda: Step({"step": raises}),
-            "third round": lambda: Step({"step": raises_later}),
-        }
-        steps = {"frozen": lambda: good, "faulty": lambda: good}
-        if case["r"] == 2:
-            steps["faulty"] = faulty[fault]
-        return Group(steps, lambda name: steps[name]())
+        makers = {"frozen": good, "faulty": faults[fault] if case["r"] == 2 else good}
+        return Group(makers, lambda name: makers[name]())
 
     shapes = {"cpu": "1,2,3"}
     return Program("faulty", "", ["frozen", "faulty"], build, "r {r}", ("r",), shapes)
@@ -403,18 +405,30 @@ def test_quick_run_leaves_a_summary(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_page_of_a_gpu_says_what_to_do_next(tmp_path: Path) -> None:
     """Rows as a card would leave them."""
     folder = tmp_path / "card"
-    about = {"machine": "A card", "date": "2026-12-01", "commit": "abc", "sm_mhz": 1700.0}
-    about |= {"gpu_watts": 600.0, "gpu_celsius": 55.0, "dtype": "bf16", "rounds": 11}
-    shape = {"m": 8192, "k": 4096, "n": 4096, "r": 16, "stage": "step"}
+    about = {
+        "machine": "A card",
+        "date": "2026-12-01",
+        "commit": "abc",
+        "rounds": 11,
+        "sm_mhz": 1700.0,
+        "gpu_watts": 600.0,
+        "gpu_celsius": 55.0,
+        "m": 8192,
+        "k": 4096,
+        "n": 4096,
+        "r": 16,
+        "dtype": "bf16",
+        "stage": "step",
+    }
     times = {"frozen": 1.0, "lotr_ext-beta": 1.2, "lotr_ext-two_pass": 1.3, "lora-eager": 1.5}
     layers = [
-        {**about, **shape, "rival": rival, "seconds": seconds, "over": seconds - 1}
+        {**about, "rival": rival, "seconds": seconds, "over": seconds - 1}
         for rival, seconds in times.items()
     ]
     common.replace_rows(folder / "layer.jsonl", layers, ["m"])
     kernel = {"kernel": "gemm_lotr", "copy_gb_per_s": 3000.0, "gb_per_s": 900.0, "of_copy": 0.3}
     kernels = [
-        {**about, **shape, **kernel, "rival": rival, "seconds": seconds}
+        {**about, **kernel, "rival": rival, "seconds": seconds}
         for rival, seconds in {"lotr_ext": 1.0, "library": 1.1, "base product": 0.9}.items()
     ]
     common.replace_rows(folder / "kernels.jsonl", kernels, ["m"])
@@ -435,25 +449,18 @@ def test_programs_find_the_installed_package(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     for name in ("bench", "lotr_ext"):
         shutil.copytree(common.ROOT / name, clone / name, ignore=ignored)
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "lotr_ext").symlink_to(common.ROOT / "lotr_ext")
+    (tmp_path / "lotr_ext").symlink_to(common.ROOT / "lotr_ext")
     program = "import bench, lotr_ext; print(lotr_ext.__file__)"
-    output = subprocess.check_output(
-        [sys.executable, "-c", program],
-        cwd=clone,
-        env=os.environ | {"PYTHONPATH": str(site)},
-        text=True,
-    )
-    assert output.strip() == str(site / "lotr_ext" / "__init__.py")
+    process = run_python("-c", program, cwd=clone, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert process.stdout.strip() == str(tmp_path / "lotr_ext" / "__init__.py"), process.stderr
 
 
 def test_accuracy_continues_from_recorded_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.jsonl"
-    words = ["--quick", "--steps", "12", "--methods", "base,lotr:2,lora:1", "--jobs", "1"]
-    words += ["--results", str(path)]
+    usual = "--quick --steps 12 --methods base,lotr:2,lora:1 --jobs 1".split()
+    words = [*usual, "--results", str(path)]
     assert accuracy.main(words) == 0
     recorded = accuracy.runs_in(path)
     assert len(recorded) == 7 and recorded["loss"].notna().all()

@@ -64,9 +64,8 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_an_example_runs(program: str, language: list[str], tmp_path: Path) -> None:
     arguments, words = QUICK[program]
     options = arguments.format(out=tmp_path / "out", language=" ".join(language)).split()
-    if options:
-        options += ["--threads", "1"]
-    process = run_python(ROOT / "examples" / f"{program}.py", *options)
+    threads = ["--threads", "1"] if options else []
+    process = run_python(ROOT / "examples" / f"{program}.py", *options, *threads)
     assert process.returncode == 0, process.stderr[-3000:]
     output = process.stdout + process.stderr
     assert all(word in output for word in words), output[-3000:]

@@ -389,6 +389,7 @@ OF_DOCUMENTS: dict[str, Change] = {
     "computed cores that the file lacks": lambda d, t: d["config"].update(core="tucker"),
     "an unknown dtype": lambda d, t: d["config"].update(adapter_dtype="complex64"),
 }
+# Only in version 3, of which a test can write the tensors.
 OF_CONTENTS: dict[str, Change] = {
     "a base that is a list": lambda d, t: d.update(base=[]),
     "a base with an unknown field": lambda d, t: d.update(base={"names": "x"}),

@@ -3,20 +3,14 @@
 import os
 import re
 import subprocess
-import sys
 import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def run(*command: object, **options: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, **{"cwd": ROOT, **options}
-    )
 
 
 # ---- the wheel -----------------------------------------------------------------------------------
@@ -26,8 +20,8 @@ def run(*command: object, **options: object) -> subprocess.CompletedProcess:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Builds a wheel in the build folder of `make`, which has compiled everything."""
     folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
-    process = run(*pip, "--wheel-dir", folder, ROOT)
+    options = ["--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", folder]
+    process = run_python("-m", "pip", "wheel", *options, ROOT)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     (path,) = folder.glob("*.whl")
     return path
@@ -56,7 +50,7 @@ REQUIRED = (
 def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     """The environment has only the packages that the wheel requires: torch, numpy, safetensors."""
     venv = tmp_path / "venv"
-    assert run(sys.executable, "-m", "venv", "--without-pip", venv).returncode == 0
+    assert run_python("-m", "venv", "--without-pip", venv).returncode == 0
     (site,) = venv.glob("lib/python*/site-packages")
     installed = Path(sysconfig.get_paths()["purelib"])
     for name in REQUIRED.split():
@@ -69,7 +63,8 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
     ending = "import lotr_ext.info; lotr_ext.info.main([]); print(lotr_ext.__file__)"
     program = "\n".join([*blocks, ending])
     environment = {name: text for name, text in os.environ.items() if not name.startswith("PYTHON")}
-    process = run(venv / "bin" / "python", "-c", program, cwd=tmp_path, env=environment)
+    command = [venv / "bin" / "python", "-c", program]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-3000:]
     assert process.stdout.splitlines()[-1] == str(site / "lotr_ext" / "__init__.py")
 
@@ -108,7 +103,7 @@ runpy.run_path("setup.py", run_name="__main__")
 """
     environment = {name: text for name, text in os.environ.items() if name != "CXX"}
     environment["LOTR_BUILD_DIR"] = str(tmp_path / "build")
-    process = run(sys.executable, "-c", program, env=environment)
+    process = run_python("-c", program, cwd=ROOT, env=environment)
     assert process.returncode != 0
     assert "Traceback" not in process.stderr, process.stderr
     last_line = process.stderr.splitlines()[-1]

@@ -134,8 +134,9 @@ def lora_to_lotr(
         A, B, cores = tucker2_of_loras([layers[name] for name in names], config.ranks)
         for name, core in zip(names, cores, strict=True):
             errors[name] = lost(float(core.norm()), layers[name].norm)
-            scaled = core / (START**2 * config.s)
-            converted[name] = ConvertedLayer(START * A, START * B, scaled, group)
+            converted[name] = ConvertedLayer(
+                START * A, START * B, core / (START**2 * config.s), group
+            )
     return Conversion.of(config, converted, saved, errors)
 
 

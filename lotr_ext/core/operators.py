@@ -144,7 +144,7 @@ def layer_forward(
     """Returns (y, u, F): y = x W^T + bias + u F^T, u = drop(x) A, F = s B G^T.
 
     Args:
-        x: [.., k]. The other arguments are those of the operator, see csrc/torch/schema.cpp.
+        x: [.., k]. csrc/torch/schema.cpp describes the other arguments.
     """
     base_output = nnf.linear(x, weight, bias)
     u = lotr.shrink.default(as_matrix(x), A, p, seed)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 from helpers import relative, worst
-from layers import KINDS, Net, inputs, sides
+from layers import KINDS, Net, agree, inputs, once
 from torch import Tensor, nn
 
 from lotr_ext import LoTRExperts, TaskBank, use_tasks
@@ -23,12 +23,7 @@ DTYPES = pytest.mark.parametrize("dtype", CLOSE, ids=str)
 def test_layers(kind: str, tokens: int, dtype: torch.dtype, device: str) -> None:
     """Output and all gradients of half-precision layers with float32 adapters."""
     net = Net(kind, dtype, torch.float32 if dtype != torch.float32 else None).to(device)
-    ours, truth = sides(net, inputs(tokens, dtype=dtype).to(device))
-    results = []
-    for side in (ours, truth):
-        y = side()
-        results.append([y, *side.grad(y.double().square().sum() / 16)])
-    assert worst(*results) < CLOSE[dtype]
+    agree(net, once, inputs(tokens, dtype=dtype).to(device), CLOSE[dtype])
 
 
 @DTYPES

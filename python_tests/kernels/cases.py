@@ -121,6 +121,28 @@ FUSED_SHAPES = [
     # More bands of tiles than are walked together, two columns of them.
     Shape(2400, 8, 8, n=300, sms=6),
 ]
+# At least two blocks in each dimension of every grid, and walks of more tiles than the ring has
+# stages, so that every stage is filled a second time; with and without dropout, aligned and not. On
+# few multiprocessors a block has several tiles.
+PIPELINE = [
+    Shape(700, 560, 16, sms=2),
+    Shape(700, 560, 16, sms=5),
+    Shape(330, 700, 40, p=0.25, sms=6, r2=20, bare=True),
+    Shape(330, 600, 40, sms=6),  # parts of Q of several column tiles
+    Shape(520, 264, 16, ODD, 0.1, 4),
+    Shape(1700, 40, 16, ODD, 0.1, 4, bare=True),
+    Shape(130, 1700, 16, sms=6),
+    Shape(200, 400, 100, PACKED, sms=5),
+    Shape(130, 3000, 13, ODD, 0.1, 12),  # parts of u, of factor_grad's D: at a rank that parts pad
+    Shape(150, 300, 200, PACKED, 0.5, 6),
+    Shape(2000, 70, 13, sms=12),
+]
+FUSED_PIPELINE = [
+    # More k-steps than stages, three tiles for a pair of blocks.
+    Shape(130, 328, 16, n=600, sms=2),
+    # So few k-steps that the stages of the next tile are loaded meanwhile.
+    Shape(260, 40, 100, n=264, sms=2, bare=True),
+]
 
 
 class Problem:
@@ -151,9 +173,6 @@ class Problem:
         """Returns values of the kernel's type."""
         return narrow(self.floats(*size), self.dtype)
 
-    def of_factor(self, *size: int) -> np.ndarray:
-        return self.floats(*size) if self.shape.float_factors else self.stored(*size)
-
     def op(self, a: np.ndarray) -> np.ndarray:
         """Returns the values that a product uses: float32 factors of half types are rounded."""
         return wide(narrow(a, self.dtype) if a.dtype == FLOAT else a)
@@ -170,7 +189,8 @@ class Problem:
         return self.place(name, self.stored(*size))
 
     def factor(self, name: str, *size: int) -> np.ndarray:
-        return self.place(name, self.of_factor(*size))
+        is_float = self.shape.float_factors
+        return self.place(name, self.floats(*size) if is_float else self.stored(*size))
 
     def dropout(self) -> np.ndarray | float:
         """Declares the shape's dropout.
@@ -421,10 +441,10 @@ class Rounded(NamedTuple):
         return self.square @ right.value**2 + self.value**2 @ right.square
 
     def product(self, right: "Rounded", scale: float = 1.0) -> "Rounded":
-        """Returns scale self right. Its own error is that of the terms, which may cancel."""
+        """Returns scale self right. When stored it has the error of its terms, which may cancel."""
         value = scale * (self.value @ right.value)
-        own = np.maximum(value**2, scale**2 * (self.value**2 @ right.value**2))
-        return Rounded(value, own + scale**2 * self.inherited(right))
+        terms = scale**2 * (self.value**2 @ right.value**2)
+        return Rounded(value, np.maximum(value**2, terms) + scale**2 * self.inherited(right))
 
 
 def exact(p: Problem, stored: np.ndarray) -> Rounded:
@@ -503,8 +523,7 @@ class Rows:
             self.tokens = p.rng.integers(0, s.m // 3 + 1, s.m)
             p.inputs |= {"index": self.index, "tokens": self.tokens}
         self.u = p.op(p.large("u", s.m if s.bare else s.m // 3 + 1, s.r))
-        p.inputs["cores"] = p.of_factor(self.count, s.r, s.other)
-        self.cores = p.op(p.inputs["cores"])
+        self.cores = p.op(p.factor("cores", self.count, s.r, s.other))
 
     def by_core(self, rows: np.ndarray) -> np.ndarray:
         """Returns each row in the columns of its core: [rows, cores x columns], else zeros.
@@ -558,8 +577,15 @@ FUSED = ("gemm_lotr", "gemm_lotr_backward")
 CASES = [(name, kind) for name in KERNELS for kind in DTYPE if name not in FUSED or kind != "fp32"]
 
 
-def shapes_of(kernel: str, quick: bool = False) -> list[Shape]:
-    """All shapes that a kernel takes, or the few of `make test`."""
-    if kernel in FUSED:
-        return FUSED_QUICK if quick else FUSED_SHAPES
-    return QUICK if quick else SHAPES
+SETS = {"quick": QUICK, "pipeline": PIPELINE, "some": PIPELINE[::2], "all": SHAPES + PIPELINE}
+FUSED_SETS = {
+    "quick": FUSED_QUICK,
+    "pipeline": FUSED_PIPELINE,
+    "some": FUSED_PIPELINE[::2],
+    "all": FUSED_SHAPES + FUSED_PIPELINE,
+}
+
+
+def shapes_of(kernel: str, which: str) -> list[Shape]:
+    """Returns shapes of a kernel: quick (of `make test`), pipeline, some (half of it) or all."""
+    return (FUSED_SETS if kernel in FUSED else SETS)[which]

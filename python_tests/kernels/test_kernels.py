@@ -16,8 +16,9 @@ EVERY_CASE = pytest.mark.parametrize(("kernel", "kind"), CASES)
 @EVERY_CASE
 def test_kernel(lib: ModuleType, kernel: str, kind: str) -> None:
     few = kernel.startswith(("small", "row"))  # composed of other kernels; many barriers
-    shapes = shapes_of(kernel, quick=True)[:: 2 if few else 1]
-    assert not failures(lib, (Problem(kernel, shape, kind) for shape in shapes), ["reverse", "101"])
+    shapes = shapes_of(kernel, "quick")[:: 2 if few else 1]
+    problems = (Problem(kernel, shape, kind) for shape in shapes)
+    assert not list(failures(lib, problems, ["reverse", "101"]))
 
 
 def any_shape(fused: bool) -> st.SearchStrategy[Shape]:
@@ -39,15 +40,13 @@ def any_shape(fused: bool) -> st.SearchStrategy[Shape]:
 
 @pytest.mark.full
 @EVERY_CASE
-def test_kernel_any_shape(lib: ModuleType, kernel: str, kind: str) -> None:
-    @settings(
-        max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
-    )
-    @given(any_shape(kernel in FUSED), st.integers(1, 200))
-    def check(shape: Shape, seed: int) -> None:
-        assert not failures(lib, [Problem(kernel, shape, kind)], [str(seed)])
-
-    check()
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(data=st.data(), seed=st.integers(1, 200))
+def test_kernel_any_shape(
+    lib: ModuleType, kernel: str, kind: str, data: st.DataObject, seed: int
+) -> None:
+    shape = data.draw(any_shape(kernel in FUSED))
+    assert not list(failures(lib, [Problem(kernel, shape, kind)], [str(seed)]))
 
 
 def test_a_scaling_comes_last_in_float16(lib: ModuleType) -> None:

@@ -280,13 +280,14 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
 }
 
 
-def case(unit: str, file: str, name: str, bug: Bug) -> object:
+CASES = [
     # The other builds of the executor take minutes to compile.
-    mark = pytest.mark.slow if bug.mode == "plain" else pytest.mark.full
-    return pytest.param(unit, file, bug, id=name, marks=mark)
-
-
-CASES = [case(*where, name, bug) for where, bugs in BUGS.items() for name, bug in bugs.items()]
+    pytest.param(
+        *where, bug, id=name, marks=pytest.mark.slow if bug.mode == "plain" else pytest.mark.full
+    )
+    for where, bugs in BUGS.items()
+    for name, bug in bugs.items()
+]
 
 
 @pytest.mark.parametrize(("unit", "file", "bug"), CASES)

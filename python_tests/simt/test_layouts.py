@@ -25,33 +25,29 @@ def printed() -> dict:
     return json.loads(done.stdout)
 
 
-# Fragments as the manual defines them: for element i of a lane's fragment, its row and column.
-def a_m16n8k16(lane: int, i: int) -> tuple[int, int]:
-    row = (lane >> 2) + (0 if i < 2 or 4 <= i < 6 else 8)
-    return row, lane % 4 * 2 + (i & 1) + (8 if i >= 4 else 0)
+# Fragments as the manual defines them: for elements i of lanes' fragments, their rows and columns.
+def a_m16n8k16(lane: np.ndarray, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return lane // 4 + 8 * (i // 2 % 2), lane % 4 * 2 + i % 2 + 8 * (i // 4)
 
 
-def b_m16n8k16(lane: int, i: int) -> tuple[int, int]:
-    return lane % 4 * 2 + (i & 1) + (8 if i >= 2 else 0), lane >> 2
+def b_m16n8k16(lane: np.ndarray, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return lane % 4 * 2 + i % 2 + 8 * (i // 2), lane // 4
 
 
-def c_m16n8(lane: int, i: int) -> tuple[int, int]:
-    return (lane >> 2) + (0 if i < 2 else 8), (lane % 4) * 2 + (i & 1)
+def c_m16n8(lane: np.ndarray, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return lane // 4 + 8 * (i // 2), lane % 4 * 2 + i % 2
 
 
-def d_wgmma(thread: int, i: int) -> tuple[int, int]:
-    warp, lane = divmod(thread, 32)
-    return 16 * warp + (lane >> 2) + 8 * ((i >> 1) & 1), (lane % 4) * 2 + 8 * (i >> 2) + (i & 1)
+def d_wgmma(thread: np.ndarray, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    warp, lane = np.divmod(thread, 32)
+    return 16 * warp + lane // 4 + 8 * (i // 2 % 2), lane % 4 * 2 + i % 2 + 8 * (i // 4)
 
 
-def gather(
-    values: list[float], place: Callable[[int, int], tuple[int, int]], shape: tuple[int, int]
-) -> np.ndarray:
+def gather(values: list[float], place: Callable[..., tuple], shape: tuple[int, int]) -> np.ndarray:
     """Returns the matrix of the elements that the threads hold, thread after thread."""
     per_thread = np.asarray(values).reshape(128 if place is d_wgmma else 32, -1)
     matrix = np.full(shape, np.nan)
-    for (thread, i), value in np.ndenumerate(per_thread):
-        matrix[place(thread, i)] = value
+    matrix[place(*np.indices(per_thread.shape))] = per_thread
     assert not np.isnan(matrix).any(), "an element that no thread holds"
     return matrix
 
@@ -125,7 +121,7 @@ def test_wgmma(printed: dict, major: str) -> None:
     b = np.asarray(printed[major]["b"]).reshape(N, K)
     out = np.asarray(printed[major]["out"]).reshape(128, N + 1)
     assert out[:, N].all()
-    at_first = gather([float(i) for _ in range(128) for i in range(N // 2)], d_wgmma, (64, N))
+    at_first = gather(np.tile(np.arange(N // 2), 128), d_wgmma, (64, N))
     result = gather(out[:, : N // 2], d_wgmma, (64, N))
     part = gather(out[:, N // 2 : N], d_wgmma, (64, N))
     assert np.abs(result - (at_first + a @ b.T)).max() < 1e-3

@@ -1,6 +1,6 @@
 """The five steps of docs/teaching: right in every schedule, without races, each with its gain."""
 
-import importlib.util
+import runpy
 from pathlib import Path
 
 import pytest
@@ -9,10 +9,7 @@ TEACHING = Path(__file__).resolve().parents[2] / "docs" / "teaching"
 
 
 def table(mode: str) -> str:
-    spec = importlib.util.spec_from_file_location("run_steps", TEACHING / "run_steps.py")
-    run_steps = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(run_steps)
-    return run_steps.table(mode)
+    return runpy.run_path(str(TEACHING / "run_steps.py"))["table"](mode)
 
 
 @pytest.mark.parametrize("mode", ["race", pytest.param("asan", marks=pytest.mark.full)])
