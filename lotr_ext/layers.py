@@ -276,13 +276,12 @@ class LoTRLayer(nn.Module):
 
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the parameters of "A", "B" and "core", each with the name of its part."""
-        parameters = {
-            "A": self.factors.A.parameters(),
-            "B": self.factors.B.parameters(),
-            "core": self.core_parameters(),
-        }
-        for part, parameters_of_part in parameters.items():
-            for parameter in parameters_of_part:
+        for part, parameters in (
+            ("A", self.factors.A.parameters()),
+            ("B", self.factors.B.parameters()),
+            ("core", self.core_parameters()),
+        ):
+            for parameter in parameters:
                 yield part, parameter
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:

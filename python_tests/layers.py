@@ -189,9 +189,9 @@ class Net(nn.Module):
             return self.plain(i, x)
         layer = self.layers[i]
         if self.rows and self.kind != "rows":
-            # The state of a layer in a request, see lotr_ext/core/request.py.
+            # A request (lotr_ext/core/request.py). An inner one, for no layer, changes nothing.
             tasks = SimpleNamespace(cores=self.cores[i], index_of=self.index)
-            with open_request({layer: tasks}):
+            with open_request({layer: tasks}), open_request({}):
                 return layer(x)
         if self.kind not in ("function", "rows"):
             return layer(x)

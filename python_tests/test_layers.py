@@ -793,6 +793,13 @@ def a_fused_step_between(side: Side) -> Results:
     return [second, *side.grad(loss(first * second), list(side.leaves.values()))]
 
 
+def a_fused_step_between_evaluations(side: Side) -> Results:
+    with torch.no_grad():
+        before = side.net.call(0, side.x)
+        side.net.parts(0)["A"].detach().numpy()[...] *= 2
+        return [before, side.net.call(0, side.x)]
+
+
 def a_computed_factor_changes(side: Side) -> Results:
     """The layers after the change have another graph that leads to A."""
     leaf = side.net.parts(0)["A"]
@@ -815,6 +822,7 @@ def one_x_in_two_threads(side: Side) -> Results:
 SIBLINGS = (
     different_requires_grad_and_checkpoints,
     a_fused_step_between,
+    a_fused_step_between_evaluations,
     one_x_in_two_threads,
 )
 
