@@ -1,4 +1,4 @@
-"""Modules that read the weight of a linear layer and do not call it, so that an adapter is ignored.
+"""Modules that read the weight of a linear layer and do not call it, so an adapter is ignored.
 
 nn.MultiheadAttention              reads out_proj.weight: that layer cannot be adapted
 nn.TransformerEncoderLayer         its fast path reads linear1 and linear2: turned off

@@ -73,7 +73,7 @@ def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
         # The forward of a merged layer reads only its weight.
         if layer.merged and not trained.isdisjoint(layer.adapter_parameters()):
             return (
-                f"the adapter is merged into the weights, so that it gets no gradient, such as in "
+                f"the adapter is merged into the weights, so it gets no gradient, such as in "
                 f"{name!r}. Call unmerge(model) before training."
             )
     if all(p.grad is None for p in adapter | tasks):
@@ -81,8 +81,8 @@ def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
     trained_tasks = tasks & optimized
     if trained_tasks and all(p.grad is None for p in trained_tasks):
         return (
-            "the optimizer has the tasks of the bank, but no forward has used them, so that only "
-            "the model's adapter has a gradient. Call the model inside use_tasks(model, index)."
+            "the optimizer has the tasks of the bank, but no forward has used them, so only the "
+            "model's adapter has a gradient. Call the model inside use_tasks(model, index)."
         )
     is_called: dict[str, bool] = {}
     for name, layer in layers.items():

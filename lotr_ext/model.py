@@ -34,7 +34,7 @@ from .core.request import ADAPTER_OFF, open_request
 from .cores import FORMS, Cores
 from .factors import LoTRFactor, LoTRFactors
 from .first_step import watch
-from .init import START, CapturedGradient, fill_core_, start_from_gradients, tucker2
+from .init import INIT_GAIN, CapturedGradient, fill_core_, start_from_gradients, tucker2
 from .layers import LoTRLayer, device_of, plus
 from .merging import merge_layers, unmerge
 from .targets import Selection, Target, heads, select
@@ -283,10 +283,10 @@ def _plain_weight(target: Target) -> Tensor:
 def _svd_starts(weights: Sequence[Tensor], config: LoTRConfig) -> list[Start]:
     """Returns the Tucker-2 factorization of the weights of a group.
 
-    A and B are START times orthonormal factors.
+    A and B are INIT_GAIN times orthonormal factors.
     """
     A, B, cores = tucker2(weights, config.ranks)
-    return [Start(START * A, START * B, core / (START**2 * config.s)) for core in cores]
+    return [Start(INIT_GAIN * A, INIT_GAIN * B, core / (INIT_GAIN**2 * config.s)) for core in cores]
 
 
 @torch.no_grad()
@@ -392,8 +392,8 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
     layers = adapted_layers(model)
     # Before anything is merged.
     for name, layer in layers.items():
-        # `LoTRLayer.to_base` gives back what a layer keeps as `adapted`.
-        if type(layer).to_base is LoTRLayer.to_base and not hasattr(layer, "adapted"):
+        # `LoTRLayer.to_base` gives back what a layer keeps as `original`.
+        if type(layer).to_base is LoTRLayer.to_base and not hasattr(layer, "original"):
             raise TypeError(
                 f"unload: expected layers with a plain form, got {name!r}, a {type(layer).__name__}"
             )

@@ -89,7 +89,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     config = _with_heads(model, config)
     _check_patterns(model, config)
     saved = saved_modules(model, config)
-    # These train fully, so that an adapter inside them would have no purpose.
+    # These train fully, so an adapter inside them would have no purpose.
     inside_saved = {id(child) for module in saved.values() for child in module.modules()}
     targets, left_out = _linear_targets(model, config, inside_saved)
     targets += _expert_targets(model, config, inside_saved)
@@ -495,7 +495,7 @@ def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) 
         group = by.get(name)
     else:
         shape = f"{sizes[0]}x{sizes[1]}"
-        # Groups are names of modules in PEFT's files, so that they have no dots.
+        # Groups are names of modules in PEFT's files, so they have no dots.
         block = place_of(name)[0].replace(".", "_")
         group = {
             "shape": shape,

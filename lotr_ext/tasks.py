@@ -83,8 +83,8 @@ class TaskBank(Attachment):
             if layer.start_core is not None:
                 raise ValueError(
                     f'TaskBank: expected an adapter with another init than "svd", which moves a '
-                    f"part of the base weights into the adapter, so that rows without a task "
-                    f"would not be the base model's, got {name!r} with it"
+                    f"part of the base weights into the adapter, so rows without a task would not "
+                    f"be the base model's, got {name!r} with it"
                 )
         cores = [layer.core.detach() for layer in layers.values()]
         self.cores = nn.ParameterList(

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..adapter_state import AdapterState, LayerEntry
 from ..base_model import BaseModel
 from ..config import LoTRConfig
-from ..init import START, tucker2_of
+from ..init import INIT_GAIN, tucker2_of
 from ..targets import Target, group_of, in_groups
 from .lora import LoRA, Source, modules_of, read_lora, tensors_of
 
@@ -102,7 +102,7 @@ def lora_to_lotr(
 
     The changes of a group's weights, stacked, are factorized by Tucker-2 in float64: HOSVD, then a
     few steps of HOOI. S LoRAs of rank r in a group are exact at rank S r (arXiv 2402.01376 calls
-    LoTR a generalization of LoRA in this sense). A and B are START times orthonormal and s is
+    LoTR a generalization of LoRA in this sense). A and B are INIT_GAIN times orthonormal and s is
     "auto", so training can continue at LoRA's rate. At a lower rank, read the errors of the result:
     a layer with an error near 1 has lost its adapter.
 
@@ -135,7 +135,7 @@ def lora_to_lotr(
         for name, core in zip(names, cores, strict=True):
             errors[name] = lost(float(core.norm()), layers[name].norm)
             converted[name] = ConvertedLayer(
-                START * A, START * B, core / (START**2 * config.s), group
+                INIT_GAIN * A, INIT_GAIN * B, core / (INIT_GAIN**2 * config.s), group
             )
     return Conversion.of(config, converted, saved, errors)
 
@@ -175,7 +175,7 @@ def tucker2_of_loras(
     output_basis, outputs = _in_basis([lora.B for lora in loras], ranks[1])
     pairs = list(zip(inputs, outputs, strict=True))
     # D^T = V U^T. With U = Q R, V R^T has the same leading directions, and few columns.
-    halves = [V @ torch.linalg.qr(U, mode="r").R.mT for V, U in pairs]
+    blocks = [V @ torch.linalg.qr(U, mode="r").R.mT for V, U in pairs]
 
     def right(A: Tensor) -> list[Tensor]:
         return [U @ (V.mT @ A) for V, U in pairs]
@@ -183,7 +183,7 @@ def tucker2_of_loras(
     def left(B: Tensor) -> list[Tensor]:
         return [V @ (U.mT @ B) for V, U in pairs]
 
-    A, B, cores = tucker2_of(halves, right, left, len(outputs[0]), ranks)
+    A, B, cores = tucker2_of(blocks, right, left, len(outputs[0]), ranks)
     return input_basis @ A, output_basis @ B, cores
 
 

@@ -11,7 +11,7 @@ PEFT's BaseTuner adds, switches, merges and removes adapters. It calls these hoo
     _remove_adapter_name_from_key   the names in a file
     _remap_adapter_state_dict_for_load
 
-BaseTuner sees only parameters below adapted layers. The factors are the tuner's, so that each is
+BaseTuner sees only parameters below adapted layers. The factors are the tuner's, so each is
 registered once:
 
     base_model.lotr_factors.<adapter>.A_<group>.value       A of a group, and B_<group>; by width
@@ -48,7 +48,7 @@ from ..targets import (
     tied_names,
     why_not_adapted,
 )
-from ..wrapped import check_mergeable
+from ..wrapped import mergeable_weight
 from .config import LoTRPeftConfig
 from .layer import LoTRPeftAdapter, LoTRPeftLinear
 
@@ -231,7 +231,7 @@ class LoTRPeftModel(BaseTuner):
         for name, module in self.model.named_modules():
             try:
                 if isinstance(module, LoTRPeftLinear):
-                    check_mergeable(module.base_layer)
+                    mergeable_weight(module.base_layer)
             except TypeError as error:
                 raise TypeError(f"{error} ({name})") from None
 
