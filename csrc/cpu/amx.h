@@ -177,8 +177,9 @@ inline void shrink_in_tiles(float* c, int64_t ldc, const TensorView& x, const Fa
 // Rows of y[rows][64] = start_of(from, bias) (block.h) + u f, in full vectors of neighbors, as
 // expand_full_rows (products.h). `units` of u and f are full steps.
 template <typename K, typename T, Form form>
-inline void expand_in_tiles(const Target<T>& to, int64_t rows, const Broadcast& u,
-                            const typename K::Unit* panel, int64_t units, const float* bias) {
+inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, int64_t rows,
+                            const Broadcast& u, const typename K::Unit* panel, int64_t units,
+                            const float* bias) {
   constexpr int64_t kUnit = sizeof(typename K::Unit);
   constexpr int64_t kWidth = kMaxVectors * K::kLanes;
   const int64_t of_step = units_of_step(units);
@@ -195,21 +196,24 @@ inline void expand_in_tiles(const Target<T>& to, int64_t rows, const Broadcast& 
       store_tiles<RA, 2>(sums + v * kSide, kWidth);
     }
     // Down this panel, then from the top of the next one.
-    const Target<T> ahead = i + n < rows ? to.at(i + n) : to.at(0, kWidth);
+    const bool below = i + n < rows;
+    const T* from_ahead = from + (below ? (i + n) * ldfrom : kWidth);
+    const T* y_ahead = y + (below ? (i + n) * ldy : kWidth);
     for (int64_t j = 0; j < n; ++j) {
-      const Target<T> row = to.at(i + j);
-      const Target<T> later = ahead.at(j);
+      T* const to = y + (i + j) * ldy;
+      const T* const start = from + (i + j) * ldfrom;
       for (int64_t c = 0; c < kWidth * int64_t(sizeof(T)); c += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(later.from) + c, 1, 2);
-        if (to.y != to.from) __builtin_prefetch(reinterpret_cast<const char*>(later.y) + c, 1, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(from_ahead + j * ldfrom) + c, 1, 2);
+        if (y != from)
+          __builtin_prefetch(reinterpret_cast<const char*>(y_ahead + j * ldy) + c, 1, 2);
       }
 #pragma GCC unroll 4
       for (int64_t v = 0; v < kWidth; v += 2 * K::kLanes) {
         const float* product = sums + j * kWidth + v;
         const auto sum = [&](int64_t w) {
-          return start_of<form>(row.from + v + w, bias + v + w) + load(product + w);
+          return start_of<form>(start + v + w, bias + v + w) + load(product + w);
         };
-        store(row.y + v, sum(0), sum(K::kLanes));
+        store(to + v, sum(0), sum(K::kLanes));
       }
     }
   });

@@ -161,23 +161,12 @@ LOTR_INLINE auto start_of(const T* from, const A* bias) {
   return load(from) + load(bias);
 }
 
-// Where an expand writes, and the matrix that it starts from, which is y or does not overlap it:
-// the addresses of their first elements, and strides from row to row and from column to column.
-template <typename T>
-struct Target {
-  T* y;
-  int64_t ldy, y_step;
-  const T* from;
-  int64_t ldfrom, from_step;
-  LOTR_INLINE Target at(int64_t row, int64_t column = 0) const {
-    return {y + row * ldy + column, ldy, y_step, from + row * ldfrom + column, ldfrom, from_step};
-  }
-};
-
-// y[MR][RV vectors] = start_of(from, bias) + u f, in full vectors of neighbors; prefetches `ahead`.
+// y[MR][RV vectors] = start_of(from, bias) + u f, in full vectors of neighbors. Rows of y are `ldy`
+// apart, rows of `from` `ldfrom`; `from` is y, or does not overlap it.
 template <typename K, typename T, int MR, int RV, Form form>
-LOTR_INLINE void expand_full_block(const Target<T>& to, const Target<T>& ahead, const Broadcast& u,
-                                   const typename K::Unit* f, int64_t n,
+LOTR_INLINE void expand_full_block(T* y, int64_t ldy, const T* from, int64_t ldfrom,
+                                   const Broadcast& u, const typename K::Unit* f, int64_t n,
+                                   const T* from_ahead, const T* y_ahead,
                                    const typename K::Acc* bias) {
   constexpr int kLanes = K::kLanes;
   constexpr int kPanel = RV * kLanes;
@@ -190,15 +179,15 @@ LOTR_INLINE void expand_full_block(const Target<T>& to, const Target<T>& ahead, 
     // A later block of `from`, and of y if that is another matrix: the rows of a block are too
     // short for the hardware's prefetcher.
     for (int v = 0; v < kPanel * int(sizeof(T)); v += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(ahead.from + i * to.ldfrom) + v, 1, 2);
-    if (to.y != to.from) {
+      __builtin_prefetch(reinterpret_cast<const char*>(from_ahead + i * ldfrom) + v, 1, 2);
+    if (y_ahead) {
       for (int v = 0; v < kPanel * int(sizeof(T)); v += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(ahead.y + i * to.ldy) + v, 1, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(y_ahead + i * ldy) + v, 1, 2);
     }
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
       if constexpr (kStartsAtY) {
-        acc[i][v] = start_of<form>(to.from + i * to.ldfrom + v * kLanes, bias + v * kLanes);
+        acc[i][v] = start_of<form>(from + i * ldfrom + v * kLanes, bias + v * kLanes);
       } else {
         acc[i][v] = typename K::Vec{};
       }
@@ -209,27 +198,26 @@ LOTR_INLINE void expand_full_block(const Target<T>& to, const Target<T>& ahead, 
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
-      T* at = to.y + i * to.ldy + v * kLanes;
+      T* at = y + i * ldy + v * kLanes;
       if constexpr (kStartsAtY && RV % 2 == 0) {
         if (v % 2 == 0) store(at, acc[i][v], acc[i][v + 1]);
       } else if constexpr (kStartsAtY) {
         store(at, acc[i][v]);
       } else {
-        const T* from = to.from + i * to.ldfrom + v * kLanes;
-        store(at, start_of<form>(from, bias + v * kLanes) + acc[i][v]);
+        store(at, start_of<form>(from + i * ldfrom + v * kLanes, bias + v * kLanes) + acc[i][v]);
       }
     }
   }
 }
 
 // y[MR][cols] = from + bias + scale * (mask applied to u f), where f is a panel of RV vectors of n,
-// for a panel that is cut short, strided columns, a scale or dropout. `bias` and `from`, unless
-// has_matrix, are zero; `keep` (row stride RV vectors) is null without dropout.
+// for a panel that is cut short, strided columns, a scale or dropout. `from` and `bias` are zero if
+// they are null; `keep` (row stride RV vectors) is null without dropout.
 template <typename K, typename T, int MR, int RV>
-inline void expand_ragged_block(const Target<T>& to, bool has_matrix, int64_t cols,
-                                const Broadcast& u, const typename K::Unit* f, int64_t n,
-                                const uint32_t* keep, typename K::Acc scale,
-                                const typename K::Acc* bias) {
+inline void expand_ragged_block(T* y, int64_t ldy, int64_t y_step, const T* from, int64_t ldfrom,
+                                int64_t from_step, int64_t cols, const Broadcast& u,
+                                const typename K::Unit* f, int64_t n, const uint32_t* keep,
+                                typename K::Acc scale, const typename K::Acc* bias) {
   constexpr int kLanes = K::kLanes;
   constexpr int kPanel = RV * kLanes;
   typename K::Vec acc[MR][RV] = {};
@@ -237,7 +225,7 @@ inline void expand_ragged_block(const Target<T>& to, bool has_matrix, int64_t co
   typename K::Acc sums[kPanel];
   for (int i = 0; i < MR; ++i) {
     for (int v = 0; v < RV; ++v) store(sums + v * kLanes, acc[i][v]);
-    T* row = to.y + i * to.ldy;
+    T* row = y + i * ldy;
     if (keep) {
       for (int64_t j = 0; j < cols; ++j)
         sums[j] = keep[i * kPanel + j] ? sums[j] * scale : typename K::Acc(0);
@@ -247,14 +235,14 @@ inline void expand_ragged_block(const Target<T>& to, bool has_matrix, int64_t co
     if (bias) {
       for (int64_t j = 0; j < cols; ++j) sums[j] += bias[j];
     }
-    const T* start = to.from + i * to.ldfrom;
-    if (!has_matrix) {
-      for (int64_t j = 0; j < cols; ++j) row[j * to.y_step] = Narrow<T>::from(sums[j]);
-    } else if (to.y_step == 1 && to.from_step == 1) {
+    const T* start = from ? from + i * ldfrom : nullptr;
+    if (!start) {
+      for (int64_t j = 0; j < cols; ++j) row[j * y_step] = Narrow<T>::from(sums[j]);
+    } else if (y_step == 1 && from_step == 1) {
       for (int64_t j = 0; j < cols; ++j) row[j] = Narrow<T>::from(to_float(start[j]) + sums[j]);
     } else {
       for (int64_t j = 0; j < cols; ++j)
-        row[j * to.y_step] = Narrow<T>::from(to_float(start[j * to.from_step]) + sums[j]);
+        row[j * y_step] = Narrow<T>::from(to_float(start[j * from_step]) + sums[j]);
     }
   }
 }

@@ -313,21 +313,27 @@ constexpr int64_t kPanel = kMaxVectors * K::kLanes;
 // each other out of L1.
 constexpr int64_t kExpandRows = LOTR_VB == 64 ? 2 : kRows[kMaxVectors];
 
-// y = from + bias + u F^T in one panel of F, for `rows` rows. All columns of the panel exist, are
-// contiguous, and none is masked.
+// y = from + bias + u F^T in one panel of F, for `rows` rows from `y` on. All columns of the panel
+// exist, are contiguous, and none is masked.
 template <typename K, typename T, Form form>
-inline void expand_full_rows(const Target<T>& to, int64_t rows, const Broadcast& u,
-                             const typename K::Unit* panel, int64_t units,
+inline void expand_full_rows(T* y, int64_t ldy, const T* from, int64_t ldfrom, int64_t rows,
+                             const Broadcast& u, const typename K::Unit* panel, int64_t units,
                              const typename K::Acc* bias) {
   // About 1000 cycles, which memory takes to answer.
   const int64_t blocks_ahead = larger(1, smaller(16, 1024 / (kExpandRows * kMaxVectors * units)));
   row_blocks<kExpandRows>(rows, [&](auto mr, int64_t i) {
     constexpr int MR = decltype(mr)::value;
     // Prefetches down this panel, then from the top of the next one.
-    const int64_t row = i + kExpandRows * blocks_ahead;
-    const Target<T> ahead = row < rows ? to.at(row) : to.at(row - rows, kPanel<K>);
-    expand_full_block<K, T, MR, kMaxVectors, form>(to.at(i), ahead, {u.data + i * u.step, u.step},
-                                                   panel, units, bias);
+    int64_t row = i + kExpandRows * blocks_ahead;
+    int64_t column = 0;
+    if (row >= rows) {
+      row -= rows;
+      column = kPanel<K>;
+    }
+    const T* y_ahead = y == from ? nullptr : y + row * ldy + column;
+    expand_full_block<K, T, MR, kMaxVectors, form>(y + i * ldy, ldy, from + i * ldfrom, ldfrom,
+                                                   {u.data + i * u.step, u.step}, panel, units,
+                                                   from + row * ldfrom + column, y_ahead, bias);
   });
 }
 
@@ -356,21 +362,20 @@ inline void expand_panel(const Rectangle& part, const Broadcast& u, int64_t unit
   const bool add_bias = start.bias.data || !has_matrix;
   typename K::Acc bias[kPanel<K>];
   if (add_bias) widen_bias<K, T>(bias, start.bias, part.c0, cols);
-  const TensorView& from = has_matrix ? start.matrix : y;  // without a matrix: only prefetched
-  const Target<T> to{
-      static_cast<T*>(y.data) + part.i0 * y.row_stride + part.c0 * y.col_stride,
-      y.row_stride,
-      y.col_stride,
-      static_cast<const T*>(from.data) + part.i0 * from.row_stride + part.c0 * from.col_stride,
-      from.row_stride,
-      from.col_stride};
-  if (to.y_step == 1 && to.from_step == 1 && cols == kPanel<K> && !drop.on && drop.scale == 1.0) {
+  const TensorView& origin = has_matrix ? start.matrix : y;  // without a matrix: only prefetched
+  const T* const from = static_cast<const T*>(origin.data) + part.i0 * origin.row_stride +
+                        part.c0 * origin.col_stride;
+  T* const top = static_cast<T*>(y.data) + part.i0 * y.row_stride + part.c0 * y.col_stride;
+  if (y.col_stride == 1 && origin.col_stride == 1 && cols == kPanel<K> && !drop.on &&
+      drop.scale == 1.0) {
     const auto run = [&](auto form) {
       constexpr Form kForm = decltype(form)::value;
       if constexpr (in_tiles<K>)
-        expand_in_tiles<K, T, kForm>(to, part.rows, u, panel, units, bias);
+        expand_in_tiles<K, T, kForm>(top, y.row_stride, from, origin.row_stride, part.rows, u,
+                                     panel, units, bias);
       else
-        expand_full_rows<K, T, kForm>(to, part.rows, u, panel, units, bias);
+        expand_full_rows<K, T, kForm>(top, y.row_stride, from, origin.row_stride, part.rows, u,
+                                      panel, units, bias);
     };
     if (!has_matrix) return run(std::integral_constant<Form, Form::bias>{});
     if (!add_bias) return run(std::integral_constant<Form, Form::matrix>{});
@@ -389,8 +394,10 @@ inline void expand_panel(const Rectangle& part, const Broadcast& u, int64_t unit
       keep = mask;
     }
     expand_ragged_block<K, T, MR, kMaxVectors>(
-        to.at(i), has_matrix, cols, {u.data + i * u.step, u.step}, panel, units, keep,
-        typename K::Acc(drop.scale), add_bias ? bias : nullptr);
+        top + i * y.row_stride, y.row_stride, y.col_stride,
+        has_matrix ? from + i * origin.row_stride : nullptr, origin.row_stride, origin.col_stride,
+        cols, {u.data + i * u.step, u.step}, panel, units, keep, typename K::Acc(drop.scale),
+        add_bias ? bias : nullptr);
   });
 }
 
