@@ -13,7 +13,7 @@ from torch import nn
 from lotr_ext import TaskBank, vllm
 from lotr_ext.adapted import adapted_layers
 from lotr_ext.convert import export_lora
-from lotr_ext.files import state_of
+from lotr_ext.files import adapter_of
 from lotr_ext.storage import tensors_in
 from lotr_ext.vllm import export_factors, export_task
 
@@ -39,7 +39,7 @@ def adapted(net: str = "llama", **settings: object) -> nn.Module:
 
 def read(model: nn.Module, folder: Path) -> torch.Tensor:
     """Reads a task as the plugin does, over the factors of a model."""
-    return vllm.read_task(folder, vllm.factors_of(state_of(model), "test"))
+    return vllm.read_task(folder, vllm.factors_of(adapter_of(model), "test"))
 
 
 CONFIG = {
