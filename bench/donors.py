@@ -42,6 +42,9 @@ LORA_RATE = 5e-3
 MIXED_STEPS = 60
 MIXED_RATE = 4e-3
 
+# The dimension of a weight [n, k] along which a factor lies.
+A_SIDE = 1
+B_SIDE = 0
 Pairs = dict[str, tuple[Tensor, Tensor]]  # orthonormal A [k, r] and B [n, r] by layer
 
 
@@ -192,10 +195,10 @@ def shared_factors(
     Args:
         shapes: [n, k] by layer.
         group_by: One of the groupings of LoTRConfig.
-        make: (the layers that share a factor, its side) -> the factor. The side of A is 1, of B 0.
+        make: (the layers that share a factor, its side) -> the factor.
     """
     factors: dict[tuple[str, int], Tensor] = {}
-    for side in (1, 0):
+    for side in (A_SIDE, B_SIDE):
         groups: dict[tuple, list[str]] = {}
         for name, shape in shapes.items():
             block = re.match(r".*?\.\d+", name)[0]
@@ -203,7 +206,7 @@ def shared_factors(
             groups.setdefault(keys[group_by], []).append(name)
         for names in groups.values():
             factors |= dict.fromkeys([(name, side) for name in names], make(names, side))
-    return {name: (factors[name, 1], factors[name, 0]) for name in shapes}
+    return {name: (factors[name, A_SIDE], factors[name, B_SIDE]) for name in shapes}
 
 
 def pairs_of(matrices: list[dict[str, Tensor]], group_by: str, rank: int) -> Pairs:
@@ -212,7 +215,7 @@ def pairs_of(matrices: list[dict[str, Tensor]], group_by: str, rank: int) -> Pai
 
     def make(names: list[str], side: int) -> Tensor:
         members = [by_name[name].float() for name in names for by_name in matrices]
-        stack = torch.cat([matrix.T if side else matrix for matrix in members], 1)
+        stack = torch.cat([matrix.T if side == A_SIDE else matrix for matrix in members], 1)
         torch.manual_seed(0)
         U, _, _ = torch.svd_lowrank(stack, min(rank + 16, *stack.shape), niter=4)
         return U[:, :rank].contiguous()
@@ -224,7 +227,7 @@ def random_pairs(shapes: dict[str, tuple[int, int]], form: Form, seed: int) -> P
     generator = torch.Generator().manual_seed(1000 + seed)
 
     def make(names: list[str], side: int) -> Tensor:
-        rank = form.rank[1 - side]
+        rank = form.rank[0 if side == A_SIDE else 1]
         columns = torch.randn(shapes[names[0]][side], rank, generator=generator)
         return at_rank(torch.linalg.qr(columns).Q, rank)
 
@@ -303,7 +306,8 @@ def pairs_for(form: Form, target: str, seed: int) -> Pairs:
         "mixed": lambda rank: mixed_pairs(form.group, rank),
     }
     most = max(form.rank)
-    if form.source not in ("loras", "mixed"):  # whose first columns are no pair of a lower rank
+    # The others are nested: they are made at one of three ranks, and the first columns are taken.
+    if form.source not in ("loras", "mixed"):
         most = next(rank for rank in (16, 64, 256) if most <= rank)
     about = target if form.source in ("own", "known") else "all"
     name = f"pair-{form.source}-{about}-{form.group}-{most}"

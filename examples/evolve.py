@@ -110,7 +110,7 @@ def main(words: list[str] | None = None) -> None:
     after = 100 * accuracy(model, held_out)
     print(
         f"held-out accuracy {before:.1f} % before, {after:.1f} % after {options.generations} "
-        f"generations of {sum(core.numel() for core in center):,} numbers"
+        f"generations of {sum(core.numel() for core in center):,} parameters"
     )
 
 

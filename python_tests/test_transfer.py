@@ -147,7 +147,7 @@ def test_the_search_continues_from_what_is_recorded(tmp_path: Path) -> None:
         finished.append((run.lr, run.seed))
         row = run._asdict()
         if run.lr != 4e-3:  # this one diverges
-            row |= {"validation": abs(run.lr - 2e-3), "numbers": 7}
+            row |= {"validation": abs(run.lr - 2e-3), "parameters": 7}
         transfer.record(options.results, row)
     assert finished == [(1e-3, 0), (2e-3, 0), (4e-3, 0), (2e-3, 1), (2e-3, 2)]
 
