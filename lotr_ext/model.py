@@ -254,26 +254,22 @@ def make_cores(
 # ---- init "svd" ----------------------------------------------------------------------------------
 
 
-def _plain_weight(target: Target) -> Tensor:
-    """Returns W [n, k] of a layer, which init "svd" reads and writes."""
-    if layer_class(target.module) is LoTRWrapped:
-        raise ValueError(
-            f'init: expected weights that "svd" can read and write, got {target.name!r} '
-            f"({type(target.module).__name__})"
-        )
-    return matrix_of(target.module)
-
-
 @torch.no_grad()
 def _svd_starts(selection: Selection) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Returns A, B and the core of each layer: the Tucker-2 factorization of its group's weights.
 
     A and B are START times orthonormal factors.
     """
+    for target in selection.targets:
+        if layer_class(target.module) is LoTRWrapped:
+            raise ValueError(
+                f'init: expected weights that "svd" can read and write, got {target.name!r} '
+                f"({type(target.module).__name__})"
+            )
     config = selection.config
     starts = {}
     for targets in selection.groups.values():
-        weights = [_plain_weight(target) for target in targets]
+        weights = [matrix_of(target.module) for target in targets]
         A_basis, B_basis, cores = tucker2(weights, config.ranks)
         A = START * A_basis
         B = START * B_basis

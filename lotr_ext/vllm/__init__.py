@@ -111,15 +111,6 @@ def _check_servable(adapter: AdapterState, where: str) -> None:
         )
 
 
-def read_factors(directory: str | PathLike[str]) -> EngineFactors:
-    """Returns the factors in a folder of `save_adapter`.
-
-    Raises:
-        ValueError: If there is no such folder, or it has an adapter that the engine cannot hold.
-    """
-    return factors_of(AdapterState.read(Path(directory)), "LOTR_FACTORS")
-
-
 # ---- export --------------------------------------------------------------------------------------
 
 
@@ -212,10 +203,11 @@ def register() -> None:
 
     Raises:
         RuntimeError: If this version of vLLM is not tested.
-        ValueError: If there is no such folder.
+        ValueError: If there is no such folder, or it has an adapter that the engine cannot hold.
     """
     if os.environ.get("LOTR_FACTORS"):
         # Only here: engine.py imports vLLM, and exporting works without it.
         from .engine import install
 
-        install(read_factors(os.environ["LOTR_FACTORS"]))
+        adapter = AdapterState.read(Path(os.environ["LOTR_FACTORS"]))
+        install(factors_of(adapter, "LOTR_FACTORS"))
