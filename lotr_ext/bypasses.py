@@ -28,7 +28,7 @@ _FUSED_LAYERS = {
 }
 
 
-def why_not_called(parent: nn.Module, child: str) -> str | None:
+def call_obstacle(parent: nn.Module, child: str) -> str | None:
     """Returns why parent does not call its linear layer of this name, None if nothing is known."""
     if child == "out_proj" and isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight and does not call it"
