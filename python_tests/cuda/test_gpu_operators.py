@@ -25,12 +25,13 @@ FUSED_OPERATORS = (
     "layer_forward_rows",
     "layer_backward_",
 )
+# Sizes whose rows have multiples of 16 bytes, which gemm_lotr needs.
 FUSED_SHAPES = [
     (1, 72, 64, 16),
     (300, 200, 328, 11),
     (1000, 1032, 776, 127),
     (2048, 2048, 2048, 16),
-]  # rows of 16 bytes
+]
 of_kinds = pytest.mark.parametrize(
     "dtype, factors", ON_GPU, ids=lambda t: str(t).removeprefix("torch.")
 )
