@@ -140,12 +140,12 @@ def test_a_folder_of_peft_is_exported(tmp_path: Path) -> None:
 
 
 # Form, options, a server's name of the experts, and its names of gate, up and down.
-OF_VLLM = ("w1", "w3", "w2")
+VLLM_NAMES = ("w1", "w3", "w2")
 GPT_OSS = {"hosts": "gpt_oss"}
 EXPERT_NAMES = [
-    ("vllm-shared", {}, "block_sparse_moe.experts", OF_VLLM),  # by the model's type, mixtral
-    ("per-expert", {}, "block_sparse_moe.experts", OF_VLLM),
-    ("vllm-shared", GPT_OSS, "mlp.experts", OF_VLLM),
+    ("vllm-shared", {}, "block_sparse_moe.experts", VLLM_NAMES),  # by the model's type, mixtral
+    ("per-expert", {}, "block_sparse_moe.experts", VLLM_NAMES),
+    ("vllm-shared", GPT_OSS, "mlp.experts", VLLM_NAMES),
     ("per-expert", GPT_OSS, "mlp.experts", ("gate_proj", "up_proj", "down_proj")),
 ]
 

@@ -32,7 +32,7 @@ FUSED_SHAPES = [
     (1000, 1032, 776, 127),
     (2048, 2048, 2048, 16),
 ]
-of_kinds = pytest.mark.parametrize(
+by_dtypes = pytest.mark.parametrize(
     "dtype, factors", ON_GPU, ids=lambda t: str(t).removeprefix("torch.")
 )
 
@@ -81,7 +81,7 @@ def check(name: str, make: Callable[[], Case], where: str) -> None:
     )
 
 
-@of_kinds
+@by_dtypes
 @pytest.mark.parametrize("name", TABLE)
 def test_operator(
     name: str,

@@ -549,9 +549,9 @@ def row_core_backward(p: Problem, shape: Shape) -> None:
     p.numbers["scale"] = SCALING
     rows = Rows(p, shape)
     g = p.op(p.large("g", shape.m, shape.other))
-    of_token = np.arange(len(rows.u))[:, None] == rows.tokens  # [tokens, rows]
+    has_token = np.arange(len(rows.u))[:, None] == rows.tokens  # [tokens, rows]
     transposed = rows.cores.transpose(0, 2, 1).reshape(-1, shape.r)
-    p.product("du", of_token @ rows.by_core(g), transposed, scale=SCALING)
+    p.product("du", has_token @ rows.by_core(g), transposed, scale=SCALING)
     u = rows.by_core(rows.u[rows.tokens])
     p.product("dcores", u.T, g, scale=SCALING, size=rows.cores.shape, dtype=FLOAT)
 

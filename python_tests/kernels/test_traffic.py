@@ -18,7 +18,7 @@ from csrc.simt import build
 RECORD = Path(__file__).with_name("traffic.json")
 # The large matrix of each kernel, which moves once. gemm_lotr reads x and W once for each tile of
 # 256 columns or rows.
-OF_ADAPTER = {
+ADAPTER_KERNELS = {
     "shrink": "x",
     "expand_add": "y",
     "expand_fresh": "y",
@@ -26,7 +26,7 @@ OF_ADAPTER = {
     "factor_grad": "x",
     "shrink_grad": "g",
 }
-LARGE = OF_ADAPTER | dict.fromkeys(FUSED, "y")
+LARGE = ADAPTER_KERNELS | dict.fromkeys(FUSED, "y")
 SHAPES = {
     "layer": Shape(1024, 1024, 16, PACKED),
     "rank 64": Shape(512, 1024, 64, PACKED),
@@ -38,9 +38,9 @@ SHAPES = {
 SMALL = ("fold", "fold_grad", "row_core", "row_core_backward")
 ADAPTER_SHAPES = ("layer", "rank 64", "decoding", "A100")
 CASES = [
-    *((kernel, shape, "bf16") for kernel in OF_ADAPTER for shape in ADAPTER_SHAPES),
+    *((kernel, shape, "bf16") for kernel in ADAPTER_KERNELS for shape in ADAPTER_SHAPES),
     *((kernel, "base product", "bf16") for kernel in FUSED),
-    *((kernel, "A100", "fp32") for kernel in OF_ADAPTER),
+    *((kernel, "A100", "fp32") for kernel in ADAPTER_KERNELS),
     *((kernel, "A100", "bf16") for kernel in SMALL),
     ("row_core", "sorted rows", "bf16"),
 ]
@@ -95,8 +95,8 @@ def check_large_matrix(problem: Problem, kernel: str, bytes_of: dict[str, list[i
 
 def check_launches(problem: Problem, counters: dict, may_share: bool) -> None:
     """Asserts one launch for a product, and one more if blocks may share an output and do."""
-    of_parts = ["sum_parts"] if may_share else []
-    assert launches(counters) in ([problem.kernel], [problem.kernel, *of_parts])
+    second_launch = ["sum_parts"] if may_share else []
+    assert launches(counters) in ([problem.kernel], [problem.kernel, *second_launch])
 
 
 def check_accesses(counters: dict) -> None:

@@ -223,10 +223,10 @@ void wgmma(const char* name) {
     b.push_back(number());
     B[MN ? i % K * N + i / K : i] = ptx::from_float<T>(b.back());
   }
-  const auto of_B = MN ? ptx::tensor_map_2d(B, K, N, N, K) : ptx::tensor_map_2d(B, N, K, K, 64);
+  const auto b_map = MN ? ptx::tensor_map_2d(B, K, N, N, K) : ptx::tensor_map_2d(B, N, K, K, 64);
   ptx::launch<wgmma_kernel<T, MN>>(
       {dim3(1), dim3(128), sizeof(Operands<T>), nullptr, dim3(1, 1, 1), "wgmma"},
-      ptx::tensor_map_2d(A, ROWS, COLS - 4, COLS, 64), of_B,
+      ptx::tensor_map_2d(A, ROWS, COLS - 4, COLS, 64), b_map,
       ptx::tensor_map_2d(C, ROWS - 10, COLS - 70, COLS, 64), shared.data(), out.data());
   for (const uint16_t bits : shared) in_shared.push_back(number_of<T>(bits));
   for (const T& x : C) c.push_back(ptx::to_float(x));
