@@ -11,14 +11,14 @@ import pytest
 import test_operators
 import torch
 from helpers import LAYOUTS, SCHEMAS
-from test_operators import BETA, DROPS, KINDS, SHAPES, TABLE, Case
+from test_operators import BETA, DROPS, DTYPE_PAIRS, SHAPES, TABLE, Case
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lotr_ext.core.kernel_support import build_info
 
 FUSED = 2  # csrc/torch/check.h
-ON_GPU = [kind for kind in KINDS if torch.float64 not in kind]
+ON_GPU = [pair for pair in DTYPE_PAIRS if torch.float64 not in pair]
 FUSED_OPERATORS = (
     "layer_forward",
     "layer_forward_projected",
@@ -74,8 +74,8 @@ class OnDevice:
 def check(name: str, make: Callable[[], Case], where: str) -> None:
     """The numbers, and the same bits a second time."""
     test_operators.check(name, make(), where)
-    first = test_operators.results(name, make())
-    second = test_operators.results(name, make())
+    first = test_operators.results_of(name, make())
+    second = test_operators.results_of(name, make())
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), (
         f"{name}, {where}: other bits"
     )
