@@ -10,7 +10,7 @@ import zoo
 from helpers import relative, worst
 from layers import KINDS, Net, agree, inputs, once
 from test_experts import OFFS, ROWS, N, S, by_tasks, by_tokens, check, make
-from test_tasks import INDEX, banked, output, rows
+from test_tasks import INDEX, banked, output, row_by_row
 from torch import Tensor, nn
 
 from lotr_ext import lotr_grouped_linear
@@ -47,7 +47,7 @@ def test_tasks(device: str) -> None:
     truth = copy.deepcopy(model).to("cpu", torch.float64)
     x = zoo.inputs("mlp", rows=4)
     y = output(model, x.to(device), INDEX.to(device))
-    assert relative(y.cpu(), rows(truth, x.double())) < 1e-5
+    assert relative(y.cpu(), row_by_row(truth, x.double())) < 1e-5
 
 
 # ---- models ----
