@@ -290,13 +290,13 @@ struct Operators {
   static void outer(const TensorView& out, const TensorView& x, const TensorView& v,
                     const Drop& drop, double scale, bool add) {
     const Chunks chunks(x.rows);
-    const int64_t tile_m = tile_rows_once<K, T>(x, drop, v.cols);
+    const int64_t tile_m = factor_grad_tile_rows<K, T>(x, drop, v.cols);
     const bool wide = out.dtype == (std::is_same_v<Acc, double> ? DType::float64 : DType::float32);
     const int64_t transposed = transposed_columns<K, T>(x, drop);
     const bool better_in_tiles = in_tiles<K> && transposed > 0 && x.rows >= kSide;
-    if (chunks.count == 1 && !better_in_tiles && scale == 1.0 && wide && out.col_stride == 1 &&
-        v.cols % K::kLanes == 0)
-      return outer_in_output(out, x, v, drop, tile_m, add);
+    const bool in_output = chunks.count == 1 && !better_in_tiles && scale == 1.0 && wide &&
+                           out.col_stride == 1 && v.cols % K::kLanes == 0;
+    if (in_output) return outer_in_output(out, x, v, drop, tile_m, add);
     if constexpr (std::is_same_v<T, Acc>) {
       // Few tokens, and a rank that is not a multiple of the vector: padding v and the sums would
       // take longer than the sums.
@@ -350,7 +350,7 @@ struct Operators {
                           const TensorView& F, const TensorView& u, bool add) {
     const Chunks chunks(g.rows);
     const int64_t ld = vectors_of<K>(F.cols) * K::kLanes;
-    const int64_t tile_m = tile_rows<K>(g, F.cols);
+    const int64_t tile_m = shrink_grad_tile_rows<K>(g, F.cols);
     if (tile_m == 0) {
       shrink(du, g, F, {});
       factor_grad(Q, g, u, {}, add);

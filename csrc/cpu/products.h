@@ -28,7 +28,7 @@ constexpr int64_t kTileBytes = 16384;
 // and sums are used again for each tile: if these exceed L2, the taller tiles of two passes
 // read them less often.
 template <typename K>
-inline int64_t tile_rows(const TensorView& x, int64_t r) {
+inline int64_t shrink_grad_tile_rows(const TensorView& x, int64_t r) {
   if (3 * x.cols * r * int64_t(sizeof(typename K::Acc)) > l2_bytes()) return 0;
   const int64_t row = x.cols * element_size(x.dtype) * K::kPair;
   // Sums in AMX tiles are added to the others once for each tile of rows, so tall tiles cost less.
@@ -117,7 +117,7 @@ inline void write_rows(const TensorView& out, int64_t i0, int64_t rows, const ty
 // rows of v in L1. Pairs use the default height, because the units made from x must fit in L1 as
 // well.
 template <typename K, typename T>
-inline int64_t tile_rows_once(const TensorView& x, const Drop& drop, int64_t r) {
+inline int64_t factor_grad_tile_rows(const TensorView& x, const Drop& drop, int64_t r) {
   const int64_t v_bytes =
       kTileUnits * vectors_of<K>(r) * K::kLanes * int64_t(sizeof(typename K::Unit));
   const bool deep = !pairs<K> && native<K, T>(x) && !drop.on && 2 * v_bytes <= kTileBytes;
@@ -182,7 +182,7 @@ inline void shrink_tile(typename K::Acc* c, int64_t ldc, const TensorView& x, co
     const int64_t ready = in_place ? smaller(n, (x.cols - c0) / K::kPair) : 0;
     if (ready > 0) {
       const auto* a = static_cast<const Part<K>*>(x.data) + rows.i0 * x.row_stride + c0;
-      sum_rows<K, true>({c, ldc, t == 0},
+      sum_tile<K, true>({c, ldc, t == 0},
                         {reinterpret_cast<const char*>(a), x.row_stride * int64_t(sizeof(*a))},
                         rows.count, {b.data + t * b.ld, b.ld, b.vectors}, ready, ahead);
     }
@@ -191,7 +191,7 @@ inline void shrink_tile(typename K::Acc* c, int64_t ldc, const TensorView& x, co
       const int64_t left = n - ready;
       const int64_t cols = smaller(x.cols - first, left * K::kPair);
       tile_along_row<K, T>(tile, left, {x, rows.i0, rows.count, first, cols}, drop, mask);
-      sum_rows<K, true>({c, ldc, t + ready == 0},
+      sum_tile<K, true>({c, ldc, t + ready == 0},
                         {reinterpret_cast<const char*>(tile), left * int64_t(sizeof(Unit))},
                         rows.count, {b.data + (t + ready) * b.ld, b.ld, b.vectors}, left, ahead);
     }
@@ -299,7 +299,7 @@ inline void outer_rows(const OuterSums<K>& sums, const TensorView& x, const Drop
       } else {
         tile_down_columns<K, T>(x_tile, kTileColumns, {x, i, rows, c, cols}, row, drop, mask);
       }
-      sum_rows<K, false>({sums.P + (c - sums.transposed) * sums.ld, sums.ld, fresh}, a, cols, b,
+      sum_tile<K, false>({sums.P + (c - sums.transposed) * sums.ld, sums.ld, fresh}, a, cols, b,
                          units, ahead);
     }
   }

@@ -9,7 +9,7 @@
 // multiplication and addition for some block sizes only.)
 #pragma once
 
-#include "cpu/small.h"
+#include "cpu/core_products.h"
 
 namespace lotr::cpu::LOTR_ISA {
 
@@ -99,13 +99,13 @@ struct RowProducts {
       }
       const int64_t in_vectors = from / kLanes * kLanes;
       for (int64_t b0 = 0; b0 < to; b0 += kLanes) {
-        typename Plain<Acc>::Vec square[kLanes] = {};
+        typename Plain<Acc>::Vec square[kLanes] = {};  // [b]: column b's sums, one per lane
         typename Plain<Acc>::Vec sum{};
         const int64_t cols = smaller(kLanes, to - b0);
         for (int64_t b = 0; b < cols; ++b)
           for (int64_t a = 0; a < in_vectors; a += kLanes)
             square[b] += load(in + a) * vector_of(data + (b0 + b) * core.col_stride + a);
-        transpose<kLanes>(square);
+        transpose<kLanes>(square);  // its rows then add up to the columns' sums
         for (int64_t i = 0; i < kLanes; ++i) sum += square[i];
         Acc sums[kLanes];
         store(sums, sum);
@@ -156,7 +156,7 @@ struct RowProducts {
       for (int64_t j = 0; j < n; ++j)
         times_core(sums + j * core.cols, wide + j * core.rows, core, scaling);
     } else {
-      Small<T>::times_core(sums, wide, n, core, scaling);
+      FewTokens<T>::times_core(sums, wide, n, core, scaling);
     }
     for (int64_t j = 0; j < n; ++j)
       write_rows<K>(h, row[j], 1, sums + j * core.cols, core.cols, 1.0, false);

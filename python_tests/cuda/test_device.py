@@ -156,7 +156,7 @@ def test_siblings_on_two_streams() -> None:
     assert worst([factor.grad for factor in trained], expected) < 1e-3
 
 
-def test_nothing_synchronises() -> None:
+def test_nothing_synchronizes() -> None:
     t = layer(512, 256, 256, 16)
     step(t)
     torch.cuda.set_sync_debug_mode("error")

@@ -469,7 +469,7 @@ def unfolded(
     p.checks.append(partial(check_close, view, truth, truth, slack, f"{p.name}: {name}"))
 
 
-def small_forward(p: Problem, s: Shape) -> None:
+def few_tokens_forward(p: Problem, s: Shape) -> None:
     """u = x A, y += s (u core) B^T."""
     p.numbers["scale"] = S
     x = exact(p, p.large("x", s.m, s.k))
@@ -480,7 +480,7 @@ def small_forward(p: Problem, s: Shape) -> None:
     unfolded(p, "y", x.product(A).product(core, S), B.T, p.stored(s.m, s.columns))
 
 
-def small_backward(p: Problem, s: Shape) -> None:
+def few_tokens_backward(p: Problem, s: Shape) -> None:
     """h = s g B, du = h core^T, dx += du A^T, dA += x^T du, dB += s g^T (u core), dcore = u^T h.
 
     bare: without dx and dA.
@@ -566,8 +566,8 @@ KERNELS: dict[str, Callable[[Problem, Shape], None]] = {
     "pack": pack,
     "fold": fold,
     "fold_grad": fold_grad,
-    "small_forward": small_forward,
-    "small_backward": small_backward,
+    "few_tokens_forward": few_tokens_forward,
+    "few_tokens_backward": few_tokens_backward,
     "row_core": row_core,
     "row_core_backward": row_core_backward,
     "gemm_lotr": gemm_lotr,

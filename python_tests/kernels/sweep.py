@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     lib = build.load(options.mode, options.module)
     if options.skip:
         file, _, line = options.skip.partition(":")
-        lib.skip_synchronisation(file, int(line))
+        lib.skip_synchronization(file, int(line))
     cases = problems(options.shapes, options.kinds.split(","), options.kernels.split(","))
     lines = list(failures(lib, cases, options.schedules.split(",")))
     print(*lines, f"{len(lines)} failures", sep="\n")

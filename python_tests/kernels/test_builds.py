@@ -20,8 +20,8 @@ def sweep(mode: str, *arguments: str, kind: str | None = None) -> None:
 
 
 def test_no_race() -> None:
-    """Without small_forward and small_backward, which consist of the other kernels."""
-    kernels = ",".join(kernel for kernel in KERNELS if not kernel.startswith("small"))
+    """Without few_tokens_forward and few_tokens_backward, which consist of the other kernels."""
+    kernels = ",".join(kernel for kernel in KERNELS if not kernel.startswith("few_tokens"))
     sweep("race", "--schedules", "forward", "--kernels", kernels, "--kinds", "bf16", kind="bf16")
 
 
@@ -67,13 +67,13 @@ OPERATIONS = {  # at least, so that none is missing because nothing reports it
 }
 
 
-def synchronisation_sites(lib: ModuleType) -> dict[Site, list[str]]:
-    """Each place where the kernels synchronise, and the kernels that reach it."""
+def synchronization_sites(lib: ModuleType) -> dict[Site, list[str]]:
+    """Each place where the kernels synchronize, and the kernels that reach it."""
     sites: dict[Site, list[str]] = {}
     for kernel in KERNELS:
         lib.reset_counters()
         assert not list(failures(lib, problems("pipeline", ["bf16"], [kernel]), ["forward"]))
-        for op, file, line, calls in lib.synchronisation_sites():
+        for op, file, line, calls in lib.synchronization_sites():
             path = Path(file).resolve().as_posix()
             names = [path[path.index(folder) + 10 :] for folder in FOLDERS if folder in path]
             if names and calls:
@@ -81,19 +81,19 @@ def synchronisation_sites(lib: ModuleType) -> dict[Site, list[str]]:
     return sites
 
 
-def test_each_synchronisation_left_out_is_noticed(lib: ModuleType) -> None:
+def test_each_synchronization_left_out_is_noticed(lib: ModuleType) -> None:
     """By wrong values or an error in some schedule, else by the race detector."""
-    sites = synchronisation_sites(lib)
+    sites = synchronization_sites(lib)
     unnoticed = []
     assert {op for op, _, _ in sites} >= OPERATIONS
     try:
         for (_, file, line), kernels in sites.items():
-            lib.skip_synchronisation(file, line)
+            lib.skip_synchronization(file, line)
             cases = problems("pipeline", ["bf16"], kernels)
             if not any(failures(lib, cases, ["forward", "reverse", "101"])):  # until the first
                 unnoticed.append((f"{file}:{line}", kernels))
     finally:
-        lib.skip_synchronisation("", 0)
+        lib.skip_synchronization("", 0)
     for place, kernels in unnoticed:
         skipped = ["--skip", place, "--kernels", ",".join(kernels)]
         with pytest.raises(AssertionError, match="data race"):

@@ -15,7 +15,7 @@ EVERY_CASE = pytest.mark.parametrize(("kernel", "kind"), CASES)
 
 @EVERY_CASE
 def test_kernel(lib: ModuleType, kernel: str, kind: str) -> None:
-    few = kernel.startswith(("small", "row"))  # composed of other kernels; many barriers
+    few = kernel.startswith(("few_tokens", "row"))  # composed of other kernels; many barriers
     shapes = shapes_of(kernel, "quick")[:: 2 if few else 1]
     problems = (Problem(kernel, shape, kind) for shape in shapes)
     assert not list(failures(lib, problems, ["reverse", "101"]))
@@ -72,7 +72,7 @@ def test_a_scaling_comes_last_in_float16(lib: ModuleType) -> None:
     arrays |= {"dB": np.zeros((40, 3), np.float32), "dcore": np.zeros((4, 3), np.float32)}
     of_forward = ("y", "x", "A", "core", "B", "u")
     of_backward = ("g", "u", "A", "core", "B", "dB", "dcore")
-    lib.run("small_forward", {name: arrays[name] for name in of_forward}, {"scale": s})
-    lib.run("small_backward", {name: arrays[name] for name in of_backward}, {"scale": s})
+    lib.run("few_tokens_forward", {name: arrays[name] for name in of_forward}, {"scale": s})
+    lib.run("few_tokens_backward", {name: arrays[name] for name in of_backward}, {"scale": s})
     for name, truth in truths.items():
         assert np.abs(arrays[name] - truth).max() <= 0.01 * np.abs(truth).max()

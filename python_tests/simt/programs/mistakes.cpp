@@ -76,7 +76,7 @@ LOTR_DEVICE void start(Smem& s, int arrivals) {
   ptx::cluster_sync();
 }
 
-// Each block's part of y is x backwards, by way of shared memory. It has each synchronisation that
+// Each block's part of y is x backwards, by way of shared memory. It has each synchronization that
 // others lack.
 MISTAKE(right, {2, THREADS, 2, sizeof(Smem), true}) {
   SHARED;

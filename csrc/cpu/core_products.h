@@ -38,7 +38,7 @@ inline constexpr decltype(Table::fold_grad) fold_grad_of<double> = &fold_grad<do
 // multiplications, more than the rest of the layer. Between products a token's r numbers are kept
 // in Acc, and rounded to T before they are multiplied with T.
 template <typename T>
-struct Small {
+struct FewTokens {
   using Ops = Operators<T>;
   using K = typename KindOf<T>::type;
   using Acc = typename K::Acc;
@@ -117,7 +117,7 @@ struct Small {
     Ops::expand(y, dense(h_t, m, r_out, x.dtype), B, last, start);
   }
 
-  static void backward(const SmallBackward& s) {
+  static void backward(const FewTokensBackward& s) {
     const int64_t m = s.g.rows;
     const int64_t r_in = s.core.rows;
     const int64_t r_out = s.core.cols;
