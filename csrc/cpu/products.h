@@ -58,7 +58,7 @@ struct PackedFactor {
            sizeof(typename K::Unit);
   }
   explicit PackedFactor(const TensorView& A)
-      : memory(in_place(A) ? 0 : packed_bytes(A) + size_t(A.cols) * 4) {
+      : memory(in_place(A) ? 0 : packed_bytes(A) + 2 * size_t(A.cols) * sizeof(uint16_t)) {
     const int64_t vectors = vectors_of<K>(A.cols);
     if (in_place(A)) {
       units = {static_cast<const typename K::Unit*>(A.data), A.row_stride, vectors};
@@ -82,20 +82,20 @@ LOTR_INLINE void write_run(T* out, const T* c, T scale, bool add) {
   *to = add ? *to + sum : sum;
 }
 
-// out[i0 + i, j] (= or +=) scale * c[i][j], rounded once.
+// out[i0 + i, j] (= or +=) scale * sums[i][j], rounded once.
 template <typename K>
-inline void write_rows(const TensorView& out, int64_t i0, int64_t rows, const typename K::Acc* c,
-                       int64_t ldc, double scale, bool add) {
+inline void write_rows(const TensorView& out, int64_t i0, int64_t rows, const typename K::Acc* sums,
+                       int64_t ld, double scale, bool add) {
   using Acc = typename K::Acc;
   by_dtype(out.dtype, [&](auto stored) {
     using T = typename decltype(stored)::type;
     const Acc s = Acc(scale);
-    for (int64_t i = 0; i < rows; ++i, c += ldc) {
+    for (int64_t i = 0; i < rows; ++i, sums += ld) {
       T* row = static_cast<T*>(out.data) + (i0 + i) * out.row_stride;
       int64_t j = 0;
       if constexpr (std::is_same_v<Acc, double> == std::is_same_v<T, double>) {
         for (; out.col_stride == 1 && j + K::kLanes <= out.cols; j += K::kLanes) {
-          const auto sum = s * load(c + j);
+          const auto sum = s * load(sums + j);
           store(row + j, add ? load(row + j) + sum : sum);
         }
       }
@@ -103,13 +103,13 @@ inline void write_rows(const TensorView& out, int64_t i0, int64_t rows, const ty
       // store would make the next row's load wait.
       if constexpr (std::is_same_v<Acc, T>) {
         for (; out.col_stride == 1 && j + 8 <= out.cols; j += 8)
-          write_run<8>(row + j, c + j, s, add);
+          write_run<8>(row + j, sums + j, s, add);
         for (; out.col_stride == 1 && j + 4 <= out.cols; j += 4)
-          write_run<4>(row + j, c + j, s, add);
+          write_run<4>(row + j, sums + j, s, add);
       }
       for (; j < out.cols; ++j) {
-        T* at = row + j * out.col_stride;
-        *at = Narrow<T>::from((add ? to_float(*at) : 0) + s * c[j]);
+        T* to = row + j * out.col_stride;
+        *to = Narrow<T>::from((add ? to_float(*to) : 0) + s * sums[j]);
       }
     }
   });
