@@ -12,7 +12,7 @@ STAMPS := $(VENV)/.stamps
 CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 # Each test process has one thread of torch. The tests of a file share fixtures, so they stay in one
 # process.
-TWO := -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST_JOBS := -n 2 --dist loadfile --no-loadscope-reorder
 ARGS ?=
 DOCS_ARGS ?=
 
@@ -90,10 +90,10 @@ demo: $(STAMPS)/need-demo $(STAMPS)/build $(STAMPS)/data
 CHECKED := python_tests/test_operators.py python_tests/test_layers.py python_tests/test_bad_input.py \
   $(foreach kernel,shrink expand_add,"python_tests/kernels/test_kernels.py::test_kernel[$(kernel)-bf16]")
 check: $(STAMPS)/need-test $(STAMPS)/build
-	@$(PY) -m pytest -q $(TWO) $(CHECKED) $(ARGS)
+	@$(PY) -m pytest -q $(PYTEST_JOBS) $(CHECKED) $(ARGS)
 
 test: $(STAMPS)/need-test $(STAMPS)/build $(STAMPS)/data
-	@$(PY) -m pytest $(TWO) --durations=10 --durations-min=30 $(ARGS)
+	@$(PY) -m pytest $(PYTEST_JOBS) --durations=10 --durations-min=30 $(ARGS)
 
 serve-test: $(STAMPS)/need-test $(STAMPS)/vllm $(STAMPS)/data
 	@LOTR_VLLM_PYTHON=$(VENV)/vllm/bin/python $(PY) -m pytest -q python_tests/serving $(ARGS)
@@ -114,11 +114,14 @@ docs: $(STAMPS)/need-docs $(STAMPS)/build
 	@log=$$(NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(DOCS_ARGS) 2>&1) || { echo "$$log" | grep -v '^INFO' >&2; false; }
 	@echo "docs: open build-docs/index.html; its search needs a server: python3 -m http.server -d build-docs"
 
+LAYOUT_DIFFERS := { echo "lint: make format corrects the layout" >&2; false; }
 lint: $(STAMPS)/need-lint
-	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet . \
-	  && $(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES) </dev/null && $(PY) .ci/check_includes.py \
-	  && { log=$$($(VENV)/bin/lint-imports --no-cache) || { echo "$$log" | sed -n '/^Broken contracts/,$$p' >&2; false; }; } \
-	  && echo "lint: clean" || { echo "lint: see above; make format corrects the layout" >&2; exit 1; }
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --check --quiet . || $(LAYOUT_DIFFERS)
+	@$(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES) </dev/null || $(LAYOUT_DIFFERS)
+	@$(PY) .ci/check_includes.py
+	@log=$$($(VENV)/bin/lint-imports --no-cache) || { echo "$$log" | sed -n '/^Broken contracts/,$$p' >&2; false; }
+	@echo "lint: clean"
 
 format: $(STAMPS)/need-lint
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format --quiet . && $(CLANG_FORMAT) -i $(CXX_FILES) </dev/null

@@ -8,7 +8,8 @@ python -m bench.experts    the experts of a mixture against LoRA
 python -m bench.tasks      a batch with a task per row, trained and served
 python -m bench.kernels    each CUDA kernel against the library's product
 python -m bench.bytes      bytes that the CUDA kernels move, counted without a GPU
-python -m bench.accuracy   held-out loss against trained numbers, with intervals (hours)
+python -m bench.accuracy   held-out loss against trained parameters, with intervals (hours)
+python -m bench.transfer   the same for a new task that trains only its cores (hours)
 python -m bench.plot       pictures of the recorded results
 python -m bench.smoke      every operator in every form against float64, each in a process
 python -m bench.gpu        on a machine with a GPU: all of it within a time (make gpu)

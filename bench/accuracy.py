@@ -1,4 +1,4 @@
-"""Held-out loss against trained numbers, with paired intervals.
+"""Held-out loss against trained parameters, with paired intervals.
 
     python -m bench.accuracy                        all tasks and methods: days on two cores
     python -m bench.accuracy --tasks minilm-movies --methods lotr:16,lora:4 --seeds 5
@@ -15,7 +15,7 @@ best rate. Rates are 1, 2, 5 times powers of ten; LoTR's are 0.4 times these
 A row of bench/results/accuracy.jsonl is a run:
 
     task, method, rank, lr, seed, steps, batch
-    parameters         trained numbers, without a new head
+    parameters         the trained ones, without a new head
     scaling            "" for the default
     validation, loss   means over the validation and the held-out items; absent: diverged
     accuracy           the share of held-out items, or tokens, that were right
@@ -65,7 +65,7 @@ DIVERGED = 2.0  # times the validation loss of the unadapted model
 RESAMPLES = 4000
 # The rates of other methods than LoTR.
 LADDER = [float(f"{digit}e{exponent}") for exponent in range(-8, 2) for digit in (1, 2, 5)]
-Place = tuple[str, int]  # a method and a rank
+Variant = tuple[str, int]  # a method and a rank
 
 
 class Run(NamedTuple):
@@ -157,7 +157,7 @@ def tried_rates(runs: pd.DataFrame) -> dict[float, float]:
 
 
 def searched_rates(method: str, task: Task, runs: pd.DataFrame) -> list[float]:
-    """Returns the best of a place's recorded rates, at first the usual one, and its neighbors."""
+    """Returns the best of a variant's recorded rates, at first the usual one, and its neighbors."""
     factor = LOTR_RATE if METHODS[method].family == "lotr" else 1.0
     rungs = [float(f"{rate * factor:.6g}") for rate in LADDER]
     begin = rungs[LADDER.index(getattr(METHODS[method].rates, task.kind))]
@@ -183,28 +183,28 @@ def lacking_runs(
 
 
 def next_runs(
-    name: str, places: list[Place], options: argparse.Namespace, recorded: pd.DataFrame
+    name: str, variants: list[Variant], options: argparse.Namespace, recorded: pd.DataFrame
 ) -> list[Run]:
     """Returns runs of a task that may run in parallel, none when it is done.
 
-    All places finish their search before any gets another seed.
+    All variants finish their search before any gets another seed.
     """
     task = TASKS[name]
     steps = options.steps or task.steps
     usual = {"task": name, "scaling": "", "steps": steps, "batch": task.batch}
     of_task = recorded[(recorded[list(usual)] == pd.Series(usual)).all(axis=1)]
     runs = []
-    for method, rank in places:
-        of_place = of_task[(of_task["method"] == method) & (of_task["rank"] == rank)]
+    for method, rank in variants:
+        of_variant = of_task[(of_task["method"] == method) & (of_task["rank"] == rank)]
         seeds = options.seeds
         if method == "base":  # without training, all seeds and rates are the same
             rates = [0.0]
             seeds = 1
         elif options.lr is None:
-            rates = searched_rates(method, task, of_place)
+            rates = searched_rates(method, task, of_variant)
         else:
             rates = [options.lr]
-        for lr, seed in lacking_runs(of_place, rates, seeds):
+        for lr, seed in lacking_runs(of_variant, rates, seeds):
             runs.append(Run(name, method, rank, lr, seed, steps, task.batch))
     return [run for run in runs if run.seed == 0] or sorted(runs, key=lambda run: run.seed)
 
@@ -242,13 +242,13 @@ def points_of(recorded: pd.DataFrame, task: str) -> list[Point]:
     runs = runs.assign(lr=runs["lr"].fillna(runs["lr_run"]))
     unadapted = runs[runs["method"].isin(("base", "head"))]["validation"].min()
     runs = runs[runs["items"].notna() & ~(runs["validation"] > DIVERGED * unadapted)]
-    places = runs.groupby(["method", "rank"], sort=False)
-    at_rate = {place: at_best_rate(of_place) for place, of_place in places}
+    variants = runs.groupby(["method", "rank"], sort=False)
+    at_rate = {variant: at_best_rate(of_variant) for variant, of_variant in variants}
     count = max(map(len, at_rate.values()), default=0)
     points = []
-    for (method, rank), of_place in at_rate.items():
+    for (method, rank), of_variant in at_rate.items():
         # Without training, all seeds are the same.
-        of_seeds = of_place.iloc[[0] * count] if method == "base" else of_place
+        of_seeds = of_variant.iloc[[0] * count] if method == "base" else of_variant
         if len(of_seeds) == count:
             points.append(point_of(method, int(rank), of_seeds))
     return sorted(points, key=lambda point: point.parameters)
@@ -337,7 +337,7 @@ def tables(recorded: pd.DataFrame, tasks: list[str]) -> None:
         show(f"{task}, {len(points[0].seeds)} seeds", losses_table(points))
         rows = list(filter(None, (comparison(point, points) for point in points)))
         if rows:
-            title = f"{task}: our best form of at most as many numbers, by validation"
+            title = f"{task}: our best form of at most as many parameters, by validation"
             show(title, pd.DataFrame(rows))
 
 
@@ -350,7 +350,7 @@ def losses_table(points: list[Point]) -> pd.DataFrame:
     for point in points:
         row = {
             "": name_of(point.method, point.rank),
-            "numbers": f"{point.parameters:,}",
+            "parameters": f"{point.parameters:,}",
             "rate": f"{point.lr:g}",
             "held-out loss": interval(lambda loss: loss, point).text(),
         }
@@ -395,17 +395,17 @@ def comparison(rival: Point, points: list[Point]) -> dict[str, str] | None:
 # ---- the program ---------------------------------------------------------------------------------
 
 
-def places_of(text: str) -> list[tuple[str, str]]:
+def variants_of(text: str) -> list[tuple[str, str]]:
     """Converts an option: "lotr:16,lora" becomes methods, each with a rank or without."""
-    places = []
+    variants = []
     for word in text.split(","):
         method, _, rank = word.partition(":")
         if method not in METHODS or not re.fullmatch(r"\d*", rank):
             raise argparse.ArgumentTypeError(
                 f"expected some of {', '.join(METHODS)}, as lotr or lotr:16, got {word!r}"
             )
-        places.append((method, rank))
-    return places
+        variants.append((method, rank))
+    return variants
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -415,7 +415,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": f"some of {', '.join(TASKS)}; none (all)",
     },
     "methods": {
-        "type": places_of,
+        "type": variants_of,
         "help": f"some of {', '.join(METHODS)}, with a rank or without: lotr:16,lora",
     },
     "seeds": {"type": int, "default": 5, "help": "how many, from 0 on (5)"},
@@ -438,7 +438,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def with_ranks(methods: list[tuple[str, str]], task: Task) -> list[Place]:
+def with_ranks(methods: list[tuple[str, str]], task: Task) -> list[Variant]:
     """Returns the methods with the ranks of a task in place of those that are absent."""
     return [
         (method, rank)
@@ -486,7 +486,7 @@ def complete(
 
 QUICK_OPTIONS = {
     "tasks": ["teacher-half"],
-    "methods": places_of("base:0,lotr:8,lora:2"),
+    "methods": variants_of("base:0,lotr:8,lora:2"),
     "seeds": 3,
     "lr": 2e-2,
     "steps": 40,
@@ -497,7 +497,7 @@ QUICK_OPTIONS = {
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of("accuracy", __doc__, OPTIONS)
     options = parser.parse_args(argv)
-    if options.quick:  # the command line goes before these
+    if options.quick:  # an option on the command line replaces one of these
         options = parser.parse_args(argv, argparse.Namespace(**QUICK_OPTIONS))
     tasks = [name for name in options.tasks if name in TASKS]  # without "none"
     for name in tasks:
@@ -507,8 +507,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"run python examples/data.py, see its help"
             )
     for name in tasks:
-        places = with_ranks(options.methods or places_of(TASKS[name].methods), TASKS[name])
-        of_task = partial(next_runs, name, places, options)
+        variants = with_ranks(options.methods or variants_of(TASKS[name].methods), TASKS[name])
+        of_task = partial(next_runs, name, variants, options)
         complete(options.results, COLUMNS, of_task, train, options.jobs)
     tables(runs_in(options.results), tasks or list(TASKS))
     print(f"results in {options.results}")

@@ -42,6 +42,9 @@ LORA_RATE = 5e-3
 MIXED_STEPS = 60
 MIXED_RATE = 4e-3
 
+# The dimension of a weight [n, k] along which a factor lies.
+A_SIDE = 1
+B_SIDE = 0
 Pairs = dict[str, tuple[Tensor, Tensor]]  # orthonormal A [k, r] and B [n, r] by layer
 
 
@@ -192,10 +195,10 @@ def shared_factors(
     Args:
         shapes: [n, k] by layer.
         group_by: One of the groupings of LoTRConfig.
-        make: (the layers that share a factor, its side) -> the factor. The side of A is 1, of B 0.
+        make: (the layers that share a factor, its side) -> the factor.
     """
     factors: dict[tuple[str, int], Tensor] = {}
-    for side in (1, 0):
+    for side in (A_SIDE, B_SIDE):
         groups: dict[tuple, list[str]] = {}
         for name, shape in shapes.items():
             block = re.match(r".*?\.\d+", name)[0]
@@ -203,16 +206,16 @@ def shared_factors(
             groups.setdefault(keys[group_by], []).append(name)
         for names in groups.values():
             factors |= dict.fromkeys([(name, side) for name in names], make(names, side))
-    return {name: (factors[name, 1], factors[name, 0]) for name in shapes}
+    return {name: (factors[name, A_SIDE], factors[name, B_SIDE]) for name in shapes}
 
 
-def pairs_of(matrices: list[dict[str, Tensor]], group_by: str, rank: int) -> Pairs:
+def leading_pairs(matrices: list[dict[str, Tensor]], group_by: str, rank: int) -> Pairs:
     """Returns the leading directions of all matrices [n, k] of a group, next to each other."""
     shapes = {name: tuple(matrix.shape) for name, matrix in matrices[0].items()}
 
     def make(names: list[str], side: int) -> Tensor:
         members = [by_name[name].float() for name in names for by_name in matrices]
-        stack = torch.cat([matrix.T if side else matrix for matrix in members], 1)
+        stack = torch.cat([matrix.T if side == A_SIDE else matrix for matrix in members], 1)
         torch.manual_seed(0)
         U, _, _ = torch.svd_lowrank(stack, min(rank + 16, *stack.shape), niter=4)
         return U[:, :rank].contiguous()
@@ -224,7 +227,7 @@ def random_pairs(shapes: dict[str, tuple[int, int]], form: Form, seed: int) -> P
     generator = torch.Generator().manual_seed(1000 + seed)
 
     def make(names: list[str], side: int) -> Tensor:
-        rank = form.rank[1 - side]
+        rank = form.rank[0 if side == A_SIDE else 1]
         columns = torch.randn(shapes[names[0]][side], rank, generator=generator)
         return at_rank(torch.linalg.qr(columns).Q, rank)
 
@@ -250,7 +253,7 @@ def lora_of(name: str) -> Path:
     return folder
 
 
-def pairs_of_loras(group_by: str, rank: int) -> Pairs:
+def lora_pairs(group_by: str, rank: int) -> Pairs:
     """Returns the pairs that loras_to_bank makes of the donors' LoRAs."""
     folder = CACHE / f"donors-{group_by}-{rank}"
     loras_to_bank([lora_of(name) for name in DONORS], folder, rank=rank, group_by=group_by)
@@ -287,7 +290,7 @@ def orthonormal_pairs(model: nn.Module) -> Pairs:
     return pairs
 
 
-def pairs_for(form: Form, target: str, seed: int) -> Pairs:
+def fixed_pairs(form: Form, target: str, seed: int) -> Pairs:
     """Returns the form's fixed pair of each layer. Only random ones depend on the seed."""
     if not form.source:
         return {}
@@ -295,15 +298,18 @@ def pairs_for(form: Form, target: str, seed: int) -> Pairs:
     if form.source == "random":
         return random_pairs({n: tuple(w.shape) for n, w in weights.items()}, form, seed)
     makers: dict[str, Callable[[int], Pairs]] = {
-        "svd": lambda rank: pairs_of([weights], form.group, rank),
-        "own": lambda rank: pairs_of([gradients(target)], form.group, rank),
-        "donors": lambda rank: pairs_of([gradients(d) for d in DONORS], form.group, rank),
-        "known": lambda rank: pairs_of([gradients(d) for d in (*DONORS, target)], form.group, rank),
-        "loras": lambda rank: pairs_of_loras(form.group, rank),
+        "svd": lambda rank: leading_pairs([weights], form.group, rank),
+        "own": lambda rank: leading_pairs([gradients(target)], form.group, rank),
+        "donors": lambda rank: leading_pairs([gradients(d) for d in DONORS], form.group, rank),
+        "known": lambda rank: leading_pairs(
+            [gradients(d) for d in (*DONORS, target)], form.group, rank
+        ),
+        "loras": lambda rank: lora_pairs(form.group, rank),
         "mixed": lambda rank: mixed_pairs(form.group, rank),
     }
     most = max(form.rank)
-    if form.source not in ("loras", "mixed"):  # whose first columns are no pair of a lower rank
+    # The others are nested: they are made at one of three ranks, and the first columns are taken.
+    if form.source not in ("loras", "mixed"):
         most = next(rank for rank in (16, 64, 256) if most <= rank)
     about = target if form.source in ("own", "known") else "all"
     name = f"pair-{form.source}-{about}-{form.group}-{most}"

@@ -172,7 +172,7 @@ PROGRAM = Program(
     doc=__doc__,
     rivals=NAMES,
     build=build,
-    form=(
+    title_format=(
         "{m} tokens, {experts} experts of hidden {hidden} and intermediate {inner}, "
         "top {top}, r {r}"
     ),

@@ -129,7 +129,7 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
     profiled_shape = ("--shapes", "8192x4096x16", "--dtypes", "bf16", *device)
     shared = (
         *("--shapes", "4096x4x4096x16,4096x16x4096x16,4096x64x4096x16"),
-        *("--forms", "chained", "--rivals", "lotr-eager,lotr_ext"),
+        *("--wirings", "chained", "--rivals", "lotr-eager,lotr_ext"),
     )
     mixed = {"needs": ("transformers",), "uses": ("peft",)}
     return [

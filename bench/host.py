@@ -1,8 +1,8 @@
 """A stack of adapted layers, forward and backward: host overhead, and the shared gradient.
 
     python -m bench.host                      24 layers of width 32; 1, 16, 160 tokens; fp32
-    python -m bench.host --shapes 1x96x32x8,2048x24x32x8 --forms siblings
-    python -m bench.host --shapes 256x64x768x16 --forms chained --rivals lotr-eager,lotr_ext
+    python -m bench.host --shapes 1x96x32x8,2048x24x32x8 --wirings siblings
+    python -m bench.host --shapes 256x64x768x16 --wirings chained --rivals lotr-eager,lotr_ext
     python -m bench.host --against ../other   another checkout's lotr_ext in turns with this one's
 
 A shape is tokens x layers x width x rank. chained: the x of a layer is the y of the one before.
@@ -28,7 +28,7 @@ KEY = ("m", "layers", "k", "r")
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    return [{"form": wiring, **shape} for wiring in options.forms for shape in options.shapes]
+    return [{"wiring": wiring, **shape} for wiring in options.wirings for shape in options.shapes]
 
 
 def allocated_bytes(step: Step) -> int:
@@ -43,15 +43,15 @@ def allocated_bytes(step: Step) -> int:
 def build(case: Case, options: argparse.Namespace) -> Group:
     m, layers, k, r = (case[name] for name in KEY)
     dtype = dtype_of(case)
-    if case["form"] == "siblings" and layers % 3:
+    if case["wiring"] == "siblings" and layers % 3:
         raise ValueError(f"layers: expected a multiple of 3 for siblings, got {layers}")
     x, g = random_tokens(m, k, k, dtype, options.device)
     x.requires_grad_()
     tensors = stack_values(layers, k, r, dtype, options.device)
-    truth = stack("lotr-eager", [t.double() for t in tensors], case["form"])
+    truth = stack("lotr-eager", [t.double() for t in tensors], case["wiring"])
 
     def step_of(name: str) -> Step:
-        model = stack(name, tensors, case["form"])
+        model = stack(name, tensors, case["wiring"])
         facts: dict[str, float] = {}
         if name.startswith("lotr"):
             facts["error"] = check_stack(model, truth, x, g, TOLERANCE[case["dtype"]])
@@ -69,7 +69,7 @@ PROGRAM = Program(
     doc=__doc__,
     rivals=STACKED,
     build=build,
-    form="{form}, {m} tokens, {layers} layers of width {k}, r {r}",
+    title_format="{wiring}, {m} tokens, {layers} layers of width {k}, r {r}",
     key=KEY,
     shapes=dict.fromkeys(("cpu", "cuda"), "1x24x32x8,16x24x32x8,160x24x32x8"),
     cases=cases,
@@ -78,7 +78,7 @@ PROGRAM = Program(
     slice_s=0.0,
     dtypes="fp32",
     compared=("lotr-eager", "lotr_ext", "lotr_ext-model"),
-    options={"forms": {"type": some_of(WIRINGS), "default": "chained,siblings"}},
+    options={"wirings": {"type": some_of(WIRINGS), "default": "chained,siblings"}},
 )
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

@@ -45,14 +45,14 @@ def expand_add(y: Tensor, u: Tensor, F: Tensor) -> Results:
     return (y,)
 
 
-def factor_grad(D: Tensor, x: Tensor, k: Tensor) -> Results:
-    lotr.shrink_backward_(k, None, x, None, D)
+def factor_grad(D: Tensor, x: Tensor, v: Tensor) -> Results:
+    lotr.shrink_backward_(v, None, x, None, D)
     return (D,)
 
 
 def shrink_grad(g: Tensor, F: Tensor, u: Tensor, Q: Tensor) -> Results:
-    _, k, _ = lotr.layer_backward_rows_(g, None, u, F, None, Q, True, True)
-    return k, Q
+    _, du, _ = lotr.layer_backward_rows_(g, None, u, F, None, Q, True, True)
+    return du, Q
 
 
 class Kernel(NamedTuple):
@@ -93,7 +93,7 @@ KERNELS = {
         lambda g, F, u, Q: (g @ F, Q.add_(g.T @ u)),
     ),
     "factor_grad": Kernel(
-        factor_grad, {"D": "nr", "x": "mn", "k": "mr"}, lambda D, x, k: (D.add_(x.T @ k),)
+        factor_grad, {"D": "nr", "x": "mn", "v": "mr"}, lambda D, x, v: (D.add_(x.T @ v),)
     ),
     "fold": Kernel(
         lambda B, core: (lotr.fold(B, core, SCALING, B.dtype),),
@@ -143,13 +143,15 @@ def obstacle(case: Case, device: str) -> str | None:
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    every = []
+    all_cases = []
     for shape in options.shapes:
         # fold has no tokens. A row reads one core, so more cores than rows would not be read.
         changes = {"fold": {"m": 1}, "row_core": {"n": min(shape["m"], shape["n"])}}
         for name in options.kernels:
-            every.append({"kernel": name, **shape, **changes.get(name, {})})
-    return [case for case in every if obstacle({**case, "dtype": "bf16"}, options.device) is None]
+            all_cases.append({"kernel": name, **shape, **changes.get(name, {})})
+    return [
+        case for case in all_cases if obstacle({**case, "dtype": "bf16"}, options.device) is None
+    ]
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
@@ -195,7 +197,7 @@ PROGRAM = Program(
     doc=__doc__,
     rivals=("library", "lotr_ext"),
     build=build,
-    form="{kernel} {m} x {n}, r {r}",
+    title_format="{kernel} {m} x {n}, r {r}",
     key=KEY,
     shapes={
         "cuda": ("8192x4096x16,8192x4096x64,2048x4096x16,8192x14336x16,8192x1024x16,8192x4096x128"),

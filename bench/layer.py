@@ -47,7 +47,7 @@ PROGRAM = Program(
     doc=__doc__,
     rivals=tuple(LAYERS),
     build=build,
-    form="{m} x {k} x {n}, r {r}",
+    title_format="{m} x {k} x {n}, r {r}",
     key=KEY,
     shapes={
         "cpu": (

@@ -60,15 +60,15 @@ def layer(rows: pd.DataFrame, path: Path) -> None:
         capsize=2,
     )
     ax.axhline(0, color="0.3", linewidth=0.8)
-    ax.set(xlabel="", ylabel="one layer, % over the frozen one")
+    ax.set(xlabel="", ylabel="step, % over the frozen layer")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(ncols=2, fontsize=8, frameon=False)
-    figure.suptitle(f"1 thread, {rows['machine'].iloc[0]}", fontsize=10)
+    figure.suptitle(f"One adapted layer, 1 thread, {rows['machine'].iloc[0]}", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
 def accuracy(rows: pd.DataFrame, path: Path) -> None:
-    """Draws held-out loss against trained numbers, with the standard error over seeds."""
+    """Draws held-out loss against trained parameters, with the standard error over seeds."""
     figure, axes = plt.subplots(1, len(ACCURACY_TASKS), figsize=(14, 3.6), layout="constrained")
     for ax, task in zip(axes, ACCURACY_TASKS, strict=True):
         points = points_of(rows, task)
@@ -89,7 +89,11 @@ def accuracy(rows: pd.DataFrame, path: Path) -> None:
         if full:
             style = {"color": "0.5", "linestyle": "--", "linewidth": 1}
             ax.axhline(full[0].seeds.mean(), label="full fine-tuning", **style)
-        ax.set(xscale="log", title=f"{task}, {TASKS[task].steps} steps", xlabel="trained numbers")
+        ax.set(
+            xscale="log",
+            title=f"{task}, {TASKS[task].steps} steps",
+            xlabel="trained parameters",
+        )
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("held-out loss")
     handles = axes[0].get_legend_handles_labels()

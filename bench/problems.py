@@ -20,7 +20,8 @@ from lotr_ext import LoTRConfig, apply_lotr, init_from_gradient
 
 from .common import ROOT
 
-sys.path.append(str(ROOT / "examples"))  # whose modules import each other by name
+# `common` and `data` here are those of the examples, which import each other by name.
+sys.path.append(str(ROOT / "examples"))
 from common import TextClassifier, minilm_classifier, rated_texts, tokenized
 from data import DATA, MINILM, SMOLLM2
 
@@ -59,14 +60,18 @@ class Method(NamedTuple):
 
 CORE = {"train": ("core",)}
 LORA_RATES = ByKind(2e-2, 2e-3, 2e-3)
-METHODS = {
+METHODS = {  # three values of a ByKind are for teacher, classifier, language
     "base": Method("base", ByKind(teacher=(0,), language=(0,)), ByKind(0.0, 0.0, 0.0)),
     "head": Method("head", ByKind(classifier=(0,)), ByKind(classifier=HEAD_LR)),
     "full": Method("full", ByKind((0,), (0,), (0,)), ByKind(1e-2, 1e-4, 1e-4)),
-    "norm": Method("norm", ByKind((), (0,), (0,)), ByKind(5e-3, 5e-3, 5e-3)),
+    "norm": Method("norm", ByKind(classifier=(0,), language=(0,)), ByKind(5e-3, 5e-3, 5e-3)),
     "lotr": Method("lotr", ByKind((1, 2, 4, 8, 16), (4, 8, 16, 28), (4, 24, 60))),
-    "lotr-width": Method("lotr", ByKind((), (16,), (28,)), settings={"group_by": "width"}),
-    "lotr-block": Method("lotr", ByKind((), (1, 5), (6,)), settings={"group_by": "block"}),
+    "lotr-width": Method(
+        "lotr", ByKind(classifier=(16,), language=(28,)), settings={"group_by": "width"}
+    ),
+    "lotr-block": Method(
+        "lotr", ByKind(classifier=(1, 5), language=(6,)), settings={"group_by": "block"}
+    ),
     "lotr-core": Method("lotr", ByKind((8, 16), (64,), (32,)), settings=CORE),
     "lotr-diagonal": Method(
         "lotr",
@@ -74,7 +79,7 @@ METHODS = {
         ByKind(5e-2, 2e-2, 2e-2),
         {"core": "diagonal"},
     ),
-    "lotr-gradient": Method("lotr", ByKind((4, 8), (8, 16)), from_gradient=True),
+    "lotr-gradient": Method("lotr", ByKind(teacher=(4, 8), classifier=(8, 16)), from_gradient=True),
     "lotr-name": Method("lotr", ByKind(classifier=(16,)), settings={"group_by": "name"}),
     "lotr-core-gradient": Method(
         "lotr", ByKind((8, 16), (64,), (32,)), settings=CORE, from_gradient=True

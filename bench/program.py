@@ -98,7 +98,7 @@ class Program:
         doc: What --help prints.
         rivals: All of them, in the order of the tables.
         build: The rivals of a case, only `options.rivals` if it is set.
-        form: The title of a case, as a format of its columns.
+        title_format: The title of a case, as a format of its columns.
         key: The numbers of a shape. A program with shapes has the option --shapes.
         shapes: The usual shapes, by device.
         cases: The cases for some options, without dtype and threads: by default the shapes.
@@ -115,7 +115,7 @@ class Program:
     doc: str
     rivals: Sequence[str]
     build: Callable[[Case, argparse.Namespace], Group]
-    form: str
+    title_format: str
     key: Sequence[str] = ()
     shapes: Mapping[str, str] = field(default_factory=dict)
     cases: Callable[[argparse.Namespace], list[Case]] = lambda options: options.shapes
@@ -206,7 +206,7 @@ class Program:
     def tables(self, frame: pd.DataFrame, key: list[str]) -> None:
         """Prints the rows of cases, which the columns `key` name."""
         if self.is_pivoted:
-            table = pivot(frame, self.form + CASE_ENDING, self.floor)
+            table = pivot(frame, self.title_format + CASE_ENDING, self.floor)
             show(f"{self.name}: time over {named(self.floor)}", table)
             return
         titles = [self.title(row) for row in frame.to_dict("records")]
@@ -214,7 +214,7 @@ class Program:
             show(str(title), case_table(rows, self.floor, key))
 
     def title(self, case: Case) -> str:
-        return (self.form + CASE_ENDING).format(**case)
+        return (self.title_format + CASE_ENDING).format(**case)
 
 
 class Measurement:

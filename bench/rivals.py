@@ -261,12 +261,12 @@ def with_strategy(
     if reason is not None:
         raise ValueError(f"fused: {reason}")
     from lotr_ext.core import dispatch
-    from lotr_ext.core.strategy import STRATEGIES as NUMBERS
+    from lotr_ext.core.strategy import STRATEGIES as STRATEGY_CODES
 
     def run(*arguments: object, **keywords: object) -> Tensor:
         # LOTR_STRATEGY is read once per process, but the rivals of a case share a process.
         usual = dispatch.choose_strategy
-        dispatch.choose_strategy = lambda tokens, x: NUMBERS[strategy]
+        dispatch.choose_strategy = lambda tokens, x: STRATEGY_CODES[strategy]
         try:
             return call(*arguments, **keywords)
         finally:

@@ -58,7 +58,7 @@ DROPPED = 0.4
 Job = tuple[str, str]  # form, dtype
 
 
-def table() -> ModuleType:
+def operator_tests() -> ModuleType:
     """Returns the tests of operators on a GPU, which import the table."""
     # The tests fill new memory with NaN, in a mode of torch in which cuBLAS needs this setting.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -69,7 +69,7 @@ def table() -> ModuleType:
 
 def forms() -> list[str]:
     """Returns the entries of the table, each followed by its variants."""
-    tests = table()
+    tests = operator_tests()
     operators = tests.test_operators
     variants = {"dropout": operators.DROPS, "fused": tests.FUSED_OPERATORS}
     names = []
@@ -107,13 +107,14 @@ def outcome_of(
     reason = obstacle(form, dtype, device)
     if reason is not None:
         return f"skipped: {reason}"
-    tests = table()
+    tests = operator_tests()
     operators = tests.test_operators
     name, _, variant = form.partition(" ")
     on_device = tests.OnDevice(device, fused=variant == "fused")
     p = {"dropout": DROPPED}.get(variant, 0.0)
-    every_shape = {"fused": tests.FUSED_SHAPES}.get(variant, operators.SHAPES)
-    for i, shape in enumerate(every_shape[::-1][:shapes]):
+    all_shapes = {"fused": tests.FUSED_SHAPES}.get(variant, operators.SHAPES)
+    # From the last: those are ragged or large.
+    for i, shape in enumerate(all_shapes[::-1][:shapes]):
         layout = operators.LAYOUTS[i % len(operators.LAYOUTS)]
         place = f"{' x '.join(map(str, shape))} {layout}"
         before(place)
@@ -213,18 +214,17 @@ def run_all(options: argparse.Namespace, jobs: list[Job], report: Callable) -> N
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 if a form has not passed and was not skipped."""
-    every_form = forms()
-    every_dtype = list(DTYPES)
+    all_forms = forms()
     parser = parser_of(
         "smoke",
         __doc__,
         {
             "device": {"choices": ("cuda", "cpu"), "default": "cuda"},
-            "forms": {"type": some_of(every_form), "default": every_form, "help": "some (all)"},
+            "forms": {"type": some_of(all_forms), "default": all_forms, "help": "some (all)"},
             "dtypes": {
-                "type": some_of(every_dtype),
-                "default": every_dtype,
-                "help": f"some of {', '.join(every_dtype)}",
+                "type": some_of(DTYPES),
+                "default": list(DTYPES),
+                "help": f"some of {', '.join(DTYPES)}",
             },
             "shapes": {"type": int, "help": "only so many shapes of the table"},
             "results": {"type": Path, "help": "a folder for smoke.jsonl"},

@@ -36,13 +36,13 @@ VOCABULARY = 2048
 KEY = ("rows", "tokens", "tasks", "hidden", "blocks", "r")
 FLOOR = "lotr_ext-one"
 BANKED = ("lotr_ext-row", "lotr_ext-token", "lotr_ext-half")
-ALL_WAYS = ("frozen", FLOOR, *BANKED, "lora-peft-one", "lora-peft-row")
-WAYS = {"train": (FLOOR, *BANKED), "serve": ALL_WAYS}
-PEFT_TASKS = 64  # LoRA adapters in PEFT's model: as many as rows have in a batch
+ALL_RIVALS = ("frozen", FLOOR, *BANKED, "lora-peft-one", "lora-peft-row")
+RIVALS = {"train": (FLOOR, *BANKED), "serve": ALL_RIVALS}
+PEFT_TASKS = 64  # LoRA adapters in PEFT's model: one per row of a batch
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    return [{"mode": mode, **shape} for shape in options.shapes for mode in WAYS]
+    return [{"mode": mode, **shape} for shape in options.shapes for mode in RIVALS]
 
 
 def transformer(case: Case, dtype: torch.dtype, device: str) -> nn.Module:
@@ -68,19 +68,19 @@ class Batch:
         drawn = draw.sample(tasks, rows) if rows <= len(tasks) else draw.choices(tasks, k=rows)
         self.tasks = torch.tensor(drawn, device=self.device)
 
-    def index(self, way: str) -> Tensor:
+    def index(self, rival: str) -> Tensor:
         """Returns the task of each row [rows], or of each token [rows, tokens], -1 for the base."""
         tokens = torch.arange(self.case["tokens"], device=self.device)
-        if way == "lotr_ext-token":
+        if rival == "lotr_ext-token":
             rows = torch.arange(self.case["rows"], device=self.device).unsqueeze(1)
             return self.tasks[(rows + tokens) % self.case["rows"]]
-        if way == "lotr_ext-half":
+        if rival == "lotr_ext-half":
             return torch.where(tokens < len(tokens) // 2, -1, self.tasks.unsqueeze(1))
         return self.tasks
 
 
 class Adapted(NamedTuple):
-    """A model of one way.
+    """A model of one rival.
 
     Attributes:
         run: Computes the logits of the batch.
@@ -93,14 +93,14 @@ class Adapted(NamedTuple):
     task_bytes: int
 
 
-def our_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> Adapted:
+def our_model(rival: str, case: Case, batch: Batch, dtype: torch.dtype) -> Adapted:
     model = transformer(case, dtype, batch.device)
-    if way == "frozen":
+    if rival == "frozen":
         return Adapted(lambda: model(input_ids=batch.ids).logits, [], 0)
     apply_lotr(model, LoTRConfig(rank=case["r"], target_modules=TARGETS, train=("core",)))
     cores = trained(model)
     task_bytes = sum(core.nbytes for core in cores)
-    if way in BANKED:
+    if rival in BANKED:
         bank = TaskBank(model, case["tasks"])
         for _ in range(case["tasks"]):
             bank.add()
@@ -110,22 +110,22 @@ def our_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> Adapted
         nn.init.normal_(core.requires_grad_())
 
     def run() -> Tensor:
-        if way == FLOOR:
+        if rival == FLOOR:
             return model(input_ids=batch.ids).logits
-        with use_tasks(model, batch.index(way)):
+        with use_tasks(model, batch.index(rival)):
             return model(input_ids=batch.ids).logits
 
     return Adapted(run, cores, task_bytes)
 
 
-def peft_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> Adapted:
+def peft_model(rival: str, case: Case, batch: Batch, dtype: torch.dtype) -> Adapted:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=case["r"], target_modules=TARGETS, init_lora_weights=False)
     model = get_peft_model(transformer(case, dtype, batch.device), config, adapter_name="t0")
     task_bytes = sum(p.nbytes for p in trained(model))
     arguments: dict[str, object] = {"input_ids": batch.ids}
-    if way == "lora-peft-row":
+    if rival == "lora-peft-row":
         for i in range(1, PEFT_TASKS):
             model.add_adapter(f"t{i}", config)
         arguments["adapter_names"] = [f"t{i % PEFT_TASKS}" for i in range(case["rows"])]
@@ -149,9 +149,9 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     batch = Batch(case, options.device)
     dtype = dtype_of(case)
 
-    def step_of(way: str) -> Step:
-        make = peft_model if way.startswith("lora") else our_model
-        adapted = make(way, case, batch, dtype)
+    def step_of(rival: str) -> Step:
+        make = peft_model if rival.startswith("lora") else our_model
+        adapted = make(rival, case, batch, dtype)
         facts = {"task_bytes": adapted.task_bytes}
         if case["mode"] == "serve":
             return Step({"forward": torch.no_grad()(lambda _: adapted.run())}, facts=facts)
@@ -161,21 +161,21 @@ def build(case: Case, options: argparse.Namespace) -> Group:
 
         optimizer = torch.optim.AdamW(adapted.cores, lr=1e-3, weight_decay=0.0, fused=True)
         step = training(loss, None, adapted.cores, optimizer, facts=facts)
-        if way in BANKED:
+        if rival in BANKED:
             step.run()
             check_moved(adapted.cores, batch)
         return step
 
-    names = [name for name in WAYS[case["mode"]] if name in (options.rivals or ALL_WAYS)]
+    names = [name for name in RIVALS[case["mode"]] if name in (options.rivals or ALL_RIVALS)]
     return Group(names, step_of, batch.deal)
 
 
 PROGRAM = Program(
     name="tasks",
     doc=__doc__,
-    rivals=ALL_WAYS,
+    rivals=ALL_RIVALS,
     build=build,
-    form=(
+    title_format=(
         "{mode}, {rows} rows of {tokens} tokens, {tasks} tasks, width {hidden}, "
         "{blocks} blocks, r {r}"
     ),

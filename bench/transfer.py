@@ -22,10 +22,11 @@ A form says what a task trains, as PAIR/GROUP/RANK/CORE, and further words:
     b:o,down  a vector b per layer of these kinds, as VeRA: y += ((x A) * d) B^T * b
     norm:20   the norm of a row of B in the layers with b. Elsewhere, and by default, it is 2
 
-A row of bench/results/transfer.jsonl is a run: target, form, lr, seed, steps, numbers (trained),
-captured (the share of the target's squared gradient that a fixed pair captures), validation, loss,
-items (these three as in bench.accuracy), seconds, commit. A row of transfer_collection.jsonl is a
-text under its LoRA, or as a task of a bank. The time of a step: python -m bench.model.
+A row of bench/results/transfer.jsonl is a run: target, form, lr, seed, steps, parameters
+(trained), captured (the share of the target's squared gradient that a fixed pair captures),
+validation, loss, items (these three as in bench.accuracy), seconds, commit. A row of
+transfer_collection.jsonl is a text under its LoRA, or as a task of a bank. The time of a step:
+python -m bench.model.
 """
 
 import argparse
@@ -52,7 +53,7 @@ from lotr_ext.init import START
 from . import accuracy
 from .accuracy import at_best_rate, complete, lacking_runs, record, runs_in
 from .common import RESULTS, commit, parser_of, read, show, some_of
-from .donors import CACHE, MODEL, TEXTS, Form, captured, layers_named, lora_of, pairs_for, problem
+from .donors import CACHE, MODEL, TEXTS, Form, captured, fixed_pairs, layers_named, lora_of, problem
 from .problems import TASKS, adapt, fit
 
 STEPS = TASKS[MODEL].steps
@@ -66,7 +67,16 @@ FORMS = (  # what is run without --forms
     "own/layer/16/dense",
 )
 RATES = [2e-3, 4e-3, 8e-3]  # a pair from gradients needs a lower rate than a random one
-TRIAL = ["target", "form", "lr", "steps", "numbers", "captured", "validation", "gain"]
+SHORT_RUN_COLUMNS = [
+    "target",
+    "form",
+    "lr",
+    "steps",
+    "parameters",
+    "captured",
+    "validation",
+    "gain",
+]
 USUAL_NORM = 2.0  # of a row of B, about as in VeRA
 COLLECTION_RANKS = (16, 32, 64)
 COLLECTION_ROWS = 16  # held-out rows of each text
@@ -81,7 +91,7 @@ PAIR_MARKS = {  # of the picture's last panel
 }
 FAMILIES = {  # of the picture: which rows, as a regular expression; mark; color
     "cores and a vector b": (r".*/b:.*", "s", "tab:cyan"),
-    "LoTR, its own pair": (r"trained.*|lotr(-width|-block|-diagonal)?,.*", "^", "tab:green"),
+    "LoTR, a trained pair": (r"trained.*|lotr(-width|-block|-diagonal)?,.*", "^", "tab:green"),
     "cores on a fixed pair": (
         r"(?!trained|peft)[^:]+/[^:]+|lotr-(core|few).*|lora-xs.*",
         "o",
@@ -102,7 +112,7 @@ class Run(NamedTuple):
     steps: int
 
 
-COLUMNS = (*Run._fields, "numbers", "captured", "validation", "loss", "items")
+COLUMNS = (*Run._fields, "parameters", "captured", "validation", "loss", "items")
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -136,7 +146,7 @@ def build(form: Form, target: str, seed: int) -> nn.Module:
     if not form.b:
         return with_cores(model, form, target, seed, task.layers)
     with_b = re.compile(layers_named(form.b))
-    for name, (A, B) in pairs_for(form, target, seed).items():
+    for name, (A, B) in fixed_pairs(form, target, seed).items():
         parent, _, last = name.rpartition(".")
         has_b = with_b.fullmatch(name) is not None
         # Adam moves each number by the rate, so a larger B is a higher rate of b alone.
@@ -151,7 +161,7 @@ def with_cores(model: nn.Module, form: Form, target: str, seed: int, layers: str
     train = ("A", "B", "core") if form.is_trained else ("core",)
     settings = {"rank": form.rank, "group_by": form.group, "core": form.core, "train": train}
     apply_lotr(model, LoTRConfig(**settings, target_modules=layers))
-    for name, (A, B) in pairs_for(form, target, seed).items():
+    for name, (A, B) in fixed_pairs(form, target, seed).items():
         if re.fullmatch(layers, name):
             pair = {"A.value": START * A, "B.value": START * B}
             model.get_submodule(name).factors.load_state_dict(pair)
@@ -170,9 +180,10 @@ def train(run: Run) -> dict[str, Any]:
     text.task = text.task._replace(steps=run.steps)
     model = build(form, run.target, run.seed)
     row: dict[str, Any] = run._asdict()
-    row["numbers"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    row["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if form.source and not form.is_trained:
-        row["captured"] = captured(pairs_for(form, run.target, run.seed), run.target)
+        row["captured"] = captured(fixed_pairs(form, run.target, run.seed), run.target)
+    # "lora" stands for any method without a new head and without a start from the gradient.
     row |= accuracy.measured(model, fit(model, "lora", run.lr, run.seed, text), text)
     return row | {"seconds": time.perf_counter() - start, "commit": commit()}
 
@@ -206,7 +217,7 @@ def results_of(
     """
     others = other_runs()
     others["form"] = others["method"].combine(others["rank"], accuracy.name_of)
-    forms = recorded.rename(columns={"target": "task", "numbers": "parameters"})
+    forms = recorded.rename(columns={"target": "task"})
     runs = pd.concat([forms, others])
     runs = runs[(runs["task"] == target) & (runs["steps"] == STEPS) & runs["items"].notna()]
     by_name = {name: at_best_rate(of_form) for name, of_form in runs.groupby("form")}
@@ -241,7 +252,7 @@ def tables(recorded: pd.DataFrame) -> None:
         rows = [
             {
                 "": point.method,
-                "numbers": f"{point.parameters:,}",
+                "parameters": f"{point.parameters:,}",
                 "KiB": f"{point.parameters / 256:,.0f}",
                 "rate": f"{point.lr:g}",
                 "seeds": len(point.seeds),
@@ -252,7 +263,7 @@ def tables(recorded: pd.DataFrame) -> None:
         ]
         show(target, pd.DataFrame(rows))
     shorter = short_runs(recorded).sort_values(["target", "steps", "validation"])
-    show("shorter runs", shorter[TRIAL].round(3).astype(object).fillna(""))
+    show("shorter runs", shorter[SHORT_RUN_COLUMNS].round(3).astype(object).fillna(""))
     collection = collection_table(read(RESULTS / "transfer_collection.jsonl"))
     show("ten LoRAs, and banks of them", collection)
 
@@ -308,8 +319,8 @@ def draw_short_runs(ax: Axes, recorded: pd.DataFrame) -> None:
         ax.plot(run["captured"], run["gain"], mark, color=color, alpha=0.7)
     for pair, mark in PAIR_MARKS.items():
         ax.plot([], [], mark, color="0.4", label=pair)
-    for number, target in enumerate(TARGETS):
-        ax.plot([], [], "-", color=f"C{number}", label=target)
+    for target in best["target"].unique():
+        ax.plot([], [], "-", color=f"C{TARGETS.index(target)}", label=target)
     ax.set(title="after 20 steps, on a fixed pair", xlabel="share of the squared gradient captured")
     ax.set(xscale="log", ylim=(0.2, 1.1))
     ax.legend(fontsize=6, ncols=2, loc="lower left")

@@ -57,6 +57,7 @@ def parse_options(doc: str, words: list[str] | None, **defaults: object) -> argp
             kind = {"action": "store_true"}
         elif isinstance(default, list):
             kind = {"nargs": "+"}
+        # Without a help text, ArgumentDefaultsHelpFormatter would not print the default.
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=" ", **kind)
     options = parser.parse_args(words)
     print(f"{parser.prog}: loading packages and data", flush=True)  # seconds without other output

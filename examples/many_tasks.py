@@ -83,23 +83,23 @@ def train_tasks(
 
 
 @torch.no_grad()
-def time_forwards(model: nn.Module, tasks: int, rounds: int) -> dict[int, float]:
+def time_forwards(model: nn.Module, most_tasks: int, rounds: int) -> dict[int, float]:
     """Times forwards of 64 rows of 16 tokens. Each round runs each of them once.
 
     Returns:
         Median milliseconds by the number of tasks in the batch, and for NO_ADAPTER.
     """
     ids = torch.randint(1000, 20000, (TIMED_ROWS, 16)).tolist()
-    numbers = [number for number in TIMED_TASKS if number <= tasks]
-    milliseconds: dict[int, list[float]] = {number: [] for number in numbers}
+    counts = [count for count in TIMED_TASKS if count <= most_tasks]
+    milliseconds: dict[int, list[float]] = {count: [] for count in counts}
     rows = torch.arange(TIMED_ROWS)
     for _ in progress_bar("timing", rounds):
-        for number, values in milliseconds.items():
+        for count, values in milliseconds.items():
             start = time.perf_counter()
-            with use_tasks(model, rows % number) if number else disabled(model):
+            with disabled(model) if count == NO_ADAPTER else use_tasks(model, rows % count):
                 model(ids)
             values.append(1000 * (time.perf_counter() - start))
-    return {number: statistics.median(values) for number, values in milliseconds.items()}
+    return {count: statistics.median(values) for count, values in milliseconds.items()}
 
 
 def main(words: list[str] | None = None) -> None:
@@ -121,10 +121,10 @@ def main(words: list[str] | None = None) -> None:
     )
 
     milliseconds = time_forwards(model, options.tasks, options.rounds)
-    ratios = {n: value / milliseconds[NO_ADAPTER] for n, value in milliseconds.items()}
+    ratios = {count: value / milliseconds[NO_ADAPTER] for count, value in milliseconds.items()}
     print("different tasks in the batch, time of a forward, over the model without an adapter (0):")
-    for number, ratio in ratios.items():
-        print(f"{number:4} tasks {milliseconds[number]:8.1f} ms {ratio:6.2f} x")
+    for count, ratio in ratios.items():
+        print(f"{count:4} tasks {milliseconds[count]:8.1f} ms {ratio:6.2f} x")
     del ratios[NO_ADAPTER]
     draw(
         RESULTS / "many_tasks.png",

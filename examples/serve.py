@@ -1,4 +1,4 @@
-"""Serve three tasks of SmolLM2 by vLLM's OpenAI-compatible server. Each task is 211 KiB.
+"""Serve three tasks of SmolLM2 by vLLM's OpenAI-compatible server. Each task is 210 KiB.
 
     make vllm                                   once: vLLM for the CPU in .venv/vllm (2 GB, minutes)
     python examples/data.py smollm2 kjv

@@ -97,7 +97,8 @@ def detach_all(model: nn.Module) -> None:
     """Takes off what was attached to a model and to adapted models inside it."""
     for module in list(model.modules()):
         for name in _ATTRIBUTES:
-            # A module is in _modules; a configuration, or a container's reference, is not.
+            # Not getattr, because a wrapper passes names on to what it wraps. A module is in
+            # _modules; a configuration, or a container's reference, is not.
             attached = vars(module).get(name, module._modules.get(name))
             if isinstance(attached, Attachment):
                 attached.on_detach()

@@ -223,7 +223,7 @@ class AdapterState:
             "adapter": text,
             "sha256": checksum(tensors.items(), text.encode()),
         }
-        put_tensors(directory, FILE_NAME, tensors, metadata)
+        put_tensors(directory / FILE_NAME, tensors, metadata)
         # Afterwards: `read` prefers the new file, so a killed process leaves one or the other.
         old_files.remove(directory)
 

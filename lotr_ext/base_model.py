@@ -114,9 +114,9 @@ def _name_of(model: nn.Module) -> str | None:
 
 
 def _sample(tensor: Tensor) -> list[float]:
-    """Returns values at fixed places of a full tensor."""
-    places = sorted({(tensor.numel() - 1) * i // (VALUES - 1) for i in range(VALUES)})
-    return tensor.detach().reshape(-1)[places].double().tolist()
+    """Returns values at fixed positions of a full tensor."""
+    positions = sorted({(tensor.numel() - 1) * i // (VALUES - 1) for i in range(VALUES)})
+    return tensor.detach().reshape(-1)[positions].double().tolist()
 
 
 def _agree(actual: Sequence[float], expected: Sequence[float]) -> bool:

@@ -1,4 +1,4 @@
-"""Modules that read the weight of a linear layer and do not call it, so that an adapter is ignored.
+"""Modules that read the weight of a linear layer and do not call it, so an adapter is ignored.
 
 nn.MultiheadAttention              reads out_proj.weight: that layer cannot be adapted
 nn.TransformerEncoderLayer         its fast path reads linear1 and linear2: turned off
@@ -28,7 +28,7 @@ _FUSED_LAYERS = {
 }
 
 
-def why_not_called(parent: nn.Module, child: str) -> str | None:
+def call_obstacle(parent: nn.Module, child: str) -> str | None:
     """Returns why parent does not call its linear layer of this name, None if nothing is known."""
     if child == "out_proj" and isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight and does not call it"

@@ -175,6 +175,7 @@ class LoTRConfig:
             train=_names("train", self.train),
         )
         self._check_combinations()
+        # After the check, which names unknown parts. In one order, so equal settings are equal.
         vars(self)["train"] = tuple(part for part in PARTS if part in self.train)
 
     def _check_combinations(self) -> None:

@@ -24,7 +24,7 @@ from .config import LoTRConfig
 from .cores import CoreAt
 from .factors import LoTRFactor
 from .layers import LoTRLayer
-from .model import Start, install, set_start, unchanged_on_error
+from .model import install, set_start, unchanged_on_error
 from .old_files import start_key
 from .sharded_tensors import copy_full, expect_full, full_shape, full_tensors_in, imported_class
 from .storage import expect_names
@@ -56,10 +56,10 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
     path = Path(directory)
     inner, writes = unwrap(model)
     # In every process, so that a model that cannot be saved is an error in all of them.
-    state = state_of(inner)
+    adapter = adapter_of(inner)
     warn_of_unsaved(inner)
     if writes:
-        state.write(path)
+        adapter.write(path)
 
 
 def load_adapter(
@@ -154,7 +154,7 @@ def local_folder(directory: str | PathLike[str]) -> Path:
 
 
 @torch.no_grad()
-def state_of(model: nn.Module, gather: Gather = expect_full) -> AdapterState:
+def adapter_of(model: nn.Module, gather: Gather = expect_full) -> AdapterState:
     """Returns the adapter of a model.
 
     Args:
@@ -223,8 +223,7 @@ def _tensors_of(model: nn.Module, entries: Mapping[str, LayerEntry]) -> dict[str
     for name, layer in layers_in(model).items():
         entry = entries[name]
         for key, factor in ((entry.A, layer.factors.A), (entry.B, layer.factors.B)):
-            tensors[key] = factor.value
-            tensors[start_key(key)] = factor.start
+            tensors |= {key: factor.value, start_key(key): factor.start}
         if layer.core_source() is None:
             tensors[f"{name}.core"] = layer.core
         tensors[f"{name}.start_core"] = layer.start_core
@@ -235,12 +234,13 @@ def _tensors_of(model: nn.Module, entries: Mapping[str, LayerEntry]) -> dict[str
     modules |= saved_in(model)
     for name, module in modules.items():
         tensors |= module.state_dict(prefix=f"{name}.", keep_vars=True)
-    first_keys: dict[int, str] = {}  # a tied tensor has several names
-    for key, tensor in tensors.items():
-        # A start may be None, and a module's extra state any object.
+    # A tied tensor keeps only its first name. Starts that are None, and a module's extra state, are
+    # not tensors.
+    first_names: dict[Tensor, str] = {}
+    for name, tensor in tensors.items():
         if isinstance(tensor, Tensor):
-            first_keys.setdefault(id(tensor), key)
-    return {key: tensors[key] for key in first_keys.values()}
+            first_names.setdefault(tensor, name)
+    return {name: tensor for tensor, name in first_names.items()}
 
 
 def _full_core(layer: LoTRLayer, gather: Gather) -> Tensor:
@@ -453,7 +453,7 @@ def _check_sharing(layers: Mapping[str, LoTRLayer], state: AdapterState) -> None
         pairs |= {(layer.factors.A, entry.A), (layer.factors.B, entry.B)}
     factors = {factor for factor, _ in pairs}
     names = {name for _, name in pairs}
-    # A factor of the model, or a name in the file, that is in two pairs stands for two factors.
+    # Equal numbers mean that each factor has one name and each name one factor.
     if not len(factors) == len(names) == len(pairs):
         raise ValueError(
             f"layers: expected layers that share {len(factors)} factors as in the model, got "
@@ -513,7 +513,7 @@ def _copy_to(model: nn.Module, state: AdapterState, model_tensors: Mapping[str, 
         layer.factors.B.start = None
         if start_key(entry.A) in state.tensors:
             keys = (start_key(entry.A), start_key(entry.B), f"{name}.start_core")
-            set_start(layer, Start(*(state.tensors[key] for key in keys)))
+            set_start(layer, *(state.tensors[key] for key in keys))
     for key, tensor in model_tensors.items():
         copy_full(tensor, state.tensors[key])
     config = getattr(model, "lotr_config", None)

@@ -18,6 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .adapted import Attachment, layers_in
 
+_NO_MISTAKE = ""  # the answer for a step that trains the adapter
+
 _watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -44,12 +46,12 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if mistake is None:
             continue
         _watched.discard(model)
-        if mistake:
+        if mistake != _NO_MISTAKE:
             warnings.warn(f"lotr_ext: {mistake}", stacklevel=3)
 
 
 def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
-    """Returns what is wrong with a step, "" if nothing is, None if it shows nothing yet.
+    """Returns what is wrong with a step, `_NO_MISTAKE`, or None if the step shows nothing yet.
 
     Args:
         model: An adapted model.
@@ -73,7 +75,7 @@ def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
         # The forward of a merged layer reads only its weight.
         if layer.merged and not trained.isdisjoint(layer.adapter_parameters()):
             return (
-                f"the adapter is merged into the weights, so that it gets no gradient, such as in "
+                f"the adapter is merged into the weights, so it gets no gradient, such as in "
                 f"{name!r}. Call unmerge(model) before training."
             )
     if all(p.grad is None for p in adapter | tasks):
@@ -81,23 +83,20 @@ def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
     trained_tasks = tasks & optimized
     if trained_tasks and all(p.grad is None for p in trained_tasks):
         return (
-            "the optimizer has the tasks of the bank, but no forward has used them, so that only "
-            "the model's adapter has a gradient. Call the model inside use_tasks(model, index)."
+            "the optimizer has the tasks of the bank, but no forward has used them, so only the "
+            "model's adapter has a gradient. Call the model inside use_tasks(model, index)."
         )
-    is_called: dict[str, bool] = {}
-    for name, layer in layers.items():
-        cores = trained.intersection(layer.core_parameters())
-        # A core has a gradient as soon as a forward and a backward have passed its layer.
-        if cores:
-            is_called[name] = any(p.grad is not None for p in cores)
-    idle = [name for name, called in is_called.items() if not called]
-    if any(is_called.values()) and idle:
+    cores = {name: trained.intersection(layer.core_parameters()) for name, layer in layers.items()}
+    # A core has a gradient as soon as a forward and a backward have passed its layer.
+    called = {name for name in cores if any(p.grad is not None for p in cores[name])}
+    idle = [name for name in cores if cores[name] and name not in called]
+    if called and idle:
         return (
-            f"no forward has called {len(idle)} of {len(is_called)} adapted layers, such as "
-            f"{idle[0]!r}, before an optimizer step, so their adapters have no effect. Leave them "
-            f"out with exclude_modules."
+            f"no forward has called {len(idle)} of {len(called) + len(idle)} adapted layers, such "
+            f"as {idle[0]!r}, before an optimizer step, so their adapters have no effect. Leave "
+            f"them out with exclude_modules."
         )
     # Another optimizer may train the tasks, or the cores of all layers.
-    if not trained_tasks and (tasks or not any(is_called.values())):
+    if not trained_tasks and (tasks or not called):
         return None
-    return ""
+    return _NO_MISTAKE

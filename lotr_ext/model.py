@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,14 +109,9 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 def install(model: nn.Module, selection: Selection) -> None:
     """Adapts the layers that `select` returned for a plain model."""
     config = selection.config
-    starts = {}
-    if config.init == "svd":  # first, because it reads the plain weights and may raise
-        weights = {
-            group: [_plain_weight(target) for target in targets]
-            for group, targets in selection.groups.items()
-        }
-        starts = {group: _svd_starts(matrices, config) for group, matrices in weights.items()}
-    cores = cores_of(
+    # First, because it reads the plain weights and may raise.
+    starts = _svd_starts(selection) if config.init == "svd" else {}
+    cores = make_cores(
         config,
         [target.name for target in selection.targets],
         device=device_of(selection.targets[0].module),
@@ -129,7 +124,7 @@ def install(model: nn.Module, selection: Selection) -> None:
             parameter.requires_grad_(parameter.is_floating_point())  # integers have no gradient
     all_factors: dict[str, LoTRFactor] = {}
     for group, targets in selection.groups.items():
-        factors = pair_of(
+        factors = make_pair(
             all_factors,
             group,
             targets[0].sizes,
@@ -137,9 +132,10 @@ def install(model: nn.Module, selection: Selection) -> None:
             device=device_of(targets[0].module),
             dtype=config.adapter_dtype,
         )
-        layers = [_adapt_target(model, target, factors, cores, config) for target in targets]
-        for layer, start in zip(layers, starts.get(group, ())):
-            set_start(layer, start)
+        for target in targets:
+            layer = _adapt_target(model, target, factors, cores, config)
+            if target.name in starts:
+                set_start(layer, *starts[target.name])
     # After the layers: the owner of what is attached may depend on where they are.
     attach(model, "lotr_factors", nn.ModuleList(all_factors.values()))
     if cores is not None:
@@ -168,7 +164,7 @@ def factor_names(group: str, sizes: tuple[int, int], group_by: GroupBy) -> list[
     return [f"A_{group}", f"B_{group}"]
 
 
-def pair_of(
+def make_pair(
     factors: MutableMapping[str, LoTRFactor] | nn.ModuleDict,
     group: str,
     sizes: tuple[int, int],
@@ -177,10 +173,10 @@ def pair_of(
     device: torch.device,
     dtype: torch.dtype,
 ) -> LoTRFactors:
-    """Returns the pair of A and B for a group of layers.
+    """Makes the pair of A and B for a group of layers.
 
     Args:
-        factors: All factors so far, by `factor_names`. New ones are added.
+        factors: All factors so far, by `factor_names`. Those that exist are used, others are added.
         group: The group.
         sizes: (in_features, out_features) of its layers.
         config: The configuration.
@@ -218,10 +214,10 @@ def _adapt_target(
     return layer
 
 
-def cores_of(
+def make_cores(
     config: LoTRConfig, names: Sequence[str], *, device: torch.device, dtype: torch.dtype
 ) -> Cores | None:
-    """Returns the Cores of the layers of these names, None if each layer has a dense core.
+    """Makes the Cores of the layers of these names. Returns None if each layer has a dense core.
 
     Args:
         config: The configuration.
@@ -258,50 +254,52 @@ def cores_of(
 # ---- init "svd" ----------------------------------------------------------------------------------
 
 
-class Start(NamedTuple):
-    """Where a layer starts with init "svd".
-
-    Its weight is reduced by s B G^T A^T, so that it starts as the base.
-    """
-
-    A: Tensor  # [K, r_in], of all layers of the group, as B
-    B: Tensor  # [N, r_out]
-    core: Tensor  # [r_in, r_out]
-
-
-def _plain_weight(target: Target) -> Tensor:
-    """Returns W [n, k] of a layer, which init "svd" reads and writes."""
-    if layer_class(target.module) is LoTRWrapped:
-        raise ValueError(
-            f'init: expected weights that "svd" can read and write, got {target.name!r} '
-            f"({type(target.module).__name__})"
-        )
-    return matrix_of(target.module)
-
-
 @torch.no_grad()
-def _svd_starts(weights: Sequence[Tensor], config: LoTRConfig) -> list[Start]:
-    """Returns the Tucker-2 factorization of the weights of a group.
+def _svd_starts(selection: Selection) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Returns A, B and the core of each layer: the Tucker-2 factorization of its group's weights.
 
     A and B are START times orthonormal factors.
     """
-    A, B, cores = tucker2(weights, config.ranks)
-    return [Start(START * A, START * B, core / (START**2 * config.s)) for core in cores]
+    for target in selection.targets:
+        if layer_class(target.module) is LoTRWrapped:
+            raise ValueError(
+                f'init: expected weights that "svd" can read and write, got {target.name!r} '
+                f"({type(target.module).__name__})"
+            )
+    config = selection.config
+    starts = {}
+    for targets in selection.groups.values():
+        weights = [matrix_of(target.module) for target in targets]
+        A_basis, B_basis, cores = tucker2(weights, config.ranks)
+        A = START * A_basis
+        B = START * B_basis
+        for target, core in zip(targets, cores):
+            starts[target.name] = (A, B, core / (START**2 * config.s))
+    return starts
 
 
 @torch.no_grad()
-def set_start(layer: LoTRLayer, start: Start) -> None:
-    """Sets A, B and the core of a layer that has no start, and subtracts them from its weight."""
-    A = layer.factors.A
-    B = layer.factors.B
-    for factor, value in ((A, start.A), (B, start.B)):
+def set_start(layer: LoTRLayer, A: Tensor, B: Tensor, core: Tensor) -> None:
+    """Sets where a layer that has no start begins, so that it computes as its base.
+
+    The weight is reduced by s B G^T A^T.
+
+    Args:
+        layer: The layer.
+        A: [K, r_in], as of all layers of its group, and so is B.
+        B: [N, r_out].
+        core: [r_in, r_out].
+    """
+    for factor, value in ((layer.factors.A, A), (layer.factors.B, B)):
         factor.start = value.to(factor.value)
         factor.value.copy_(factor.start)
     # What is subtracted has the rounding of what the layer computes with.
-    layer.start_core = start.core.to(layer.core)
+    layer.start_core = core.to(layer.core)
     layer.core.copy_(layer.start_core)
     weight = layer._weight_to_write("init")
-    delta = fallback.delta_weight(A.start, B.start, layer.start_core, layer.scaling)
+    delta = fallback.delta_weight(
+        layer.factors.A.start, layer.factors.B.start, layer.start_core, layer.scaling
+    )
     weight.copy_(plus(weight, -delta))
 
 

@@ -4,7 +4,8 @@
                                         checksum of the other file
     lotr_adapter.<digits>.safetensors   the tensors
 
-Version 1 is of lotr_ext 0.1.0. This file turns both versions into the present one (files.py).
+Version 1 is of lotr_ext 0.1.0. This file turns both versions into the present one
+(adapter_state.py).
 """
 
 import re

@@ -204,10 +204,10 @@ def _what_runs(layer: LoTRLayer, x: Tensor) -> str:
     if state_of(layer) is ADAPTER_OFF:
         return "only the base, because the adapter is disabled"
 
-    def reason(A: Tensor, B: Tensor) -> str:
+    def reason(A: Tensor, B: Tensor) -> str | None:
         # The rule looks at dtypes and devices only, so x stands for the base's output as well.
         call = LayerCall(x, None, None, A, B, layer.core, layer.scaling, base_output=x)
-        return dispatch.fallback_reason(call) or ""
+        return dispatch.fallback_reason(call)
 
     fallback_reason = layer.factors.read(reason)
     if fallback_reason:

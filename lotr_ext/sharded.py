@@ -66,7 +66,7 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
     inner, _ = files.unwrap(model)
     path = Path(directory)
     _reshard(inner)
-    state = files.state_of(inner, full_tensor)
+    state = files.adapter_of(inner, full_tensor)
     files.warn_of_unsaved(inner)
 
     # All have the full tensors now. Several writers would replace each other's file.

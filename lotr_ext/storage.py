@@ -55,39 +55,30 @@ def errors_of(where: str) -> Iterator[None]:
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def put_file(directory: Path, name: str, data: bytes) -> None:
-    """Writes a file, atomically.
-
-    Args:
-        directory: An existing directory.
-        name: The name of the file.
-        data: The content of the file.
-    """
+def put_file(path: Path, data: bytes) -> None:
+    """Writes a file into an existing directory, atomically."""
     # In the same directory, because a rename is atomic only within a file system.
-    temporary = directory / f"lotr.{secrets.token_hex(8)}.tmp"
+    temporary = path.parent / f"lotr.{secrets.token_hex(8)}.tmp"
     try:
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # else a crash after the rename may leave an empty file
-        os.replace(temporary, directory / name)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def put_tensors(
-    directory: Path, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]
-) -> None:
+def put_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file, atomically.
 
     Args:
-        directory: Created if it does not exist.
-        name: The name of the file.
+        path: The file. Its directory is created if it does not exist.
         tensors: On any device, of any strides.
         metadata: For the file's header.
 
     Raises:
-        FileExistsError: If directory is a file.
+        FileExistsError: If the directory is a file.
         OSError: If the disk refuses. The directory is then unchanged.
     """
     from safetensors.torch import save
@@ -99,8 +90,8 @@ def put_tensors(
     }
     data = save(contiguous, metadata)
     # Only now, so that a failure above leaves no empty directory.
-    directory.mkdir(parents=True, exist_ok=True)
-    put_file(directory, name, data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    put_file(path, data)
 
 
 # ---- reading -------------------------------------------------------------------------------------

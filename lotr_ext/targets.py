@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .bypasses import why_not_called
+from .bypasses import call_obstacle
 from .config import HEADED_TASKS, GroupBy, LoTRConfig, place_of
 from .layers import LoTRLayer, features, is_conv1d
 from .sharded_tensors import imported_class, is_dtensor, is_fsdp
@@ -31,6 +31,7 @@ _HEADS = (
     "cls_classifier",
     "distillation_classifier",
 )
+_UNNAMED_EXPERTS = "3-D parameters of experts: name them in target_parameters"
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     config = _with_heads(model, config)
     _check_patterns(model, config)
     saved = saved_modules(model, config)
-    # These train fully, so that an adapter inside them would have no purpose.
+    # These train fully, so an adapter inside them would have no purpose.
     inside_saved = {id(child) for module in saved.values() for child in module.modules()}
     targets, left_out = _linear_targets(model, config, inside_saved)
     targets += _expert_targets(model, config, inside_saved)
@@ -148,16 +149,13 @@ def _linear_targets(
     targets = []
     left_out: dict[str, list[str]] = {}
     for module, names in modules_with_names(model):
-        # "all-linear" selects no parameter, but whoever adapts a mixture should learn of its
-        # experts.
-        if config.everything and any(
-            expert_obstacle(module, p) is None for p in module._parameters
-        ):
-            experts = "3-D parameters of experts: name them in target_parameters"
-            left_out.setdefault(experts, []).append(names[0])
+        has_experts = any(expert_obstacle(module, p) is None for p in module._parameters)
+        # "all-linear" selects no parameter, but whoever adapts a mixture should learn of these.
+        if config.everything and has_experts:
+            left_out.setdefault(_UNNAMED_EXPERTS, []).append(names[0])
         if not _is_selected(module, names, config):
             continue
-        no_effect = why_not_adapted(model, module, names, tied)
+        obstacle = linear_obstacle(model, module, names, tied)
         reason = None
         if id(module) in inside_saved:
             reason = "fully trained: modules_to_save"
@@ -165,9 +163,9 @@ def _linear_targets(
             reason = "exclude_modules"
         elif config.everything:
             # A layer that the user names is refused instead, see `linear_target`.
-            reason = no_effect or outputs.get(id(module))
+            reason = obstacle or outputs.get(id(module))
         if reason is None:
-            targets.append(linear_target(names, module, no_effect, config.group_by))
+            targets.append(linear_target(names, module, obstacle, config.group_by))
         else:
             left_out.setdefault(reason, []).append(names[0])
     return targets, left_out
@@ -185,7 +183,7 @@ def _is_selected(module: nn.Module, names: Sequence[str], config: LoTRConfig) ->
     return can_be_meant and any(name_matches(name, config.target_modules) for name in names)
 
 
-def why_not_adapted(
+def linear_obstacle(
     model: nn.Module, module: nn.Module, names: Sequence[str], tied: Mapping[int, list[str]]
 ) -> str | None:
     """Returns why an adapter of a layer would be wrong or have no effect, None if it has one.
@@ -198,9 +196,9 @@ def why_not_adapted(
     """
     for name in names:
         parent, _, child = name.rpartition(".")
-        reason = why_not_called(model.get_submodule(parent), child)
-        if reason is not None:
-            return reason
+        obstacle = call_obstacle(model.get_submodule(parent), child)
+        if obstacle is not None:
+            return obstacle
     if id(module) in tied:
         return f"its weight is tied to {tied[id(module)][0]}"
     # Its output would be replaced by x W^T plus the adapter.
@@ -228,14 +226,14 @@ def _returns_rows(module: nn.Linear) -> bool:
 
 
 def linear_target(
-    names: Sequence[str], module: nn.Module, no_effect: str | None, group_by: GroupBy
+    names: Sequence[str], module: nn.Module, obstacle: str | None, group_by: GroupBy
 ) -> Target:
     """Returns the target for a linear layer.
 
     Args:
         names: All its names in the model.
         module: The layer.
-        no_effect: From `why_not_adapted`.
+        obstacle: From `linear_obstacle`.
         group_by: As in the configuration.
 
     Raises:
@@ -248,10 +246,10 @@ def linear_target(
             f"target_modules: expected nn.Linear, Conv1D or a module with in_features and "
             f"out_features, got {name!r} ({type(module).__name__})"
         )
-    if no_effect is not None:
+    if obstacle is not None:
         raise ValueError(
             f"target_modules: expected layers in which an adapter has an effect, got {name!r}: "
-            f"{no_effect}"
+            f"{obstacle}"
         )
     if is_dtensor(getattr(module, "weight", None)):
         raise TypeError(
@@ -305,10 +303,11 @@ def output_layers(model: nn.Module) -> dict[int, str]:
     outputs = list(heads(model).values())
     for module in model.modules():
         for getter in ("get_output_embeddings", "get_classifier"):
-            output = getattr(module, getter, tuple)()
-            # None without one, and a tuple of two for timm's distilled models.
-            candidates = output if isinstance(output, tuple) else (output,)
-            outputs += [m for m in candidates if isinstance(m, nn.Module)]
+            if hasattr(module, getter):
+                output = getattr(module, getter)()
+                # None without one, and a tuple of two for timm's distilled models.
+                candidates = output if isinstance(output, tuple) else (output,)
+                outputs += [m for m in candidates if isinstance(m, nn.Module)]
     reason = "the output layer or a head: name it to adapt it, or to train it, in modules_to_save"
     # A classifier may be a block of several layers.
     return {id(child): reason for output in outputs for child in output.modules()}
@@ -380,11 +379,11 @@ def _expert_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]
             if not name_matches(full_name, config.target_parameters):
                 continue
             parameter = full_name.rpartition(".")[2]
-            reason = expert_obstacle(module, parameter)
-            if reason is not None:
+            obstacle = expert_obstacle(module, parameter)
+            if obstacle is not None:
                 raise TypeError(
                     f"target_parameters: expected the 3-D weights of a mixture's experts, got "
-                    f"{full_name!r}, {reason}"
+                    f"{full_name!r}, {obstacle}"
                 )
             sizes = expert_sizes(module, parameter)[1:]
             layer_name = f"{full_name.removesuffix(parameter)}{CHILD}.{parameter}"
@@ -437,15 +436,20 @@ def _check_model(model: nn.Module) -> None:
 def _check_patterns(model: nn.Module, config: LoTRConfig) -> None:
     """Checks that each name of a configuration matches something."""
     modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    parameters = [name for name, _ in model.named_parameters()]
-    fields = dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), modules)
-    fields["target_parameters"] = parameters
-    for field, names in fields.items():
+    # The names among which a field's names must be.
+    names_for = {
+        "target_modules": modules,
+        "exclude_modules": modules,
+        "modules_to_save": modules,
+        "target_parameters": [name for name, _ in model.named_parameters()],
+    }
+    for field, names in names_for.items():
         value = getattr(config, field)
         if field == "target_modules" and config.everything:
             continue
+        # A regular expression is one pattern. Of a list, each ending is one, so that a misspelt
+        # name among others is noticed.
         patterns = [value] if isinstance(value, str) else [[ending] for ending in value or ()]
-        # One by one, so that a misspelt name among others is noticed.
         for pattern in patterns:
             if not any(name_matches(name, pattern) for name in names):
                 raise ValueError(
@@ -495,7 +499,7 @@ def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) 
         group = by.get(name)
     else:
         shape = f"{sizes[0]}x{sizes[1]}"
-        # Groups are names of modules in PEFT's files, so that they have no dots.
+        # Groups are names of modules in PEFT's files, so they have no dots.
         block = place_of(name)[0].replace(".", "_")
         group = {
             "shape": shape,

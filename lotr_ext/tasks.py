@@ -185,7 +185,7 @@ class TaskBank(Attachment):
         target = Path(path)
         with _changes:
             cores = self.cores_of(task)
-            put_tensors(target.parent, target.name, cores, self._format().metadata())
+            put_tensors(target, cores, self._format().metadata())
 
     # ---- slots and cores -------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from bench.timing import Group, Step
 SMALL = {
     "layer": "--shapes 32x48x40x4 --dtypes fp32,bf16",
     "model": "--models tiny-lm,tiny-encoder --dtypes fp32",
-    "host": "--shapes 2x6x16x4,16x3x24x4 --forms siblings",
+    "host": "--shapes 2x6x16x4,16x3x24x4 --wirings siblings",
     "experts": "--shapes 64x32x16x4x2x4 --dtypes fp32",
     "tasks": "--shapes 4x4x6x32x1x4",
     "kernels": "--shapes 40x24x4 --dtypes fp32",
@@ -252,7 +252,7 @@ def test_killed_program_keeps_the_rounds_that_it_measured(tmp_path: Path) -> Non
 @pytest.mark.parametrize("dtype", smoke.DTYPES)
 def test_forms_pass_on_the_cpu(dtype: str) -> None:
     forms = smoke.forms()
-    assert len(forms) > len(smoke.table().test_operators.TABLE)
+    assert len(forms) > len(smoke.operator_tests().test_operators.TABLE)
     for form in forms:
         outcome = smoke.outcome_of(form, dtype, "cpu", 1)
         expected = "skipped: " if form.endswith(" fused") else "passed"
@@ -261,7 +261,7 @@ def test_forms_pass_on_the_cpu(dtype: str) -> None:
 
 @pytest.mark.parametrize("error", [0.0, 0.5])
 def test_wrong_form_is_noticed(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = smoke.table().test_operators.TABLE
+    table = smoke.operator_tests().test_operators.TABLE
     right = table["fold"]
 
     def faulty(case):

@@ -254,7 +254,7 @@ def test_loras_are_exact_at_the_sum_of_their_ranks(
     model = load_adapter(zoo.net(net), tmp_path / "lotr")
     assert relative(output(model, net), expected) < 2e-5
     assert model.lotr_config.dropout == settings.get("lora_dropout", 0.0)
-    A = converted.tensors[next(iter(converted.adapter.layers.values())).A]
+    A = converted.adapter.tensors[next(iter(converted.adapter.layers.values())).A]
     assert (A.norm(dim=0) - 0.4).abs().max() < 1e-5
     lotr_to_lora(tmp_path / "lotr", tmp_path / "back")
     assert relative(output(lora_model(tmp_path / "back", net), net), expected) < 2e-5
@@ -282,7 +282,9 @@ def test_at_a_lower_rank_the_error_is_reported(tmp_path: Path) -> None:
     deltas = {name: layer.B @ layer.A for name, layer in read_lora(tmp_path)[0].items()}
     converted = lora_to_lotr(tmp_path, rank=3, dtype=torch.float64)
     lost = 0.0
-    for name, change in changes(converted.adapter, converted.tensors, converted.tensors).items():
+    for name, change in changes(
+        converted.adapter, converted.adapter.tensors, converted.adapter.tensors
+    ).items():
         error = relative(change, deltas[name])
         assert error == pytest.approx(converted.errors[name], abs=1e-6)
         lost += error**2 * float(deltas[name].square().sum())
@@ -473,7 +475,7 @@ def test_an_original_checkpoint_computes_the_same(
 ) -> None:
     path, state = original(tmp_path, suffix, equal)
     converted = original_to_lotr(path, scale=3.0, modules_to_save=["head"])
-    assert converted.config.scaling == 1.5
+    assert converted.adapter.config.scaling == 1.5
     assert len({entry.A for entry in converted.adapter.layers.values()}) == 2
     plain = zoo.net("attention")
     plain.head.weight.data.copy_(state["head.weight"])

@@ -22,7 +22,7 @@ QUICK = {  # program: (arguments, words in its output)
     "per_example": ("--examples 3", ["relative difference to a loop", "gradient"]),
     "evolve": (
         "--generations 2 --pairs 2 --rows 4 --head-steps 2 --held-out 40",
-        ["held-out accuracy", "of 768 numbers"],
+        ["held-out accuracy", "of 768 parameters"],
     ),
     "causal_lm": (
         "--steps 2 --length 16 --new-tokens 3 {language} --out {out}",

@@ -794,10 +794,11 @@ def a_fused_step_between(side: Side) -> Results:
 
 
 def a_fused_step_between_evaluations(side: Side) -> Results:
+    """The second evaluation starts with the x with which the first one ends."""
     with torch.no_grad():
-        before = side.net.call(0, side.x)
+        first = [side.net.call(i, x) for i, x in ((0, side.x), (0, 2 * side.x), (1, side.x))]
         side.net.parts(0)["A"].detach().numpy()[...] *= 2
-        return [before, side.net.call(0, side.x)]
+        return [*first, side.net.call(0, side.x)]
 
 
 def a_computed_factor_changes(side: Side) -> Results:

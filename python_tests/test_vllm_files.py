@@ -12,8 +12,9 @@ from torch import nn
 
 from lotr_ext import TaskBank, vllm
 from lotr_ext.adapted import adapted_layers
+from lotr_ext.adapter_state import AdapterState
 from lotr_ext.convert import export_lora
-from lotr_ext.files import state_of
+from lotr_ext.files import adapter_of
 from lotr_ext.storage import tensors_in
 from lotr_ext.vllm import export_factors, export_task
 
@@ -39,7 +40,7 @@ def adapted(net: str = "llama", **settings: object) -> nn.Module:
 
 def read(model: nn.Module, folder: Path) -> torch.Tensor:
     """Reads a task as the plugin does, over the factors of a model."""
-    return vllm.read_task(folder, vllm.factors_of(state_of(model), "test"))
+    return vllm.read_task(folder, vllm.factors_of(adapter_of(model), "test"))
 
 
 CONFIG = {
@@ -69,7 +70,7 @@ def test_a_task_is_read_over_the_factors_of_its_model(
     export_task(model, tmp_path / "task", task=task, base_model="base")
     bank.save(task, tmp_path / "saved" / FILE_NAME)
     assert same(bank.cores_of(bank.add(tmp_path / "task" / FILE_NAME)), cores)
-    factors = vllm.read_factors(tmp_path / "factors")
+    factors = vllm.factors_of(AdapterState.read(tmp_path / "factors"), "test")
     assert len(factors.tensors) == factor_count
     model_cores = {f"{name}.core": layer.core for name, layer in layers.items()}
     for folder, expected in (("model", model_cores), ("task", cores), ("saved", cores)):

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.operators import DTYPES
 from .bank import loras_to_bank
-from .hosts import EXPERT_FORMS, HOSTS
+from .hosts import EXPERT_FORMS, SERVER_NAMES
 from .to_lora import lotr_to_lora
 from .to_lotr import GROUPS_OF_ONE_SHAPE, lora_to_lotr, original_to_lotr
 
@@ -71,7 +71,7 @@ COMMANDS: dict[str, tuple[Any, str, Arguments]] = {
                 "help": "the form of a mixture's experts (default peft)",
             },
             "--hosts": {
-                "choices": HOSTS,
+                "choices": SERVER_NAMES,
                 "help": "the model type, if a server has special names for its experts",
             },
             "--base-model": {"help": "the base model's path, for base_model_name_or_path"},

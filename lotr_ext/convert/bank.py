@@ -23,16 +23,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..adapter_state import AdapterState
 from ..config import LoTRConfig
 from ..init import START
 from ..storage import put_tensors
 from ..task_files import TaskFormat, factors_in_order
-from .lora import LoRA, LoRAFolder, Source
+from .lora import FilePath, LoRA, LoRAFolder
 from .to_lotr import (
     Conversion,
     ConvertedLayer,
     groups_of,
-    lost,
+    relative_error,
     tucker2_of_loras,
 )
 
@@ -55,7 +56,7 @@ class BankConversion:
 class Collection:
     """The layers and norms of many LoRAs. Factors are read on access."""
 
-    def __init__(self, sources: Sequence[Source]):
+    def __init__(self, sources: Sequence[FilePath]):
         if isinstance(sources, str) or len(sources) < 1:
             raise ValueError(f"sources: expected a list of folders, got {sources!r:.80}")
         self.folders: dict[str, LoRAFolder] = {}
@@ -100,8 +101,8 @@ class Collection:
 
 @torch.no_grad()
 def loras_to_bank(
-    sources: Sequence[Source],
-    directory: Source,
+    sources: Sequence[FilePath],
+    directory: FilePath,
     *,
     rank: int | tuple[int, int] | str,
     group_by: str | dict[str, str] = "layer",
@@ -170,13 +171,13 @@ def _rank_that_keeps(share: float, collection: Collection, groups: Iterable[list
         if loras:
             full = min(sum(lora.rank for lora in loras), max(loras[0].sizes))
             _, _, cores = tucker2_of_loras(loras, (full, full))
+            # At index r - 1: the squared norm of the leading r x r blocks of the cores.
             squares.append(cores.square().sum(0).cumsum(0).cumsum(1).diagonal())
     most = max(map(len, squares), default=1)
-    # Past its largest rank, a group keeps no more.
-    kept = sum(
-        (pad(square, (0, most - len(square)), value=float(square[-1])) for square in squares),
-        start=torch.zeros(most, dtype=torch.float64),
-    )
+    kept = torch.zeros(most, dtype=torch.float64)
+    for square in squares:
+        # Past its largest rank, a group keeps no more.
+        kept += pad(square, (0, most - len(square)), value=float(square[-1]))
     # Up to the rounding of sums, so that a share of 1 does not depend on it.
     is_enough = kept >= (share - 1e-9) * kept[-1]
     return int(is_enough.nonzero()[0]) + 1
@@ -197,10 +198,10 @@ def _write(
             dtype=config.adapter_dtype,
         ).view(shape)
         adapter, captured = _factorized(collection, groups, config, dict(zip(layers, cores)))
-        adapter.save(directory)
+        adapter.write(directory)
         pairs = {
             name: (adapter.tensors[layer.A], adapter.tensors[layer.B])
-            for name, layer in adapter.adapter.layers.items()
+            for name, layer in adapter.layers.items()
         }
         factors = factors_in_order(pairs, config.group_by)
         shapes = {f"{layer}.core": config.ranks for layer in layers}
@@ -209,10 +210,10 @@ def _write(
         files = {}
         for index, name in enumerate(collection.folders):
             task = {f"{layer}.core": cores[i, index] for i, layer in enumerate(layers)}
-            put_tensors(directory / "tasks", f"{name}.safetensors", task, metadata)
             files[name] = directory / "tasks" / f"{name}.safetensors"
+            put_tensors(files[name], task, metadata)
     errors = {
-        name: lost(norm * math.sqrt(captured[name]), norm)
+        name: relative_error(norm * math.sqrt(captured[name]), norm)
         for name, norm in collection.norms.items()
     }
     return BankConversion(config, files, errors)
@@ -223,7 +224,7 @@ def _factorized(
     groups: Mapping[str, list[str]],
     config: LoTRConfig,
     cores: Mapping[str, Tensor],
-) -> tuple[Conversion, dict[str, float]]:
+) -> tuple[AdapterState, dict[str, float]]:
     """Returns the adapter with zero cores, and the share of each LoRA's norm that its cores keep.
 
     The norms are squared.
@@ -236,14 +237,14 @@ def _factorized(
     """
     converted = {}
     captured = dict.fromkeys(collection.folders, 0.0)
-    places = {name: place for place, name in enumerate(collection.folders)}
+    index_of_lora = {name: index for index, name in enumerate(collection.folders)}
     for group, layers in groups.items():
         loras = collection.of_layers(layers)
         A, B, normalized = tucker2_of_loras(list(loras.values()), config.ranks)
         for (name, layer), core in zip(loras, normalized, strict=True):
             captured[name] += float(core.square().sum())
             unscaled = collection.norms[name] / (START**2 * config.s) * core
-            cores[layer][places[name]] = unscaled  # cast to the adapter's dtype
+            cores[layer][index_of_lora[name]] = unscaled  # cast to the adapter's dtype
         zero = ConvertedLayer(START * A, START * B, torch.zeros(config.ranks), group)
         converted |= dict.fromkeys(layers, zero)
-    return Conversion.of(config, converted, {}, {}), captured
+    return Conversion.of(config, converted, {}, {}).adapter, captured

@@ -1,15 +1,11 @@
 """The names and forms that servers expect for the LoRA of a mixture's experts.
 
-With e experts of intermediate size i:
+    "peft"          PEFT's target_parameters: all experts in one pair of tensors
+    "vllm-shared"   vLLM with enable_moe_shared_loras: gate, up and down, with a factor that all
+                    experts share
+    "per-expert"    vLLM without flags: gate, up and down of each expert
 
-    "peft"          PEFT's target_parameters: <experts>.lora_A.weight [e r, k] and .lora_B.weight
-                    [n, r e], where the expert is the last index. These are of the module's last
-                    parameter; of the one before it, <experts>.base_layer.lora_A.weight, ..
-    "vllm-shared"   vLLM with enable_moe_shared_loras: <experts>.w1 (gate) and .w3 (up) have
-                    .lora_A.weight [1, r, k] and .lora_B.weight [e, i, r]; .w2 (down) has
-                    .lora_A.weight [e, r, i] and .lora_B.weight [1, k, r]
-    "per-expert"    vLLM without flags: <experts>.<c>.gate_proj, .up_proj and .down_proj each have
-                    .lora_A.weight [r, k] and .lora_B.weight [i, r]
+Each has a function below, which says its names and shapes for e experts of intermediate size i.
 """
 
 from collections.abc import Mapping
@@ -19,10 +15,10 @@ from torch import Tensor
 
 from .lora import LoRA
 
-Factors = tuple[Tensor, Tensor]  # lora_A, lora_B
+LoRAPair = tuple[Tensor, Tensor]  # lora_A, lora_B
 
 
-class Host(NamedTuple):
+class ServerNames(NamedTuple):
     """A server's names for the experts of a model type.
 
     Attributes:
@@ -36,27 +32,27 @@ class Host(NamedTuple):
     interleaved: bool = False
 
 
-HOSTS = {  # by transformers' model_type
-    "mixtral": Host(("mlp.experts", "block_sparse_moe.experts"), ("w1", "w3", "w2")),
-    "gpt_oss": Host(interleaved=True),
+SERVER_NAMES = {  # by transformers' model_type
+    "mixtral": ServerNames(("mlp.experts", "block_sparse_moe.experts"), ("w1", "w3", "w2")),
+    "gpt_oss": ServerNames(interleaved=True),
 }
 
 
-def expert_tensors(layers: Mapping[str, LoRA], form: str, host: Host) -> dict[str, Tensor]:
+def expert_tensors(layers: Mapping[str, LoRA], form: str, server: ServerNames) -> dict[str, Tensor]:
     """Returns the tensors of the experts, as a server expects them, by name.
 
     Args:
         layers: The LoRAs by the full name of their parameter, in the order of each module.
         form: One of EXPERT_FORMS.
-        host: The server's names.
+        server: The server's names.
     """
     modules: dict[str, dict[str, LoRA]] = {}
     for name, layer in layers.items():
         module, _, parameter = name.rpartition(".")
-        modules.setdefault(module.replace(*host.rename), {})[parameter] = layer
+        modules.setdefault(module.replace(*server.rename), {})[parameter] = layer
     tensors = {}
     for module, parameters in modules.items():
-        for name, (A, B) in EXPERT_FORMS[form](parameters, host).items():
+        for name, (A, B) in EXPERT_FORMS[form](parameters, server).items():
             tensors[f"{module}{name}.lora_A.weight"] = A
             tensors[f"{module}{name}.lora_B.weight"] = B
     return tensors
@@ -65,18 +61,28 @@ def expert_tensors(layers: Mapping[str, LoRA], form: str, host: Host) -> dict[st
 # ---- one function per form: the factors of one module by what follows the module's name ----------
 
 
-def _peft(parameters: Mapping[str, LoRA], host: Host) -> dict[str, Factors]:
+def _peft(parameters: Mapping[str, LoRA], server: ServerNames) -> dict[str, LoRAPair]:
+    """Returns A [e r, k] and B [n, r e], where the expert is the last index.
+
+    The module's last parameter has the name "", the one before it ".base_layer", and so on.
+    """
     pairs = {}
     name = ""
     # PEFT wraps the module once per parameter, so the last parameter is in the outermost wrapper.
     for layer in reversed(parameters.values()):
-        A, B = _expanded(layer)
+        A, B = _of_all_experts(layer)
         pairs[name] = (A.flatten(0, 1), B.permute(1, 2, 0).flatten(1))
         name += ".base_layer"
     return pairs
 
 
-def _vllm_shared(parameters: Mapping[str, LoRA], host: Host) -> dict[str, Factors]:
+def _vllm_shared(parameters: Mapping[str, LoRA], server: ServerNames) -> dict[str, LoRAPair]:
+    """Returns .w1 (gate) and .w3 (up) with A [1, r, k] and B [e, i, r], and .w2 (down).
+
+    .w2 has A [e, r, i] and B [1, k, r].
+    """
+    # vLLM's names in this form, for every model.
+    vllm = server._replace(projections=("w1", "w3", "w2"))
     pairs = {}
     for parameter, layer in parameters.items():
         if parameter not in ("gate_up_proj", "down_proj"):
@@ -84,17 +90,16 @@ def _vllm_shared(parameters: Mapping[str, LoRA], host: Host) -> dict[str, Factor
                 f"experts: expected 'per-expert' or 'peft' for experts that are not gated, got "
                 f"'vllm-shared' for {parameter}"
             )
-        factors = (layer.A, layer.B)
-        # vLLM's names in this form, for every model.
-        pairs |= _projections(parameter, factors, ("w1", "w3", "w2"), host.interleaved)
+        pairs |= _projections(parameter, layer.A, layer.B, vllm)
     return pairs
 
 
-def _per_expert(parameters: Mapping[str, LoRA], host: Host) -> dict[str, Factors]:
+def _per_expert(parameters: Mapping[str, LoRA], server: ServerNames) -> dict[str, LoRAPair]:
+    """Returns .<c>.gate_proj, .up_proj and .down_proj of each expert c, A [r, k] and B [n, r]."""
     pairs = {}
     for parameter, layer in parameters.items():
-        for index, factors in enumerate(zip(*_expanded(layer), strict=True)):
-            split = _projections(parameter, factors, host.projections, host.interleaved)
+        for index, (A, B) in enumerate(zip(*_of_all_experts(layer), strict=True)):
+            split = _projections(parameter, A, B, server)
             pairs |= {f".{index}{name}": pair for name, pair in split.items()}
     return pairs
 
@@ -106,22 +111,26 @@ EXPERT_FORMS = {
 }
 
 
-def _expanded(layer: LoRA) -> Factors:
+def _of_all_experts(layer: LoRA) -> LoRAPair:
     """Returns A [e, r, k] and B [e, n, r], also if all experts share one of them."""
     return layer.A.expand(layer.experts, -1, -1), layer.B.expand(layer.experts, -1, -1)
 
 
-def _projections(
-    parameter: str, factors: Factors, names: tuple[str, str, str], interleaved: bool
-) -> dict[str, Factors]:
-    """Splits a parameter into gate, up and down, by the server's names. B is [.., n, r]."""
-    gate, up, down = (f".{name}" for name in names)
-    A, B = factors
+def _projections(parameter: str, A: Tensor, B: Tensor, server: ServerNames) -> dict[str, LoRAPair]:
+    """Splits the pair of a parameter into gate, up and down, by the server's names.
+
+    Args:
+        parameter: Its name in transformers.
+        A: [.., r, k].
+        B: [.., n, r].
+        server: The server's names.
+    """
+    gate, up, down = (f".{name}" for name in server.projections)
     if parameter == "down_proj":
-        return {down: factors}
-    if parameter != "gate_up_proj":
-        return {up: factors}
-    if interleaved:
+        return {down: (A, B)}
+    if parameter != "gate_up_proj":  # experts that are not gated
+        return {up: (A, B)}
+    if server.interleaved:
         return {gate: (A, B[..., ::2, :]), up: (A, B[..., 1::2, :])}
     gate_B, up_B = B.chunk(2, -2)
     return {gate: (A, gate_B), up: (A, up_B)}

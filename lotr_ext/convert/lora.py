@@ -21,7 +21,7 @@ from ..checks import check_number
 from ..storage import json_in, put_file, put_tensors
 from ..targets import name_matches
 
-Source = str | PathLike[str]
+FilePath = str | PathLike[str]
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 # Of PEFT before it had safetensors.
@@ -183,7 +183,7 @@ class LoRAFolder(Mapping[str, LoRA]):
             access, if a layer's factors are incomplete, of shapes that do not fit, or not finite.
     """
 
-    def __init__(self, source: Source):
+    def __init__(self, source: FilePath):
         self.path = Path(source)
         self.config = read_config(self.path, "LORA")
         check_two_factors(self.config)
@@ -241,7 +241,7 @@ class LoRAFolder(Mapping[str, LoRA]):
         return next(alphas, self.config.get("lora_alpha"))
 
 
-def read_lora(source: Source) -> tuple[dict[str, LoRA], dict[str, Tensor], dict[str, Any]]:
+def read_lora(source: FilePath) -> tuple[dict[str, LoRA], dict[str, Tensor], dict[str, Any]]:
     """Reads and checks a LoRA that PEFT saved.
 
     Returns:
@@ -279,5 +279,6 @@ def put_folder(
     # Readers look for the configuration first, so it goes first and comes back last.
     if directory.is_dir():
         (directory / CONFIG_NAME).unlink(missing_ok=True)
-    put_tensors(directory, name, tensors, dict(metadata or {"format": "pt"}))
-    put_file(directory, CONFIG_NAME, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    put_tensors(directory / name, tensors, dict(metadata or {"format": "pt"}))
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    put_file(directory / CONFIG_NAME, text.encode())

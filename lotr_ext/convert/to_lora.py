@@ -26,16 +26,16 @@ from ..base_model import BaseModel
 from ..checks import check_choice
 from ..config import TASKS, LoTRConfig
 from ..core.operators import accumulate_dtype
-from ..files import state_of, unwrap, warn_of_unsaved
+from ..files import adapter_of, unwrap, warn_of_unsaved
 from ..layers import LoTRConv1D
 from ..old_files import config_of_version_1, start_key
 from ..targets import parameter_name
-from .hosts import EXPERT_FORMS, HOSTS, Host, expert_tensors
+from .hosts import EXPERT_FORMS, SERVER_NAMES, ServerNames, expert_tensors
 from .lora import (
     CONFIG_NAME,
     TENSORS_NAME,
+    FilePath,
     LoRA,
-    Source,
     base_name,
     modules_of,
     put_folder,
@@ -45,7 +45,7 @@ from .lora import (
 
 
 def export_lora(
-    model: nn.Module, directory: Source, *, task: int | None = None, **options: Any
+    model: nn.Module, directory: FilePath, *, task: int | None = None, **options: Any
 ) -> dict[str, LoRA]:
     """Writes the adapter of a model as a PEFT LoRA.
 
@@ -68,7 +68,7 @@ def export_lora(
     """
     path = Path(directory)
     inner, writes = unwrap(model)
-    adapter = state_of(inner)
+    adapter = adapter_of(inner)
     if task is None:
         warn_of_unsaved(inner)
     else:
@@ -77,12 +77,12 @@ def export_lora(
     options.setdefault("base_model", adapter.base.name)
     layers = layers_in(inner).values()
     options.setdefault("fan_in_fan_out", any(isinstance(m, LoTRConv1D) for m in layers))
-    if options.get("experts") in ("vllm-shared", "per-expert") and model_type in HOSTS:
+    if options.get("experts") in ("vllm-shared", "per-expert") and model_type in SERVER_NAMES:
         options.setdefault("hosts", model_type)
     return _write_lora(path, adapter, **options) if writes else {}
 
 
-def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str, LoRA]:
+def lotr_to_lora(source: FilePath, directory: FilePath, **options: Any) -> dict[str, LoRA]:
     """Writes a saved LoTR adapter as a PEFT LoRA. No model is needed.
 
     Args:
@@ -92,7 +92,7 @@ def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str,
         experts: The form of adapted experts: "peft", or for servers "vllm-shared" or "per-expert",
             which PEFT does not read. An exported adapter with experts has no dropout, because PEFT
             has none for them.
-        hosts: A model type in `HOSTS`, such as "mixtral", for which servers have other names.
+        hosts: A model type, such as "mixtral", for which servers have other names (`SERVER_NAMES`).
         base_model: Where the base model is, for base_model_name_or_path. PEFT's AutoPeftModel and
             vLLM's resolver of folders read it.
         fan_in_fan_out: For the configuration. PEFT corrects a wrong value, with a warning.
@@ -135,12 +135,14 @@ def _read_lotr_of_peft(directory: Path) -> AdapterState:
     tensors = {}
     for key, tensor in tensors_of_peft(directory).items():
         name = base_name(key).replace(".lotr_adapter.core", ".core")
-        # The first version had a pair's two tensors in one module.
+        # Those of the first version have no ".value".
         tensors[re.sub(r"^(lotr_factors\..+\.[AB])$", r"\1.value", name)] = tensor
     layers = {}
     for entry in content["layers"]:
         factors = entry["factors"]
-        A, B = (f"{factors}.A", f"{factors}.B") if isinstance(factors, str) else factors
+        # The first version had a pair's two tensors in one module.
+        pair = [f"{factors}.A", f"{factors}.B"] if isinstance(factors, str) else factors
+        A, B = pair
         layers[entry["name"]] = LayerEntry(f"{A}.value", f"{B}.value", config.s, config.dropout)
     saved = modules_of(tensors, content.get("modules_to_save"))
     return AdapterState(config, layers, tuple(saved), BaseModel(), tensors)
@@ -233,7 +235,7 @@ def _write_lora(
 ) -> dict[str, LoRA]:
     check_choice("experts", experts, EXPERT_FORMS)
     check_choice("task_type", task_type, (*TASKS, None))
-    check_choice("hosts", hosts, (*HOSTS, None))
+    check_choice("hosts", hosts, (*SERVER_NAMES, None))
     layers = _lora_of(adapter, experts)
     linear = {name: layer for name, layer in layers.items() if not layer.experts}
     stacked = {name: layer for name, layer in layers.items() if layer.experts}
@@ -258,7 +260,7 @@ def _write_lora(
     }
     if stacked and experts == "peft":
         config["target_parameters"] = sorted(stacked)
-    written = expert_tensors(stacked, experts, HOSTS.get(hosts, Host()))
+    written = expert_tensors(stacked, experts, SERVER_NAMES.get(hosts, ServerNames()))
     for name, layer in sorted(linear.items()):
         written[f"{name}.lora_A.weight"] = layer.A
         written[f"{name}.lora_B.weight"] = layer.B

@@ -15,7 +15,7 @@ from ..base_model import BaseModel
 from ..config import LoTRConfig
 from ..init import START, tucker2_of
 from ..targets import Target, group_of, in_groups
-from .lora import LoRA, Source, modules_of, read_lora, tensors_of
+from .lora import FilePath, LoRA, modules_of, read_lora, tensors_of
 
 GROUPS_OF_ONE_SHAPE = ("shape", "block", "name", "layer")
 
@@ -41,16 +41,7 @@ class Conversion:
     adapter: AdapterState
     errors: dict[str, float]
 
-    @property
-    def config(self) -> LoTRConfig:
-        return self.adapter.config
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by their names in the file."""
-        return self.adapter.tensors
-
-    def save(self, directory: Source) -> None:
+    def save(self, directory: FilePath) -> None:
         """Writes the adapter for `lotr_ext.load_adapter`.
 
         Raises:
@@ -92,7 +83,7 @@ class Conversion:
 
 @torch.no_grad()
 def lora_to_lotr(
-    source: Source,
+    source: FilePath,
     *,
     rank: int | tuple[int, int],
     group_by: str | Mapping[str, str] = "shape",
@@ -133,7 +124,7 @@ def lora_to_lotr(
     for group, names in groups.items():
         A, B, cores = tucker2_of_loras([layers[name] for name in names], config.ranks)
         for name, core in zip(names, cores, strict=True):
-            errors[name] = lost(float(core.norm()), layers[name].norm)
+            errors[name] = relative_error(float(core.norm()), layers[name].norm)
             converted[name] = ConvertedLayer(
                 START * A, START * B, core / (START**2 * config.s), group
             )
@@ -175,7 +166,7 @@ def tucker2_of_loras(
     output_basis, outputs = _in_basis([lora.B for lora in loras], ranks[1])
     pairs = list(zip(inputs, outputs, strict=True))
     # D^T = V U^T. With U = Q R, V R^T has the same leading directions, and few columns.
-    halves = [V @ torch.linalg.qr(U, mode="r").R.mT for V, U in pairs]
+    blocks = [V @ torch.linalg.qr(U, mode="r").R.mT for V, U in pairs]
 
     def right(A: Tensor) -> list[Tensor]:
         return [U @ (V.mT @ A) for V, U in pairs]
@@ -183,7 +174,7 @@ def tucker2_of_loras(
     def left(B: Tensor) -> list[Tensor]:
         return [V @ (U.mT @ B) for V, U in pairs]
 
-    A, B, cores = tucker2_of(halves, right, left, len(outputs[0]), ranks)
+    A, B, cores = tucker2_of(blocks, right, left, len(outputs[0]), ranks)
     return input_basis @ A, output_basis @ B, cores
 
 
@@ -200,7 +191,7 @@ def _in_basis(blocks: Sequence[Tensor], rank: int) -> tuple[Tensor, list[Tensor]
     return basis, list(coordinates.split([block.shape[1] for block in blocks], 1))
 
 
-def lost(captured: float, norm: float) -> float:
+def relative_error(captured: float, norm: float) -> float:
     """Returns the relative error of a projection.
 
     Args:
@@ -221,7 +212,7 @@ ORIGINAL_PARTS = ("lhs", "mid", "rhs")
 
 @torch.no_grad()
 def original_to_lotr(
-    source: Source, *, scale: float = 1.0, modules_to_save: Sequence[str] | None = None
+    source: FilePath, *, scale: float = 1.0, modules_to_save: Sequence[str] | None = None
 ) -> Conversion:
     """Converts the adapter in a state dict of the original implementation (github.com/daskol/lotr).
 

@@ -172,10 +172,10 @@ class LoTRPeftConfig(PeftConfig):
         Raises:
             TypeError: If the file has a setting that this version lacks.
         """
-        # A later version saves a number, see `to_dict`.
+        # Version 1 saved None or "auto", with other meanings. Now it is a number, see `to_dict`.
         if kwargs.get("scaling") in (None, "auto"):
-            old = {**kwargs, "rank": kwargs.get("rank") or 16}
-            kwargs["scaling"] = config_of_version_1(old)["scaling"]
+            values = {**kwargs, "rank": kwargs.get("rank") or 16}
+            kwargs["scaling"] = config_of_version_1(values)["scaling"]
         kwargs.pop("share_factors", None)  # such a file contains A and B
         kwargs = {name: value for name, value in kwargs.items() if value or name not in _FORMER}
         return super().from_peft_type(**kwargs)

@@ -131,7 +131,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.register_buffer("weight_backup", None, persistent=False)
 
-    def place(self) -> tuple[torch.device, torch.dtype]:
+    def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Returns the device on which the base computes, and its dtype, float32 if quantized."""
         _, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         # A quantized weight has the dtype of its bytes.
@@ -192,8 +192,8 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
             )
         for name in dict.fromkeys(names):
             if name in self.lotr_adapter:
-                places = [i for i, row_name in enumerate(names) if row_name == name]
-                rows = torch.tensor(places, device=x.device)
+                matching = [i for i, row_name in enumerate(names) if row_name == name]
+                rows = torch.tensor(matching, device=x.device)
                 # Not in place: autograd may need the base's output as it was.
                 y = y.index_copy(0, rows, self.lotr_adapter[name](x[rows], base_output=y[rows]))
         return y

@@ -11,7 +11,7 @@ PEFT's BaseTuner adds, switches, merges and removes adapters. It calls these hoo
     _remove_adapter_name_from_key   the names in a file
     _remap_adapter_state_dict_for_load
 
-BaseTuner sees only parameters below adapted layers. The factors are the tuner's, so that each is
+BaseTuner sees only parameters below adapted layers. The factors are the tuner's, so each is
 registered once:
 
     base_model.lotr_factors.<adapter>.A_<group>.value       A of a group, and B_<group>; by width
@@ -37,16 +37,16 @@ from torch import Tensor, nn
 
 from ..bypasses import block_bypasses, restore_bypasses
 from ..config import place_of
-from ..model import cores_of, factor_names, pair_of
+from ..model import factor_names, make_cores, make_pair
 from ..sharded_tensors import is_sharded
 from ..storage import expect_names
 from ..targets import (
     Target,
     in_groups,
+    linear_obstacle,
     linear_target,
     modules_with_names,
     tied_names,
-    why_not_adapted,
 )
 from ..wrapped import check_mergeable
 from .config import LoTRPeftConfig
@@ -115,10 +115,14 @@ class LoTRPeftModel(BaseTuner):
         self._check_adapter_names()
 
     def _targets(self, peft_config: LoTRPeftConfig, model: nn.Module) -> list[Target]:
-        """Returns the layers that a configuration selects."""
+        """Returns the layers that a configuration selects.
+
+        With "all-linear", writes the names of the layers into the configuration, as PEFT does, and
+        removes those without effect.
+        """
         tied = tied_names(model)
         is_everything = str(peft_config.target_modules).lower() == "all-linear"
-        config = _maybe_include_all_linear_layers(peft_config, model)  # writes the names into it
+        config = _maybe_include_all_linear_layers(peft_config, model)
         # PEFT does not look into layers that have an adapter already.
         inside_adapted = tuple(
             f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)
@@ -141,11 +145,11 @@ class LoTRPeftModel(BaseTuner):
                     f"{name!r} ({type(module).__name__})"
                 )
             base = module.base_layer if isinstance(module, LoTRPeftLinear) else module
-            no_effect = why_not_adapted(model, base, names, tied)
-            if is_everything and no_effect is not None:
+            obstacle = linear_obstacle(model, base, names, tied)
+            if is_everything and obstacle is not None:
                 config.target_modules.discard(name)
             else:
-                targets.append(linear_target(names, base, no_effect, config.group_by))
+                targets.append(linear_target(names, base, obstacle, config.group_by))
         return targets
 
     def _check_adapter_names(self) -> None:
@@ -188,8 +192,8 @@ class LoTRPeftModel(BaseTuner):
         config = peft_config.to_lotr()
         if adapter_name not in self.lotr_factors:
             self.lotr_factors[adapter_name] = nn.ModuleDict()
-        device, dtype = layer.place()
-        factors = pair_of(
+        device, dtype = layer.device_and_dtype()
+        factors = make_pair(
             self.lotr_factors[adapter_name],
             self._groups[current_key],
             (layer.in_features, layer.out_features),
@@ -201,7 +205,9 @@ class LoTRPeftModel(BaseTuner):
         if config.core != "dense" and adapter_name not in self.lotr_cores:
             A = factors.A.value
             names = [entry["name"] for entry in peft_config.layers]
-            self.lotr_cores[adapter_name] = cores_of(config, names, device=A.device, dtype=A.dtype)
+            self.lotr_cores[adapter_name] = make_cores(
+                config, names, device=A.device, dtype=A.dtype
+            )
         form = None
         if adapter_name in self.lotr_cores:
             form = self.lotr_cores[adapter_name].at(place_of(current_key), owned=False)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ..adapter_state import AdapterState, LayerEntry
 from ..convert.lora import put_folder
-from ..files import save_adapter, state_of
+from ..files import adapter_of, save_adapter
 from ..old_files import start_key
 from ..task_files import TaskFormat, factors_in_order
 
@@ -42,7 +42,7 @@ TENSORS_NAME = "lotr_task.safetensors"
 
 
 @dataclass(frozen=True)
-class Factors:
+class EngineFactors:
     """The factors of an adapter, as the engine holds them.
 
     Attributes:
@@ -58,7 +58,7 @@ class Factors:
     task_format: TaskFormat
 
 
-def factors_of(adapter: AdapterState, where: str) -> Factors:
+def factors_of(adapter: AdapterState, where: str) -> EngineFactors:
     """Returns the factors of an adapter.
 
     Args:
@@ -87,7 +87,7 @@ def factors_of(adapter: AdapterState, where: str) -> Factors:
     group_by = "shape" if adapter.config is None else adapter.config.group_by
     ordered = factors_in_order(pairs, group_by)
     scalings = tuple(entry.scaling for entry in layers.values())
-    return Factors(layers, tensors, spans, TaskFormat(shapes, scalings, ordered))
+    return EngineFactors(layers, tensors, spans, TaskFormat(shapes, scalings, ordered))
 
 
 def _check_servable(adapter: AdapterState, where: str) -> None:
@@ -111,15 +111,6 @@ def _check_servable(adapter: AdapterState, where: str) -> None:
         )
 
 
-def read_factors(directory: str | PathLike[str]) -> Factors:
-    """Returns the factors in a folder of `save_adapter`.
-
-    Raises:
-        ValueError: If there is no such folder, or it has an adapter that the engine cannot hold.
-    """
-    return factors_of(AdapterState.read(Path(directory)), "LOTR_FACTORS")
-
-
 # ---- export --------------------------------------------------------------------------------------
 
 
@@ -130,7 +121,7 @@ def export_factors(model: nn.Module, directory: str | PathLike[str]) -> None:
         RuntimeError: If the model has no adapter.
         ValueError: If it has experts, init "svd" or modules_to_save, which the engine cannot hold.
     """
-    factors_of(state_of(model), "export_factors")
+    factors_of(adapter_of(model), "export_factors")
     save_adapter(model, directory)
 
 
@@ -159,7 +150,7 @@ def export_task(
         FileExistsError: If directory is a file.
     """
     directory = Path(directory)
-    adapter = state_of(model)
+    adapter = adapter_of(model)
     factors = factors_of(adapter, "export_task")
     cores = adapter.tensors if task is None else model.lotr_tasks.cores_of(task)
     task_format = factors.task_format
@@ -180,8 +171,8 @@ def export_task(
 # ---- in the engine -------------------------------------------------------------------------------
 
 
-def read_task(directory: str | PathLike[str], factors: Factors) -> Tensor:
-    """Returns the cores s G in a folder of `export_task` as one vector, by `Factors.spans`.
+def read_task(directory: str | PathLike[str], factors: EngineFactors) -> Tensor:
+    """Returns the cores s G in a folder of `export_task` as one vector, by `EngineFactors.spans`.
 
     Raises:
         TypeError, ValueError: If it is not a complete task over these factors with finite values.
@@ -212,10 +203,11 @@ def register() -> None:
 
     Raises:
         RuntimeError: If this version of vLLM is not tested.
-        ValueError: If there is no such folder.
+        ValueError: If there is no such folder, or it has an adapter that the engine cannot hold.
     """
     if os.environ.get("LOTR_FACTORS"):
         # Only here: engine.py imports vLLM, and exporting works without it.
         from .engine import install
 
-        install(read_factors(os.environ["LOTR_FACTORS"]))
+        adapter = AdapterState.read(Path(os.environ["LOTR_FACTORS"]))
+        install(factors_of(adapter, "LOTR_FACTORS"))

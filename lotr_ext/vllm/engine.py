@@ -42,7 +42,7 @@ from vllm.model_executor.utils import get_packed_modules_mapping
 from ..core import fallback
 from ..core.call import RowChoice
 from ..core.kernel_support import kernel_obstacle
-from . import Factors, read_task
+from . import EngineFactors, read_task
 
 TESTED_VERSION = "0.32."
 lotr = torch.ops.lotr
@@ -58,7 +58,7 @@ LINEAR_LAYERS: tuple[type[nn.Module], ...] = (
 )
 
 
-def install(factors: Factors) -> None:
+def install(factors: EngineFactors) -> None:
     """Makes vLLM load tasks over these factors into layers with cores.
 
     Raises:
@@ -124,7 +124,7 @@ def _adapt_only(names: Collection[str]) -> None:
     FusedMoEConfig.__post_init__ = initialize_without_lora
 
 
-def _check_layers(layers: Iterable["_LayerWithCores"], factors: Factors) -> None:
+def _check_layers(layers: Iterable["_LayerWithCores"], factors: EngineFactors) -> None:
     """Checks that the engine adapts all layers of factors. Their sizes are checked already.
 
     Raises:
@@ -170,7 +170,7 @@ class _LayerWithCores:
         lotr_shared: A and B on the device, by name, dtype, device and part of the weight.
     """
 
-    lotr_factors: Factors
+    lotr_factors: EngineFactors
     lotr_shared: dict[tuple[Any, ...], Tensor]
 
     def create_lora_weights(
@@ -195,11 +195,13 @@ class _LayerWithCores:
         sizes = tuple(self.output_slices if self.n_slices > 1 else (self.output_size,))
         self.lotr_parts: list[Part] = []
         start = 0
-        for place, (name, size) in enumerate(zip(self.base_layer.lotr_names, sizes, strict=True)):
+        for packed_index, (name, size) in enumerate(
+            zip(self.base_layer.lotr_names, sizes, strict=True)
+        ):
             columns = slice(start, start + size)
             start += size
             if name in self.lotr_factors.layers:
-                self.lotr_parts.append(self._part(name, place, columns, max_loras))
+                self.lotr_parts.append(self._part(name, packed_index, columns, max_loras))
         self.output_slices = sizes
         rank = max((max(part.cores.shape[1:]) for part in self.lotr_parts), default=1)
         device = torch.device(self.device)
@@ -211,18 +213,18 @@ class _LayerWithCores:
         self.lora_a_stacked = (element.expand(max_loras, 1, max_rank, 1),) * len(sizes)
         self.lora_b_stacked = (element.expand(max_loras, 1, 1, max_rank),) * len(sizes)
 
-    def _part(self, name: str, place: int, columns: slice, slots: int) -> Part:
+    def _part(self, name: str, packed_index: int, columns: slice, slots: int) -> Part:
         """Returns the part of an adapted module.
 
         Args:
             name: Its name in the base model.
-            place: Its index among the modules of this layer.
+            packed_index: Its index among the modules of this layer.
             columns: Its columns of the layer's output.
             slots: The number of slots.
         """
         entry = self.lotr_factors.layers[name]
-        A = self._factor(entry.A, "A", place)
-        B = self._factor(entry.B, "B", place)
+        A = self._factor(entry.A, "A", packed_index)
+        B = self._factor(entry.B, "B", packed_index)
         expected = (self.input_size, columns.stop - columns.start)
         if (len(A), len(B)) != expected:
             raise ValueError(
@@ -232,39 +234,39 @@ class _LayerWithCores:
         cores = A.new_zeros(slots, A.shape[1], B.shape[1])
         return Part(self.lotr_factors.spans[name], A, B, cores, columns)
 
-    def _factor(self, key: str, side: str, place: int) -> Tensor:
+    def _factor(self, key: str, side: str, packed_index: int) -> Tensor:
         """Returns A [k, r_in] or B [n, r_out] for this process's part of the weight.
 
         Args:
             key: The name of the factor.
             side: "A" or "B".
-            place: The index of the packed module.
+            packed_index: The index of the packed module.
         """
         full = self.lotr_factors.tensors[key]
-        rows = full if self.tp_size == 1 else self._rows_of_process(full, side, place)
+        rows = full if self.tp_size == 1 else self._rows_of_process(full, side, packed_index)
         # Layers may cut one factor in different ways. Each cut is kept once.
         cut = None
         if rows.shape != full.shape:
-            cut = (type(self).__name__, place, self.input_size, self.output_size)
+            cut = (type(self).__name__, packed_index, self.input_size, self.output_size)
         dtype = self.lora_config.lora_dtype
         shared_key = (key, dtype, str(self.device), cut)
         if shared_key not in self.lotr_shared:
             self.lotr_shared[shared_key] = rows.to(self.device, dtype).contiguous()
         return self.lotr_shared[shared_key]
 
-    def _rows_of_process(self, full: Tensor, side: str, place: int) -> Tensor:
+    def _rows_of_process(self, full: Tensor, side: str, packed_index: int) -> Tensor:
         """Returns this process's rows, by vLLM's rule for lora_A [r, k] or lora_B [n, r]."""
         if side == "A":
-            return self._cut(self.slice_lora_a, full.T, place).T
-        return self._cut(self.slice_lora_b, full, place)
+            return self._cut(self.slice_lora_a, full.T, packed_index).T
+        return self._cut(self.slice_lora_b, full, packed_index)
 
-    def _cut(self, rule: Callable[..., Any], matrix: Tensor, place: int) -> Tensor:
+    def _cut(self, rule: Callable[..., Any], matrix: Tensor, packed_index: int) -> Tensor:
         # vLLM's rules take a list for a packed layer, and a tensor for any other.
         if self.n_slices == 1:
             return rule(matrix)
         matrices: list[Tensor | None] = [None] * self.n_slices
-        matrices[place] = matrix
-        return rule(matrices)[place]
+        matrices[packed_index] = matrix
+        return rule(matrices)[packed_index]
 
     def reset_lora(self, index: int) -> None:
         for part in self.lotr_parts:
@@ -310,7 +312,7 @@ class _LayerWithCores:
 
 
 def _with_cores(
-    base: type[nn.Module], factors: Factors, shared: dict[tuple[Any, ...], Tensor]
+    base: type[nn.Module], factors: EngineFactors, shared: dict[tuple[Any, ...], Tensor]
 ) -> type[nn.Module]:
     """Returns the class of layers with cores for one of vLLM's wrappers."""
 
