@@ -48,7 +48,7 @@ from torch import Tensor, nn
 
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, load_adapter, use_tasks
 from lotr_ext.convert import loras_to_bank
-from lotr_ext.init import START
+from lotr_ext.init import INIT_GAIN
 
 from . import accuracy
 from .accuracy import at_best_rate, complete, lacking_runs, record, runs_in
@@ -163,7 +163,7 @@ def with_cores(model: nn.Module, form: Form, target: str, seed: int, layers: str
     apply_lotr(model, LoTRConfig(**settings, target_modules=layers))
     for name, (A, B) in fixed_pairs(form, target, seed).items():
         if re.fullmatch(layers, name):
-            pair = {"A.value": START * A, "B.value": START * B}
+            pair = {"A.value": INIT_GAIN * A, "B.value": INIT_GAIN * B}
             model.get_submodule(name).factors.load_state_dict(pair)
     return model
 

@@ -9,7 +9,7 @@
 //   matrix.cpp mbarrier.cpp
 //   tma.cpp wgmma.cpp
 //   counters.cpp              bytes, sectors, bank conflicts, by array
-//   options.cpp               options, sparse memory, coverage
+//   options.cpp               options, sparse memory
 //   race.cpp race_hooks.cpp   the race detector, which is a separate build
 //   early.cpp                 programmatic dependent launches
 //   sites.cpp                 skips one barrier, for mutation tests
@@ -110,8 +110,5 @@ void clear_arrays();
 // Zero pages that take memory only when touched: for arrays beyond 2^31 elements.
 void* map_sparse(size_t bytes);  // throws std::bad_alloc
 void unmap_sparse(void* p, size_t bytes);
-
-// The coverage build: writes the line counts of this process now (they are written at exit anyway).
-void write_coverage();
 
 }  // namespace lotr::simt

@@ -1,4 +1,4 @@
-// What a host program sets up: options, sparse memory, and when coverage is written.
+// What a host program sets up: the options of launches, and sparse memory.
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -6,14 +6,6 @@
 #include <stdexcept>
 
 #include "state.h"
-
-#ifndef LOTR_SIMT_COVERAGE
-#define LOTR_SIMT_COVERAGE 0
-#endif
-#if LOTR_SIMT_COVERAGE
-extern "C" void __gcov_dump();
-extern "C" void __gcov_reset();
-#endif
 
 namespace lotr::simt {
 
@@ -53,13 +45,6 @@ void* map_sparse(size_t bytes) {
 
 void unmap_sparse(void* p, size_t bytes) {
   munmap(p, bytes);
-}
-
-void write_coverage() {
-#if LOTR_SIMT_COVERAGE
-  __gcov_dump();
-  __gcov_reset();
-#endif
 }
 
 }  // namespace lotr::simt

@@ -213,8 +213,8 @@ def test_wrong_devices_dtypes_and_ranks_are_named() -> None:
         lotr.shrink(x, t["A"].cpu())
     with pytest.raises(RuntimeError, match=r"expected a rank of at most 256 .*16, 300"):
         lotr.shrink(x, x.new_zeros(16, 300))
-    of_cuda = r"expected dtype torch\.float32, torch\.bfloat16 or torch\.float16 on CUDA"
-    with pytest.raises(RuntimeError, match=of_cuda):
+    message = r"expected dtype torch\.float32, torch\.bfloat16 or torch\.float16 on CUDA"
+    with pytest.raises(RuntimeError, match=message):
         lotr.shrink(x.double(), t["A"].double())
 
 

@@ -1,6 +1,6 @@
 """The kernels in the executor's other builds, and with one synchronization skipped at a time.
 
-The builds: race detector, sanitizers, coverage.
+The builds: race detector and sanitizers.
 """
 
 from pathlib import Path
@@ -33,21 +33,6 @@ def test_no_race() -> None:
 def test_no_race_and_no_bad_access_anywhere(mode: str, schedules: str, kernel: str) -> None:
     """All shapes and element types. `make test` relies on NaN around arrays and the executor."""
     sweep(mode, "--shapes", "all", "--kernels", kernel, "--schedules", schedules)
-
-
-@pytest.mark.full
-def test_every_line_of_the_kernels_runs() -> None:
-    build.reset_coverage()
-    sweep("coverage", "--shapes", "all", "--kinds", "bf16,fp32", "--schedules", "forward")
-    kernels = {
-        name: lines
-        for name, lines in build.coverage(build.CSRC / "cuda").items()
-        if name.endswith(".cuh")
-    }
-    names = ("shrink", "expand_add", "factor_grad", "shrink_grad", "fold", "sum_parts")
-    assert {f"kernels/{name}.cuh" for name in names} | {"sm90/gemm_lotr.cuh"} <= set(kernels)
-    ran = sum(lines for lines, _, _ in kernels.values())
-    assert ran / sum(total for _, total, _ in kernels.values()) >= 0.98, kernels
 
 
 # ---- each barrier, commit and wait skipped: the executor skips calls at one source line ----

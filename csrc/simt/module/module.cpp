@@ -126,5 +126,4 @@ PYBIND11_MODULE(lotr_simt, m) {
       "Such calls at this line do nothing from now on, as if it were deleted; ('', 0) ends it");
   m.def("sparse_array", &sparse_array, "shape"_a, "dtype"_a,
         "Zeros whose pages take memory only when touched, for matrices beyond 2^31 elements");
-  m.def("write_coverage", &write_coverage);
 }
