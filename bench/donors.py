@@ -209,7 +209,7 @@ def shared_factors(
     return {name: (factors[name, A_SIDE], factors[name, B_SIDE]) for name in shapes}
 
 
-def pairs_of(matrices: list[dict[str, Tensor]], group_by: str, rank: int) -> Pairs:
+def leading_pairs(matrices: list[dict[str, Tensor]], group_by: str, rank: int) -> Pairs:
     """Returns the leading directions of all matrices [n, k] of a group, next to each other."""
     shapes = {name: tuple(matrix.shape) for name, matrix in matrices[0].items()}
 
@@ -253,7 +253,7 @@ def lora_of(name: str) -> Path:
     return folder
 
 
-def pairs_of_loras(group_by: str, rank: int) -> Pairs:
+def lora_pairs(group_by: str, rank: int) -> Pairs:
     """Returns the pairs that loras_to_bank makes of the donors' LoRAs."""
     folder = CACHE / f"donors-{group_by}-{rank}"
     loras_to_bank([lora_of(name) for name in DONORS], folder, rank=rank, group_by=group_by)
@@ -290,7 +290,7 @@ def orthonormal_pairs(model: nn.Module) -> Pairs:
     return pairs
 
 
-def pairs_for(form: Form, target: str, seed: int) -> Pairs:
+def fixed_pairs(form: Form, target: str, seed: int) -> Pairs:
     """Returns the form's fixed pair of each layer. Only random ones depend on the seed."""
     if not form.source:
         return {}
@@ -298,11 +298,13 @@ def pairs_for(form: Form, target: str, seed: int) -> Pairs:
     if form.source == "random":
         return random_pairs({n: tuple(w.shape) for n, w in weights.items()}, form, seed)
     makers: dict[str, Callable[[int], Pairs]] = {
-        "svd": lambda rank: pairs_of([weights], form.group, rank),
-        "own": lambda rank: pairs_of([gradients(target)], form.group, rank),
-        "donors": lambda rank: pairs_of([gradients(d) for d in DONORS], form.group, rank),
-        "known": lambda rank: pairs_of([gradients(d) for d in (*DONORS, target)], form.group, rank),
-        "loras": lambda rank: pairs_of_loras(form.group, rank),
+        "svd": lambda rank: leading_pairs([weights], form.group, rank),
+        "own": lambda rank: leading_pairs([gradients(target)], form.group, rank),
+        "donors": lambda rank: leading_pairs([gradients(d) for d in DONORS], form.group, rank),
+        "known": lambda rank: leading_pairs(
+            [gradients(d) for d in (*DONORS, target)], form.group, rank
+        ),
+        "loras": lambda rank: lora_pairs(form.group, rank),
         "mixed": lambda rank: mixed_pairs(form.group, rank),
     }
     most = max(form.rank)

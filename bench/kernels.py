@@ -143,13 +143,15 @@ def obstacle(case: Case, device: str) -> str | None:
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    every = []
+    all_cases = []
     for shape in options.shapes:
         # fold has no tokens. A row reads one core, so more cores than rows would not be read.
         changes = {"fold": {"m": 1}, "row_core": {"n": min(shape["m"], shape["n"])}}
         for name in options.kernels:
-            every.append({"kernel": name, **shape, **changes.get(name, {})})
-    return [case for case in every if obstacle({**case, "dtype": "bf16"}, options.device) is None]
+            all_cases.append({"kernel": name, **shape, **changes.get(name, {})})
+    return [
+        case for case in all_cases if obstacle({**case, "dtype": "bf16"}, options.device) is None
+    ]
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:

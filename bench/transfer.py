@@ -48,12 +48,12 @@ from torch import Tensor, nn
 
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, load_adapter, use_tasks
 from lotr_ext.convert import loras_to_bank
-from lotr_ext.init import START
+from lotr_ext.init import INIT_GAIN
 
 from . import accuracy
 from .accuracy import at_best_rate, complete, lacking_runs, record, runs_in
 from .common import RESULTS, commit, parser_of, read, show, some_of
-from .donors import CACHE, MODEL, TEXTS, Form, captured, layers_named, lora_of, pairs_for, problem
+from .donors import CACHE, MODEL, TEXTS, Form, captured, fixed_pairs, layers_named, lora_of, problem
 from .problems import TASKS, adapt, fit
 
 STEPS = TASKS[MODEL].steps
@@ -146,7 +146,7 @@ def build(form: Form, target: str, seed: int) -> nn.Module:
     if not form.b:
         return with_cores(model, form, target, seed, task.layers)
     with_b = re.compile(layers_named(form.b))
-    for name, (A, B) in pairs_for(form, target, seed).items():
+    for name, (A, B) in fixed_pairs(form, target, seed).items():
         parent, _, last = name.rpartition(".")
         has_b = with_b.fullmatch(name) is not None
         # Adam moves each number by the rate, so a larger B is a higher rate of b alone.
@@ -161,9 +161,9 @@ def with_cores(model: nn.Module, form: Form, target: str, seed: int, layers: str
     train = ("A", "B", "core") if form.is_trained else ("core",)
     settings = {"rank": form.rank, "group_by": form.group, "core": form.core, "train": train}
     apply_lotr(model, LoTRConfig(**settings, target_modules=layers))
-    for name, (A, B) in pairs_for(form, target, seed).items():
+    for name, (A, B) in fixed_pairs(form, target, seed).items():
         if re.fullmatch(layers, name):
-            pair = {"A.value": START * A, "B.value": START * B}
+            pair = {"A.value": INIT_GAIN * A, "B.value": INIT_GAIN * B}
             model.get_submodule(name).factors.load_state_dict(pair)
     return model
 
@@ -182,7 +182,7 @@ def train(run: Run) -> dict[str, Any]:
     row: dict[str, Any] = run._asdict()
     row["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if form.source and not form.is_trained:
-        row["captured"] = captured(pairs_for(form, run.target, run.seed), run.target)
+        row["captured"] = captured(fixed_pairs(form, run.target, run.seed), run.target)
     # "lora" stands for any method without a new head and without a start from the gradient.
     row |= accuracy.measured(model, fit(model, "lora", run.lr, run.seed, text), text)
     return row | {"seconds": time.perf_counter() - start, "commit": commit()}

@@ -39,14 +39,14 @@ def centered_ranks(rewards: Tensor) -> Tensor:
 
 @torch.no_grad()
 def run_generation(
-    model: nn.Module, bank: TaskBank, center: list[nn.Parameter], batch: Batch, sigma: float
+    model: nn.Module, bank: TaskBank, centers: list[nn.Parameter], batch: Batch, sigma: float
 ) -> float:
-    """Sets the gradients of the center from the rewards of perturbed copies.
+    """Sets the gradients of the centers from the rewards of perturbed copies.
 
     Args:
         model: Has the bank.
         bank: One task per member. Its cores are overwritten.
-        center: One core per layer.
+        centers: The center of the generation, one core per layer.
         batch: The rows that each member answers.
         sigma: The standard deviation of the perturbations.
 
@@ -55,9 +55,9 @@ def run_generation(
     """
     members = len(bank)
     half = members // 2  # the second half of the members has the mirror images
-    noise = [torch.randn(half, *core.shape) for core in center]
-    for cores, middle, perturbation in zip(bank.cores, center, noise):
-        cores.copy_(middle + sigma * torch.cat([perturbation, -perturbation]))
+    noise = [torch.randn(half, *core.shape) for core in centers]
+    for cores, center, perturbation in zip(bank.cores, centers, noise):
+        cores.copy_(center + sigma * torch.cat([perturbation, -perturbation]))
     rows = len(batch.ids)
     with use_tasks(model, torch.arange(members).repeat_interleave(rows)):
         answers = model(batch.ids * members).argmax(1)
@@ -65,8 +65,8 @@ def run_generation(
     rewards = is_right.view(members, rows).double().mean(1)
     weights = centered_ranks(rewards).float()
     differences = weights[:half] - weights[half:]
-    for middle, perturbation in zip(center, noise):
-        middle.grad = -torch.tensordot(differences, perturbation, 1) / (members * sigma)
+    for center, perturbation in zip(centers, noise):
+        center.grad = -torch.tensordot(differences, perturbation, 1) / (members * sigma)
     return rewards.mean().item()
 
 
@@ -97,20 +97,20 @@ def main(words: list[str] | None = None) -> None:
     for _ in range(2 * options.pairs):
         bank.add()
     # The cores of the model are the center of each generation. They start at zero.
-    center = [p for name, p in model.named_parameters() if name.endswith(".core")]
-    optimizer = torch.optim.Adam(center, lr=options.lr)
+    centers = [p for name, p in model.named_parameters() if name.endswith(".core")]
+    optimizer = torch.optim.Adam(centers, lr=options.lr)
     before = 100 * accuracy(model, held_out)
     shares = []
     progress = progress_bar("evolution", options.generations)
     for _ in progress:
-        shares.append(run_generation(model, bank, center, next(data), options.sigma))
+        shares.append(run_generation(model, bank, centers, next(data), options.sigma))
         optimizer.step()
         progress.set_postfix_str(f"right {100 * statistics.fmean(shares[-10:]):.1f} %")
 
     after = 100 * accuracy(model, held_out)
     print(
         f"held-out accuracy {before:.1f} % before, {after:.1f} % after {options.generations} "
-        f"generations of {sum(core.numel() for core in center):,} parameters"
+        f"generations of {sum(core.numel() for core in centers):,} parameters"
     )
 
 

@@ -6,8 +6,8 @@
     CPCores         diag(a[l] * b[k])            (L + K) r                        LoRTA, CaRA
     TuckerCores     sum_j W[p, j] C[j]           P r + r^3                        FacT-TK
     TrainCores      G2[l] G3[k]                  (L + K) r^2                      MetaTT-4D
-    FewCores        sum_j v[p, j] R[j], with     P u, or u if tied                TinyLoRA
-                    fixed random R
+    FewCores        sum_j v[p, j] R[j], with     P c, or c if tied                TinyLoRA
+                    c fixed random R
 
 Most methods related to LoTR differ in this. All forms start at G = 0 with a nonzero gradient, so
 the model starts unchanged. A place identifies the core of a layer: (layer, kind), or any name for

@@ -27,7 +27,7 @@ from .checks import (
     has_values,
 )
 from .core import dispatch, grouped
-from .core.call import LayerCall, RowChoice, cores_of_groups
+from .core.call import LayerCall, RowChoice, index_from_offs
 from .core.request import ADAPTER_OFF, state_of
 from .factors import LoTRFactors, Scaling, factors_for, scaling_of
 from .layers import LoTRLayer
@@ -70,7 +70,7 @@ class Routing:
         task = tasks if self.tokens is None else tasks[self.tokens]
         experts = cores.shape[1]
         # The core of task t and expert c has the index t e + c in the flattened cores.
-        expert = cores_of_groups(self.offs, len(task), experts)
+        expert = index_from_offs(self.offs, len(task), experts)
         has_core = (task >= 0) & (expert >= 0)
         index = torch.where(has_core, task * experts + expert, -1)
         return RowChoice(index, None, self.reads), cores.flatten(0, 1)
@@ -100,7 +100,7 @@ class Routing:
 def _with_zeros(x: Tensor, is_zero: Tensor) -> Tensor:
     """Returns x with zeros in some rows, x itself if there are none.
 
-    On a GPU and in a compiled graph this is not known, so that the result is a copy.
+    On a GPU and in a compiled graph it always copies, because looking for such rows would wait.
     """
     if has_values(is_zero) and not bool(is_zero.any()):
         return x

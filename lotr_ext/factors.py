@@ -21,7 +21,7 @@ from .checks import check_dimension, check_dtype, check_number, check_rank
 from .core.dispatch import Caches
 from .core.factor_cache import FactorCache
 from .core.operators import accumulate_dtype
-from .init import START, fill_factor_
+from .init import INIT_GAIN, fill_factor_
 
 Scaling = float | Literal["auto"]
 DEFAULT_RANK = 8
@@ -36,16 +36,17 @@ def scaling_of(
 ) -> float:
     """Returns the scaling s of an adapter.
 
-    "auto" is 4 (8 / r)^1.5 / START^3. START = 0.4 is the constant by which the initial factors are
-    multiplied. Together they make the learning rate of a LoRA fit every rank (docs/choosing.md).
+    "auto" is 4 (8 / r)^1.5 / INIT_GAIN^3. INIT_GAIN = 0.4 is the constant by which the initial
+    factors are multiplied. Together they make the learning rate of a LoRA fit every rank
+    (docs/choosing.md).
 
     Args:
         rank: r, or (r_in, r_out), of which the larger one is r.
         alpha: If given, s is alpha / r, and "auto" does not apply.
         rslora: Whether s is alpha / sqrt(r) (arXiv 2312.03732). alpha is r if it is not given.
         scaling: s itself, or "auto".
-        diagonal: Whether the cores are diagonal. "auto" is then 4 (8 / r)^0.5 / START^3, because
-            their products have fewer terms by a factor of r.
+        diagonal: Whether the cores are diagonal. "auto" is then 4 (8 / r)^0.5 / INIT_GAIN^3,
+            because their products have fewer terms by a factor of r.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -64,7 +65,7 @@ def scaling_of(
         return float(scaling)
     if alpha is None and not rslora:
         exponent = 0.5 if diagonal else 1.5
-        return 4.0 * (8 / r) ** exponent / START**3
+        return 4.0 * (8 / r) ** exponent / INIT_GAIN**3
     numerator = r if alpha is None else alpha
     check_number("alpha", numerator)
     return numerator / (math.sqrt(r) if rslora else r)
@@ -96,7 +97,7 @@ class LoTRFactor(nn.Module):
         features: in_features for an A, out_features for a B.
         rank: The number of columns.
         init: "orthonormal" (orthonormal columns, or rows if the rank exceeds the features),
-            "normal" (N(0, 1), as in the paper) or "kaiming", times START.
+            "normal" (N(0, 1), as in the paper) or "kaiming", times INIT_GAIN.
         device: As for torch.empty.
         dtype: float32, float64, bfloat16 or float16. torch's default dtype if None.
 
@@ -202,10 +203,9 @@ class LoTRFactors(nn.Module):
         return pair
 
     def _set_pair(self, A: LoTRFactor, B: LoTRFactor) -> None:
-        # As children, for parameters() and state_dict.
+        # Children, for parameters() and state_dict, and in `__dict__`, from which `read` is faster.
         self.A = A
         self.B = B
-        # `read` runs in each call, and reads an attribute in `__dict__` faster than a child.
         set_unregistered(self, "A", A)
         set_unregistered(self, "B", B)
         self.caches = Caches(A.cache, B.cache)

@@ -1,9 +1,9 @@
 """Initial values of factors and cores.
 
-    factors   orthonormal   A^T A = START^2 I (or A A^T if r > d): the core's gradient does not grow
-                            with the width
-              normal        START N(0, 1), as in the paper's code
-              kaiming       START U(-1/sqrt(d), 1/sqrt(d)), as A in LoRA
+    factors   orthonormal   A^T A = INIT_GAIN^2 I (or A A^T if r > d): the core's gradient does not
+                            grow with the width
+              normal        INIT_GAIN N(0, 1), as in the paper's code
+              kaiming       INIT_GAIN U(-1/sqrt(d), 1/sqrt(d)), as A in LoRA
     cores     zero          delta W = 0, so the model starts unchanged
               identity      G = I. B starts at zero, so the model still starts unchanged, as in LoRA
     both      svd           the Tucker-2 factorization of the weights, subtracted from them
@@ -29,14 +29,14 @@ from .checks import check_choice, check_tensor
 # Multiplies the initial factors, and divides s by its cube (factors.scaling_of). With AdamW,
 # factors and cores times a, the rate times a, and s times a^-3 give exactly the same path. So this
 # constant moves the best learning rate of LoTR onto LoRA's (docs/choosing.md).
-START = 0.4
+INIT_GAIN = 0.4
 FACTOR_INITS = ("orthonormal", "normal", "kaiming")
 CORE_INITS = ("zero", "identity")
 
 
 @torch.no_grad()
 def fill_factor_(tensor: Tensor, init: str, generator: torch.Generator | None = None) -> Tensor:
-    """Fills a factor in place with START times the values of an init. Draws nothing on meta.
+    """Fills a factor in place with INIT_GAIN times the values of an init. Draws nothing on meta.
 
     Values are drawn in float32 (float64 for float64) and cast once.
 
@@ -72,7 +72,7 @@ def fill_factor_(tensor: Tensor, init: str, generator: torch.Generator | None = 
         q = q * torch.where(upper.diagonal() < 0, -1.0, 1.0).to(q.dtype)
         # A factor that is wider than long has orthonormal rows.
         values = q if r <= d else q.T
-    return tensor.copy_(START * values)
+    return tensor.copy_(INIT_GAIN * values)
 
 
 @torch.no_grad()
@@ -114,7 +114,8 @@ def leading_vectors(blocks: Sequence[Tensor], r: int) -> Tensor:
     d = blocks[0].shape[0]
     columns = sum(block.shape[1] for block in blocks)
     # With few columns, all of them are in the span of a small basis.
-    if r <= columns < d and columns <= _DENSE:
+    has_small_basis = columns < d and r <= columns <= _DENSE
+    if has_small_basis:
         q, upper = torch.linalg.qr(torch.cat(list(blocks), 1))
         return q @ torch.linalg.svd(upper)[0][:, :r]
     # Few rows, or so many vectors that an iteration would not be cheaper.
@@ -169,7 +170,7 @@ def tucker2(weights: Sequence[Tensor], rank: tuple[int, int]) -> tuple[Tensor, T
 
 
 def tucker2_of(
-    spans: Sequence[Tensor],
+    blocks: Sequence[Tensor],
     right: Callable[[Tensor], list[Tensor]],
     left: Callable[[Tensor], list[Tensor]],
     n: int,
@@ -178,26 +179,26 @@ def tucker2_of(
     """Computes `tucker2` of matrices W_l [n, k] from their products.
 
     Args:
-        spans: For each l a matrix [k, c_l] with the left singular vectors and the singular values
+        blocks: For each l a matrix [k, c_l] with the left singular vectors and the singular values
             of W_l^T.
         right: right(A) returns all W_l A.
         left: left(B) returns all W_l^T B.
         n: Rows of the matrices.
         rank: As for `tucker2`.
     """
-    A = leading_vectors(spans, min(rank[0], len(spans[0])))
+    A = leading_vectors(blocks, min(rank[0], len(blocks[0])))
     captured = -math.inf
     # Each half-step is the best factor for the other one, so `captured` never falls.
     for _ in range(20):
         B = leading_vectors(right(A), min(rank[1], n))
-        halves = left(B)
-        A = leading_vectors(halves, A.shape[1])
+        products = left(B)
+        A = leading_vectors(products, A.shape[1])
         previous = captured
-        captured = sum(float((A.T @ half).square().sum()) for half in halves)
+        captured = sum(float((A.T @ product).square().sum()) for product in products)
         if captured - previous <= 1e-9 * captured:
             break
-    cores = torch.zeros(len(spans), *rank, dtype=torch.float64, device=A.device)
-    cores[:, : A.shape[1], : B.shape[1]] = torch.stack([A.T @ half for half in left(B)])
+    cores = torch.zeros(len(blocks), *rank, dtype=torch.float64, device=A.device)
+    cores[:, : A.shape[1], : B.shape[1]] = torch.stack([A.T @ product for product in left(B)])
     return padded(A, rank[0]), padded(B, rank[1]), cores
 
 
@@ -237,7 +238,7 @@ def start_from_gradients(
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
 ) -> CapturedGradient:
-    """Sets A and B to START times the leading directions of the weights' gradients dW_l = g^T x.
+    """Sets A and B to INIT_GAIN times the leading directions of the gradients dW_l = g^T x.
 
     Shared A and B span the leading directions of all their layers' dW_l, by three steps of subspace
     iteration from a random start, each one pass over the batches:
@@ -282,7 +283,7 @@ def start_from_gradients(
     captured = _captured(model, layers, kept_directions, batches, loss)
     with torch.no_grad():
         for factor, vectors in kept_directions.items():
-            factor.value.copy_(START * padded(vectors.double(), factor.rank))
+            factor.value.copy_(INIT_GAIN * padded(vectors.double(), factor.rank))
     return captured
 
 
@@ -290,8 +291,8 @@ def _random_directions(factor: nn.Module, generator: torch.Generator) -> Tensor:
     """Returns orthonormal columns [features, rank + extra ones] on the factor's device."""
     columns = min(factor.rank + _EXTRA_DIRECTIONS, factor.features)
     drawn = torch.empty(factor.features, columns, device="cpu")
-    # The iteration needs columns of length 1, without START.
-    return fill_factor_(drawn, "orthonormal", generator).to(factor.value.device) / START
+    # The iteration needs columns of length 1, without INIT_GAIN.
+    return fill_factor_(drawn, "orthonormal", generator).to(factor.value.device) / INIT_GAIN
 
 
 def _check_gradients(blocks: list[Tensor]) -> None:

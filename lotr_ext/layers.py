@@ -121,7 +121,7 @@ class LoTRLayer(nn.Module):
         """Takes over weight and bias. Keeps linear for `to_base`."""
         self.weight = linear.weight
         self.bias = linear.bias
-        set_unregistered(self, "adapted", linear)
+        set_unregistered(self, "original", linear)
 
     def _add_adapter(
         self,
@@ -164,7 +164,7 @@ class LoTRLayer(nn.Module):
         # With one layer, a factor needs no sum of gradients (see `FactorCache`).
         factors.A.cache.layers += 1
         factors.B.cache.layers += 1
-        # A child, so that a model built by hand owns A and B. Each call reads it from `__dict__`.
+        # A child, so that a model built by hand owns A and B, and in `__dict__` for faster reads.
         self.factors = factors
         set_unregistered(self, "factors", factors)
 
@@ -190,7 +190,7 @@ class LoTRLayer(nn.Module):
         if not isinstance(input, Tensor) or input.shape[-1:] != (self.in_features,):
             check_input(input, self.in_features)
         if self.merged:
-            return self.base(input)
+            return self.compute_base(input)
         state = state_of(self)
         if state is None:
             return self._with_adapter(input, self.core, None)
@@ -231,15 +231,15 @@ class LoTRLayer(nn.Module):
 
     def _without_adapter(self, x: Tensor) -> Tensor:
         """Computes the base, and adds back what init "svd" subtracted from its weight."""
-        y = self.base(x)
+        y = self.compute_base(x)
         if self.start_core is None:
             return y
         A = self.factors.A.start
         B = self.factors.B.start
         call = LayerCall(x, None, None, A, B, self.start_core, self.scaling, base_output=y)
-        return fallback.layer(call)  # rarely used, so that it is fast enough
+        return fallback.layer(call)  # fast enough, because it is rarely used
 
-    def base(self, x: Tensor) -> Tensor:
+    def compute_base(self, x: Tensor) -> Tensor:
         """Computes the layer without its adapter, with the current weight."""
         return nnf.linear(x, self.weight_matrix(), self.bias)
 
@@ -248,13 +248,13 @@ class LoTRLayer(nn.Module):
         return self
 
     def weight_matrix(self) -> Tensor:
-        """Returns W [out_features, in_features], for experts [e, ..], or a view of the weight."""
+        """Returns W [out_features, in_features] ([e, ..] for experts), which may be a view."""
         return self.weight
 
     def to_base(self) -> nn.Module:
         """Returns the plain layer with the current weight, which contains a merged adapter."""
         self.give_start_back()
-        base = self.adapted
+        base = self.original
         base.weight = self.weight
         base.bias = self.bias
         return base.train(self.training)
@@ -373,7 +373,7 @@ class LoTRLayer(nn.Module):
         merged_weight = self.merged_weight()
         if safe:
             check_finite(merged_weight)
-        # W + delta is rounded, so that a subtraction would not restore W bit for bit.
+        # W + delta is rounded, so a subtraction would not restore W bit for bit.
         self.weight_backup = weight.detach().clone() if keep_backup else None
         weight.copy_(merged_weight)
         self.merged = True
@@ -400,10 +400,10 @@ class LoTRLayer(nn.Module):
         self.weight_backup = None
 
     def _weight_to_write(self, caller: str) -> Tensor:
-        """Returns `weight_matrix()`.
+        """Returns `weight_matrix()` to write into.
 
         Raises:
-            TypeError: If a write to it would be lost.
+            TypeError: If the write would be lost.
         """
         check_plain(self, caller)
         return self.weight_matrix()
@@ -492,8 +492,8 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         s = scaling_of(factors.rank, alpha, rslora, scaling)
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
         # For `to_base`, which puts this layer's weight and bias into it.
-        base = nn.Linear(in_features, out_features, bias=False, device="meta")
-        set_unregistered(self, "adapted", base)
+        original = nn.Linear(in_features, out_features, bias=False, device="meta")
+        set_unregistered(self, "original", original)
         self._add_adapter(factors, s, dropout, self.weight.device)
 
     @staticmethod

@@ -34,7 +34,7 @@ from .core.request import ADAPTER_OFF, open_request
 from .cores import FORMS, Cores
 from .factors import LoTRFactor, LoTRFactors
 from .first_step import watch
-from .init import START, CapturedGradient, fill_core_, start_from_gradients, tucker2
+from .init import INIT_GAIN, CapturedGradient, fill_core_, start_from_gradients, tucker2
 from .layers import LoTRLayer, device_of, plus
 from .merging import merge_layers, unmerge
 from .targets import Selection, Target, heads, select
@@ -258,7 +258,7 @@ def make_cores(
 def _svd_starts(selection: Selection) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Returns A, B and the core of each layer: the Tucker-2 factorization of its group's weights.
 
-    A and B are START times orthonormal factors.
+    A and B are INIT_GAIN times orthonormal factors.
     """
     for target in selection.targets:
         if layer_class(target.module) is LoTRWrapped:
@@ -271,10 +271,10 @@ def _svd_starts(selection: Selection) -> dict[str, tuple[Tensor, Tensor, Tensor]
     for targets in selection.groups.values():
         weights = [matrix_of(target.module) for target in targets]
         A_basis, B_basis, cores = tucker2(weights, config.ranks)
-        A = START * A_basis
-        B = START * B_basis
+        A = INIT_GAIN * A_basis
+        B = INIT_GAIN * B_basis
         for target, core in zip(targets, cores):
-            starts[target.name] = (A, B, core / (START**2 * config.s))
+            starts[target.name] = (A, B, core / (INIT_GAIN**2 * config.s))
     return starts
 
 
@@ -390,8 +390,8 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
     layers = adapted_layers(model)
     # Before anything is merged.
     for name, layer in layers.items():
-        # `LoTRLayer.to_base` gives back what a layer keeps as `adapted`.
-        if type(layer).to_base is LoTRLayer.to_base and not hasattr(layer, "adapted"):
+        # `LoTRLayer.to_base` gives back what a layer keeps as `original`.
+        if type(layer).to_base is LoTRLayer.to_base and not hasattr(layer, "original"):
             raise TypeError(
                 f"unload: expected layers with a plain form, got {name!r}, a {type(layer).__name__}"
             )

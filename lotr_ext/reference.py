@@ -79,8 +79,7 @@ def backward(
     """Computes the gradients of `forward`, derived by hand. W and the bias are frozen.
 
     Args:
-        g: dL/dy [m, n].
-        x: As for `forward`, as are the others.
+        g: dL/dy [m, n]. The other arguments are as for `forward`.
     """
     dropped = x * mask
     u = dropped @ A
@@ -105,7 +104,7 @@ def philox_4x32_10(counter_low: Tensor, seed: int) -> Tensor:
         [q, 4] int64 in [0, 2^32).
     """
     mask = 0xFFFFFFFF
-    # torch has no unsigned arithmetic, so that 32-bit words are kept in int64 and masked.
+    # torch has no unsigned arithmetic, so 32-bit words are kept in int64 and masked.
     key_0 = seed & mask
     key_1 = (seed >> 32) & mask
     word_0 = counter_low & mask

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,8 +84,8 @@ class TaskBank(Attachment):
             if layer.start_core is not None:
                 raise ValueError(
                     f'TaskBank: expected an adapter with another init than "svd", which moves a '
-                    f"part of the base weights into the adapter, so that rows without a task "
-                    f"would not be the base model's, got {name!r} with it"
+                    f"part of the base weights into the adapter, so rows without a task would not "
+                    f"be the base model's, got {name!r} with it"
                 )
         cores = [layer.core.detach() for layer in layers.values()]
         self.cores = nn.ParameterList(
@@ -100,7 +101,9 @@ class TaskBank(Attachment):
         for module in dict.fromkeys(layer.called_module() for layer in layers.values()):
             self._hooks.append(module.register_forward_pre_hook(_refuse_without_request))
         self._hooks += [
-            model.register_forward_pre_hook(_note_cached_tokens, with_kwargs=True),
+            model.register_forward_pre_hook(
+                partial(_before_forward, self._hooks), with_kwargs=True
+            ),
             model.register_forward_hook(_forget_cached_tokens, always_call=True),
         ]
         watch(model)
@@ -111,7 +114,7 @@ class TaskBank(Attachment):
             hook.remove()
 
     def __del__(self) -> None:
-        # `del model.lotr_tasks` calls nothing else.
+        # After `del model.lotr_tasks`. If something else refers to the bank: `_before_forward`.
         self.on_detach()
 
     def __len__(self) -> int:
@@ -355,6 +358,13 @@ class _Request:
             [b], [b, tokens] or [m].
         """
         index = self.running.to(x.device)  # copies only if the bank is on another device
+        # Not a check of x: the recomputed forward may be any of the context's, cached or not.
+        if self.had_cache and self.running is self.index and current_backward() >= 0:
+            raise RuntimeError(
+                "use_tasks: expected no cache of keys and values in a context whose forward is "
+                "recomputed by a checkpoint, got one. Pass an index of one task per row, or open "
+                "one context for the forward with a cache and another one for this forward."
+            )
         b = len(index)
         is_flat = self.flat and x.dim() == 2
         if is_flat:
@@ -372,13 +382,6 @@ class _Request:
             )
         else:
             tokens = x.shape[1]
-        # The recomputed forward may be any of the context's, with a cache or without.
-        if self.had_cache and self.running is self.index and current_backward() >= 0:
-            raise RuntimeError(
-                "use_tasks: expected no cache of keys and values in a context whose forward is "
-                "recomputed by a checkpoint, got one. Pass an index of one task per row, or open "
-                "one context for the forward with a cache and another one for this forward."
-            )
         if index.dim() == 2 and tokens != index.shape[1]:
             raise ValueError(
                 f"x: expected {index.shape[1]} tokens per row, as in the index of tasks or in the "
@@ -403,8 +406,16 @@ class _LayerTasks(NamedTuple):
 _CACHE_NAMES = ("past_key_values", "cache", "cache_params", "past_key_value", "layer_past", "mems")
 
 
-def _note_cached_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Runs before the model's forward. An index per token depends on the tokens in the cache."""
+def _before_forward(
+    hooks: list[RemovableHandle], model: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> None:
+    """Finds the index of the tokens of the model's forward, which depends on those in the cache.
+
+    After `del model.lotr_tasks`, it removes the hooks of the bank.
+    """
+    if not hasattr(model, "lotr_tasks"):
+        for hook in hooks:
+            hook.remove()
     request = state_of(model)
     if isinstance(request, _Request) and request.index.dim() == 2:
         request.running = _running_index(request.index, model, args, kwargs)

@@ -208,9 +208,10 @@ def _forward_of_host(
     tokens = order // top_k
 
     first = _first_projection(host)
-    y = _project(host, first, hidden_states, Routing(offs, tokens, tokens), hidden_states)
+    routing = Routing(offs, reads=tokens, tokens=tokens)
+    y = _project(host, first, hidden_states, routing, hidden_states)
     y = host._apply_gate(y) if first == "gate_up_proj" else host.act_fn(y)
-    y = _project(host, "down_proj", y, Routing(offs, None, tokens), hidden_states)
+    y = _project(host, "down_proj", y, Routing(offs, tokens=tokens), hidden_states)
     if getattr(host, "has_post_expert_norm", False):
         y = host.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)

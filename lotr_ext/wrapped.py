@@ -93,7 +93,7 @@ def matrix_of(base: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def check_mergeable(base: nn.Module) -> Tensor:
+def mergeable_weight(base: nn.Module) -> Tensor:
     """Returns W [n, k] of a base, which may be written, if the base returns x W^T + bias.
 
     A base that has hooks, or is not exactly nn.Linear, is called on two rows of random numbers.
@@ -163,7 +163,7 @@ class LoTRWrapped(LoTRLayer):
         """The base's bias."""
         return getattr(self.base_layer, "bias", None)
 
-    def base(self, x: Tensor) -> Tensor:
+    def compute_base(self, x: Tensor) -> Tensor:
         return self.base_layer(x)
 
     def _with_adapter(self, x: Tensor, core: Tensor, choice: RowChoice | None) -> Tensor:
@@ -213,7 +213,7 @@ class LoTRWrapped(LoTRLayer):
         """
         # A layer that is merged already has a plain weight, and is refused there.
         if dequantize is False or has_plain_weight(self.base_layer):
-            check_mergeable(self.base_layer)
+            mergeable_weight(self.base_layer)
             super().merge(safe, keep_backup)
             return
         dense = self.dense_weight()

@@ -43,7 +43,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     "few tokens": one node, core not folded. "folded": one node. "shared": siblings share u = x A.
     """
     monkeypatch.setattr(dispatch, "LITTLE_WORK", 0 if request.param == "shared" else 2**62)
-    monkeypatch.setattr(dispatch, "FEW_TOKENS", 2**62 if request.param == "few tokens" else 0)
+    monkeypatch.setattr(dispatch, "FEW_TOKENS", 2**62 if request.param == "few tokens" else -1)
     return request.param
 
 

@@ -114,7 +114,7 @@ def test_a_compiled_model_can_be_disabled() -> None:
     for _ in range(2):
         assert relative(compiled_net(x), net(x)) < 1e-6
         with disabled(net):
-            assert relative(compiled_net(x), torch.tanh(net[0].base(x))) < 1e-6
+            assert relative(compiled_net(x), torch.tanh(net[0].compute_base(x))) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["siblings", "wrapped"])

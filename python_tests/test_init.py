@@ -22,7 +22,7 @@ from lotr_ext import (
 )
 from lotr_ext.init import (
     FACTOR_INITS,
-    START,
+    INIT_GAIN,
     CapturedGradient,
     fill_core_,
     fill_factor_,
@@ -49,7 +49,7 @@ def spans(basis: Tensor, vectors: Tensor, tolerance: float) -> bool:
 
 @pytest.mark.parametrize(("d", "r"), [(40, 6), (6, 40), (5, 5)])
 def test_orthonormal_factors(d: int, r: int) -> None:
-    factor = fill_factor_(torch.empty(d, r, dtype=torch.float64), "orthonormal") / START
+    factor = fill_factor_(torch.empty(d, r, dtype=torch.float64), "orthonormal") / INIT_GAIN
     if r > d:
         factor = factor.T
     assert relative(factor.T @ factor, torch.eye(min(d, r))) < 1e-12
@@ -62,10 +62,10 @@ def test_orthonormal_factors_have_random_signs() -> None:
 
 
 def test_normal_and_kaiming_factors() -> None:
-    normal = fill_factor_(torch.empty(400, 50), "normal") / START
+    normal = fill_factor_(torch.empty(400, 50), "normal") / INIT_GAIN
     assert abs(float(normal.std()) - 1) < 0.05
     assert abs(float(normal.mean())) < 0.05
-    kaiming = fill_factor_(torch.empty(100, 50), "kaiming") / START
+    kaiming = fill_factor_(torch.empty(100, 50), "kaiming") / INIT_GAIN
     assert 0.09 < float(kaiming.abs().max()) <= 0.1
     assert abs(float(kaiming.mean())) < 0.005
 
@@ -157,7 +157,7 @@ def test_svd_moves_the_leading_part_of_the_weights_into_the_adapter(name: str) -
         delta = layer.delta_weight()
         assert relative(remaining + delta, before) < 1e-6  # the function is unchanged
         A = layer.factors.A.value
-        assert relative(A.T @ A, START**2 * torch.eye(3)) < 1e-5
+        assert relative(A.T @ A, INIT_GAIN**2 * torch.eye(3)) < 1e-5
         norms += torch.stack([part.square().sum() for part in (delta, remaining, before)])
     moved_norm, remaining_norm, total_norm = norms.tolist()
     # An orthogonal projection splits the squared norm.
@@ -202,7 +202,7 @@ def check_captured(model: nn.Module, plain: nn.Module, captured: CapturedGradien
     norms = torch.zeros(2, dtype=torch.float64)  # squared: projected, total
     for name, layer in adapted_layers(model).items():
         gradient = gradient_of(plain, name, layer)
-        A, B = (factor.value.detach().double() / START for factor in layer.factors.children())
+        A, B = (factor.value.detach().double() / INIT_GAIN for factor in layer.factors.children())
         of_layer = torch.stack([(B.T @ gradient @ A).square().sum(), gradient.square().sum()])
         norms += of_layer
         share = float(of_layer[0] / of_layer[1])
@@ -226,7 +226,7 @@ def test_factors_span_the_leading_directions_of_the_gradients(name: str, way: st
         gradients[layer.factors.A].append(gradient.T)
         gradients[layer.factors.B].append(gradient)
     for factor, blocks in gradients.items():
-        directions = factor.value.detach().double() / START
+        directions = factor.value.detach().double() / INIT_GAIN
         assert relative(directions.T @ directions, torch.eye(factor.rank)) < 1e-5
         all_gradients = torch.cat(blocks, 1)
         norm = float((directions.T @ all_gradients).norm())

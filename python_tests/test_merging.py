@@ -78,7 +78,7 @@ def test_a_hook_of_a_factor_runs_before_it_is_read(side: str) -> None:
         nn.init.zeros_(factor.value)
 
     factor.register_forward_pre_hook(zero)
-    assert torch.equal(layer(inputs(6)), layer.base(inputs(6)))
+    assert torch.equal(layer(inputs(6)), layer.compute_base(inputs(6)))
 
 
 def test_from_linear_keeps_the_modes_inside_of_the_base() -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lotr_ext import LoTRConfig
-from lotr_ext.init import START
+from lotr_ext.init import INIT_GAIN
 from lotr_ext.peft import LoTRPeftConfig, LoTRPeftLinear
 from lotr_ext.peft import config as peft_config
 
@@ -509,7 +509,7 @@ def test_a_configuration_for_apply_lotr_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("settings", "scaling"),
     [
-        ({}, 4 * (8 / 16) ** 1.5 / START**3),
+        ({}, 4 * (8 / 16) ** 1.5 / INIT_GAIN**3),
         ({"alpha": 8, "r": 4}, 2.0),
         ({"rslora": True, "r": 4}, 2.0),
     ],

@@ -100,7 +100,7 @@ class Program(RuleBasedStateMachine):
     def start(self, little: bool, few: bool) -> None:
         """Chooses the form of the nodes. Four layers share one A and two B, and cores of tasks."""
         self.patch.setattr(dispatch, "LITTLE_WORK", 2**62 if little else 0)
-        self.patch.setattr(dispatch, "FEW_TOKENS", 2**62 if few else 0)
+        self.patch.setattr(dispatch, "FEW_TOKENS", 2**62 if few else -1)
         net = Net("two Bs")
         net.tasks = nn.Parameter(torch.randn(TASKS, R, R + 1, dtype=torch.float64))
         self.sides = sides(net, inputs(TOKENS))

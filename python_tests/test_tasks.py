@@ -150,7 +150,7 @@ def test_backward_of_a_checkpoint_outside_of_the_context_raises(name: str, reent
     """It would recompute without tasks. Without a checkpoint it is right."""
     model = banked(name)
     x = zoo.inputs(name, rows=4)
-    model.lotr_tasks.requires_grad_()
+    bank = model.lotr_tasks.requires_grad_()  # a reference that outlives `del model.lotr_tasks`
     for each in (model, copy.deepcopy(model)):  # the copy refuses by the copy of the bank
         with use_tasks(each, INDEX):
             y = zoo.output(each, x)
@@ -160,6 +160,7 @@ def test_backward_of_a_checkpoint_outside_of_the_context_raises(name: str, reent
             z.sum().backward()
     del model.lotr_tasks
     checkpointed(model, x, reentrant=False).sum().backward()
+    assert len(bank) == 3
 
 
 def test_contexts_nest_and_belong_to_a_thread(x: Tensor, model: nn.Module) -> None:

@@ -34,7 +34,7 @@ def test_a_pair_spans_the_leading_directions_of_its_group(group_by: str, groups:
         }
         for _ in range(3)
     ]
-    pairs = donors.pairs_of(matrices, group_by, 4)
+    pairs = donors.leading_pairs(matrices, group_by, 4)
     assert len({id(A) for A, _ in pairs.values()}) == groups
     members = {"layer": names[:1], "block": names[:2], "shape": names}[group_by]
     stack = [by_name[name].double() for name in members for by_name in matrices]
@@ -130,7 +130,7 @@ def test_pairs_that_the_donors_train(
     small = {"CACHE": tmp_path, "DONORS": donors.DONORS[:3], "LORA_RANK": 1, "problem": Counting}
     for name, value in small.items():
         monkeypatch.setattr(donors, name, value)
-    pairs = donors.pairs_for(Form.of(f"{source}/layer/3/dense"), donors.DONORS[0], 0)
+    pairs = donors.fixed_pairs(Form.of(f"{source}/layer/3/dense"), donors.DONORS[0], 0)
     assert len(pairs) == 14
     for factor in [factor for pair in pairs.values() for factor in pair]:
         assert relative(factor.mT @ factor, torch.eye(3)) < 1e-5

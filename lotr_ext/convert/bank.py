@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 
 from ..adapter_state import AdapterState
 from ..config import LoTRConfig
-from ..init import START
+from ..init import INIT_GAIN
 from ..storage import put_tensors
 from ..task_files import task_format_of
 from .lora import FilePath, LoRA, LoRAFolder
@@ -237,8 +237,8 @@ def _factorized(
         A, B, normalized = tucker2_of_loras(list(loras.values()), config.ranks)
         for (name, layer), core in zip(loras, normalized, strict=True):
             captured[name] += float(core.square().sum())
-            unscaled = collection.norms[name] / (START**2 * config.s) * core
+            unscaled = collection.norms[name] / (INIT_GAIN**2 * config.s) * core
             cores[layer][index_of_lora[name]] = unscaled  # cast to the adapter's dtype
-        zero = ConvertedLayer(START * A, START * B, torch.zeros(config.ranks), group)
+        zero = ConvertedLayer(INIT_GAIN * A, INIT_GAIN * B, torch.zeros(config.ranks), group)
         converted |= dict.fromkeys(layers, zero)
     return converted_adapter(config, converted, {}), captured

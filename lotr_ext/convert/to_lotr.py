@@ -13,7 +13,7 @@ from torch import Tensor
 from ..adapter_state import AdapterState, LayerEntry
 from ..base_model import BaseModel
 from ..config import LoTRConfig
-from ..init import START, tucker2_of
+from ..init import INIT_GAIN, tucker2_of
 from ..targets import Target, group_of, in_groups
 from .lora import FilePath, LoRA, modules_of, read_lora, tensors_of
 
@@ -88,7 +88,7 @@ def lora_to_lotr(
 
     The changes of a group's weights, stacked, are factorized by Tucker-2 in float64: HOSVD, then a
     few steps of HOOI. S LoRAs of rank r in a group are exact at rank S r (arXiv 2402.01376 calls
-    LoTR a generalization of LoRA in this sense). A and B are START times orthonormal and s is
+    LoTR a generalization of LoRA in this sense). A and B are INIT_GAIN times orthonormal and s is
     "auto", so training can continue at LoRA's rate. At a lower rank, read the errors of the result:
     a layer with an error near 1 has lost its adapter.
 
@@ -121,7 +121,7 @@ def lora_to_lotr(
         for name, core in zip(names, cores, strict=True):
             errors[name] = relative_error(float(core.norm()), layers[name].norm)
             converted[name] = ConvertedLayer(
-                START * A, START * B, core / (START**2 * config.s), group
+                INIT_GAIN * A, INIT_GAIN * B, core / (INIT_GAIN**2 * config.s), group
             )
     return Conversion(converted_adapter(config, converted, saved), errors)
 

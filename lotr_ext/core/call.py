@@ -20,12 +20,12 @@ class RowChoice(NamedTuple):
     Attributes:
         index: The core of each row [rows], -1 for none.
         offs: Where the rows of each core end [c].
-        tokens: The row of x that each row reads [rows]. None if row i reads x_i.
+        reads: t(i), the row of x that each row reads [rows]. None if row i reads x_i.
     """
 
     index: Tensor | None
     offs: Tensor | None = None
-    tokens: Tensor | None = None
+    reads: Tensor | None = None
 
     @staticmethod
     def of_index(index: Tensor, x: Tensor) -> "RowChoice":
@@ -35,8 +35,8 @@ class RowChoice(NamedTuple):
         return RowChoice(index.view(*index.shape, *ones).expand(lead).reshape(-1))
 
 
-def cores_of_groups(offs: Tensor, rows: int, count: int) -> Tensor:
-    """Returns the core of each row [rows], -1 for rows past the last group.
+def index_from_offs(offs: Tensor, rows: int, count: int) -> Tensor:
+    """Returns the `index` [rows] that chooses the same as `offs`, -1 for rows past the last end.
 
     Args:
         offs: Where the rows of each core end [count].

@@ -33,14 +33,15 @@ from .strategy import choose_strategy
 # Part of the key of compiled code that torch keeps on disk. Change it with nodes.py and this file.
 VERSION = "lotr 7"
 
-# Below this many multiplications in one pass over x, a layer computes u itself. Reading an element
-# of x takes as long as 16 of them, so a pass is x.numel() (r_in + 16). The time over the frozen
-# model is 12.1 % if each layer computes u, and 15.4 % if layers share it, at 256 tokens. At 1,024
-# it is 8.4 and 7.1 % (python -m bench.model --model smollm2 --sequence 256).
+# A pass over x costs x.numel() (r_in + READ_COST) multiplications. Below LITTLE_WORK of them, a
+# layer computes u itself. The time over the frozen model is 12.1 % if each layer computes u, and
+# 15.4 % if layers share it, at 256 tokens. At 1,024 it is 8.4 and 7.1 % (python -m bench.model
+# --model smollm2 --sequence 256).
+READ_COST = 16  # of one element of x, in multiplications
 LITTLE_WORK = 2**23
 
-# Below this many tokens, multiplying them with the core costs less than folding the core into B.
-FEW_TOKENS = 129
+# Up to this many tokens, multiplying them with the core costs less than folding the core into B.
+FEW_TOKENS = 128
 
 _AUTOCAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
@@ -93,7 +94,8 @@ def grouped_linear(
     dtype = autocast_dtype(call.x)
     if dtype is not None:
         call = _cast(call, dtype, caches)
-    y = grouped.linear(call.x, call.weight, call.bias, offs, call.choice.tokens)
+    y = grouped.linear(call.x, call.weight, call.bias, offs, call.choice.reads)
+    # Under autocast, `linear` casts again: to the dtype of y, which x has already.
     return linear(call._replace(weight=None, bias=None, base_output=y), caches, layer)
 
 
@@ -146,7 +148,7 @@ def fallback_reason(call: LayerCall) -> str | None:
         return "a transform of torch.func or forward-mode AD is active"
     if torch.jit.is_tracing():
         return "torch.jit.trace or torch.onnx records the call"
-    x, weight, _, A, B, core, _, _, base_output, _ = call
+    x, weight, _, A, B, core, _, _, base_output, _ = call  # in the order of LayerCall's fields
     # Sparse and mkldnn tensors have the plain type, but no strides.
     if x.layout is not torch.strided:
         return f"x has layout {x.layout}"
@@ -190,7 +192,9 @@ class Plan(enum.Enum):
     """The autograd nodes that compute a call."""
 
     ONE_NODE = enum.auto()  # the layer's node computes u; the core is folded into B
-    ONE_NODE_FEW_TOKENS = enum.auto()  # the layer's node computes u and multiplies it with the core
+    # The layer's node computes u and multiplies it with the core: for few tokens, and in float16
+    # for any number, because F could overflow.
+    ONE_NODE_FEW_TOKENS = enum.auto()
     PROJECTION = enum.auto()  # another node computes u, once for all layers on this x
 
 
@@ -209,7 +213,7 @@ def choose_plan(
     """
     if needs_projection or (p and x.dtype == torch.float16):
         return Plan.PROJECTION
-    if x.dtype == torch.float16:  # F could overflow where the layer's output does not
+    if x.dtype == torch.float16:
         return Plan.ONE_NODE_FEW_TOKENS
     if x.requires_grad and not A.requires_grad:
         return Plan.PROJECTION  # one node would keep x, which a frozen A does not need
@@ -217,9 +221,9 @@ def choose_plan(
         return Plan.ONE_NODE
     # Another form for few tokens would add a guard, and one compilation per form.
     is_known = isinstance(tokens, int)
-    if layers != 1 and (not is_known or x.numel() * (A.shape[1] + 16) >= LITTLE_WORK):
+    if layers != 1 and (not is_known or x.numel() * (A.shape[1] + READ_COST) >= LITTLE_WORK):
         return Plan.PROJECTION
-    return Plan.ONE_NODE_FEW_TOKENS if is_known and tokens < FEW_TOKENS else Plan.ONE_NODE
+    return Plan.ONE_NODE_FEW_TOKENS if is_known and tokens <= FEW_TOKENS else Plan.ONE_NODE
 
 
 def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
@@ -232,8 +236,9 @@ def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
     x = call.x
     if x.dim() > 2 and not x.is_contiguous():  # the operators flatten the leading dimensions
         return run_nodes(call._replace(x=x.contiguous()), caches, layer)
-    is_trained = call.weight is not None and call.weight.requires_grad
-    if is_trained or (call.bias is not None and call.bias.requires_grad):
+    trains_weight = call.weight is not None and call.weight.requires_grad
+    trains_bias = call.bias is not None and call.bias.requires_grad
+    if trains_weight or trains_bias:
         # Autograd then computes the gradient of W.
         base_output = nnf.linear(x, call.weight, call.bias)
         return run_nodes(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from . import _torch_private as private
-from .call import cores_of_groups
+from .call import index_from_offs
 from .operators import fake_kernel
 
 
@@ -134,7 +134,7 @@ grouped_outer.register_autograd(_grouped_outer_backward, setup_context=_save_fac
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor, tokens: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor, reads: Tensor | None = None
 ) -> Tensor:
     """Returns y_i = x_t(i) W_c(i)^T + bias_c(i) [rows, n], zero in rows past the last end.
 
@@ -143,16 +143,16 @@ def linear(
         weight: [e, n, k].
         bias: [e, n].
         offs: Where the rows of each expert end [e] (int32).
-        tokens: t(i) [rows]. None if row i reads x_i.
+        reads: t(i) [rows]. None if row i reads x_i.
     """
-    rows = x if tokens is None else x[tokens]
+    rows = x if reads is None else x[reads]
     if private.functorch_is_active() or private.forward_ad_is_active():
         y = _differentiable_product(rows, weight, offs)
     else:
         y = grouped_mm(rows.contiguous(), weight, offs)
     if bias is None:
         return y
-    expert = cores_of_groups(offs, len(y), len(bias))
+    expert = index_from_offs(offs, len(y), len(bias))
     return y + torch.where((expert >= 0).unsqueeze(1), bias[expert.clamp(min=0)], 0)
 
 

@@ -163,11 +163,7 @@ def layer_forward_few_tokens(
     scaling: float,
     strategy: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (y, u): y = x W^T + bias + s (u G) B^T, u = x A.
-
-    Args:
-        x: As for `layer_forward`, as are the others.
-    """
+    """Returns (y, u): y = x W^T + bias + s (u G) B^T, u = x A."""
     base_output = nnf.linear(x, weight, bias)
     u = lotr.shrink.default(as_matrix(x), A)
     h = (u @ core.to(u.dtype)) * scaling
@@ -185,11 +181,7 @@ def layer_forward_projected(
     scaling: float,
     strategy: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (y, F): y = x W^T + bias + u F^T, F = s B G^T.
-
-    Args:
-        x: As for `layer_forward`, as are the others.
-    """
+    """Returns (y, F): y = x W^T + bias + u F^T, F = s B G^T."""
     F = lotr.fold.default(B, core, scaling, x.dtype)
     return lotr.expand.default(nnf.linear(x, weight, bias), u, F), F
 
@@ -198,11 +190,7 @@ def layer_forward_projected(
 def layer_forward_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, strategy: int
 ) -> Tensor:
-    """Returns y = x W^T + bias + h B^T.
-
-    Args:
-        x: As for `layer_forward`, as are the others.
-    """
+    """Returns y = x W^T + bias + h B^T."""
     return lotr.expand.default(nnf.linear(x, weight, bias), h, B)
 
 

@@ -83,7 +83,7 @@ def fused_obstacle(
         device: Their device. Without an index, the current GPU.
     """
     if device.type != "cuda":
-        return "it runs on CUDA"
+        return "it runs only on CUDA"
     if not _has_fused():
         return "the build has no kernels for compute capability 9.0 (LOTR_ARCHS=90a-real)"
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -93,13 +93,12 @@ def fused_obstacle(
 def strategy_note(k: int, n: int, rank: int, dtype: torch.dtype, device: torch.device) -> str:
     """Returns how LOTR_STRATEGY changes a layer [k] -> [n], for `explain`: "" if it does not.
 
-    Args:
-        k: As for `fused_obstacle`, as are the others.
+    Arguments as for `fused_obstacle`.
     """
     name = strategy_from_environment()
     if name is None or device.type != "cuda":
         return ""
-    obstacle = fused_obstacle(k, n, rank, dtype, device)
-    if name != "fused" or obstacle is None:
+    obstacle = fused_obstacle(k, n, rank, dtype, device) if name == "fused" else None
+    if obstacle is None:
         return f"strategy {name}"
     return f"strategy beta, because gemm_lotr cannot run: {obstacle}"

@@ -21,7 +21,7 @@ from ..core.operators import DTYPES, accumulate_dtype
 from ..factors import LoTRFactors, set_unregistered
 from ..init import fill_core_
 from ..layers import device_of, features, is_conv1d
-from ..wrapped import LoTRWrapped, check_mergeable, layer_class, matrix_of
+from ..wrapped import LoTRWrapped, layer_class, matrix_of, mergeable_weight
 from .config import LoTRPeftConfig
 
 
@@ -219,7 +219,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         # PEFT calls every layer, also those that have no adapter of these names.
         if not names:
             return
-        weight = check_mergeable(self.base_layer).detach()
+        weight = mergeable_weight(self.base_layer).detach()
         backup = weight.clone() if self.weight_backup is None else self.weight_backup
         # From the backup, so that a second merge does not round the first one's result again.
         merged = backup.to(accumulate_dtype(backup.dtype))
@@ -240,7 +240,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        check_mergeable(self.base_layer).detach().copy_(self.weight_backup)
+        mergeable_weight(self.base_layer).detach().copy_(self.weight_backup)
         self.weight_backup = None
         self.merged_adapters.clear()
 

@@ -48,7 +48,7 @@ from ..targets import (
     modules_with_names,
     tied_names,
 )
-from ..wrapped import check_mergeable
+from ..wrapped import mergeable_weight
 from .config import LoTRPeftConfig
 from .layer import LoTRPeftAdapter, LoTRPeftLinear
 
@@ -237,7 +237,7 @@ class LoTRPeftModel(BaseTuner):
         for name, module in self.model.named_modules():
             try:
                 if isinstance(module, LoTRPeftLinear):
-                    check_mergeable(module.base_layer)
+                    mergeable_weight(module.base_layer)
             except TypeError as error:
                 raise TypeError(f"{error} ({name})") from None
 
