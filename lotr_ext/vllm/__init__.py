@@ -71,8 +71,7 @@ def factors_of(adapter: AdapterState, where: str) -> EngineFactors:
     _check_servable(adapter, where)
     layers = adapter.layers
     task_format = task_format_of(adapter)
-    factor_names = {key for entry in layers.values() for key in (entry.A, entry.B)}
-    tensors = {name: adapter.tensors[name] for name in factor_names}
+    tensors = {key: adapter.tensors[key] for entry in layers.values() for key in (entry.A, entry.B)}
     spans: dict[str, slice] = {}
     start = 0
     for name, shape in zip(layers, task_format.shapes.values()):
