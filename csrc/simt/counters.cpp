@@ -11,14 +11,6 @@
 
 #include "state.h"
 
-#ifndef LOTR_SIMT_COVERAGE
-#define LOTR_SIMT_COVERAGE 0
-#endif
-#if LOTR_SIMT_COVERAGE
-extern "C" void __gcov_dump();
-extern "C" void __gcov_reset();
-#endif
-
 namespace lotr::simt {
 
 Counters totals;
@@ -309,13 +301,6 @@ void* map_sparse(size_t bytes) {
 
 void unmap_sparse(void* p, size_t bytes) {
   munmap(p, bytes);
-}
-
-void write_coverage() {
-#if LOTR_SIMT_COVERAGE
-  __gcov_dump();
-  __gcov_reset();
-#endif
 }
 
 }  // namespace lotr::simt
