@@ -9,6 +9,7 @@
 //   matrix.cpp mbarrier.cpp
 //   tma.cpp wgmma.cpp
 //   counters.cpp              bytes, sectors, bank conflicts, by array
+//   options.cpp               options, sparse memory
 //   race.cpp race_hooks.cpp   the race detector, which is a separate build
 //   early.cpp                 programmatic dependent launches
 //   sites.cpp                 skips one barrier, for mutation tests

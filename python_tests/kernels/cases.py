@@ -470,7 +470,7 @@ def unfolded(
     p.checks.append(partial(check_close, view, truth, truth, slack, f"{p.name}: {name}"))
 
 
-def small_forward(p: Problem, shape: Shape) -> None:
+def few_tokens_forward(p: Problem, shape: Shape) -> None:
     """u = x A, y += s (u core) B^T."""
     p.numbers["scale"] = SCALING
     x = exact(p, p.large("x", shape.m, shape.k))
@@ -481,7 +481,7 @@ def small_forward(p: Problem, shape: Shape) -> None:
     unfolded(p, "y", x.product(A).product(core, SCALING), B.T, p.stored(shape.m, shape.columns))
 
 
-def small_backward(p: Problem, shape: Shape) -> None:
+def few_tokens_backward(p: Problem, shape: Shape) -> None:
     """h = s g B, du = h core^T, dx += du A^T, dA += x^T du, dB += s g^T (u core), dcore = u^T h.
 
     bare: without dx and dA.
@@ -569,8 +569,8 @@ KERNELS: dict[str, Callable[[Problem, Shape], None]] = {
     "pack": pack,
     "fold": fold,
     "fold_grad": fold_grad,
-    "small_forward": small_forward,
-    "small_backward": small_backward,
+    "few_tokens_forward": few_tokens_forward,
+    "few_tokens_backward": few_tokens_backward,
     "row_core": row_core,
     "row_core_backward": row_core_backward,
     "gemm_lotr": gemm_lotr,

@@ -20,8 +20,8 @@ def sweep(mode: str, *arguments: str, kind: str | None = None) -> None:
 
 
 def test_no_race() -> None:
-    """Without small_forward and small_backward, which consist of the other kernels."""
-    kernels = ",".join(kernel for kernel in KERNELS if not kernel.startswith("small"))
+    """Without few_tokens_forward and few_tokens_backward, which consist of the other kernels."""
+    kernels = ",".join(kernel for kernel in KERNELS if not kernel.startswith("few_tokens"))
     sweep("race", "--schedules", "forward", "--kernels", kernels, "--kinds", "bf16", kind="bf16")
 
 

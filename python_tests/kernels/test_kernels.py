@@ -15,7 +15,7 @@ EVERY_CASE = pytest.mark.parametrize(("kernel", "kind"), CASES)
 
 @EVERY_CASE
 def test_kernel(lib: ModuleType, kernel: str, kind: str) -> None:
-    step = 2 if kernel.startswith(("small", "row")) else 1  # these have many barriers
+    step = 2 if kernel.startswith(("few_tokens", "row")) else 1  # these have many barriers
     problems = (Problem(kernel, shape, kind) for shape in shapes_of(kernel, "quick")[::step])
     assert not list(failures(lib, problems, ["reverse", "101"]))
 
@@ -71,7 +71,7 @@ def test_a_scaling_comes_last_in_float16(lib: ModuleType) -> None:
     arrays |= {"dB": np.zeros((40, 3), np.float32), "dcore": np.zeros((4, 3), np.float32)}
     forward_operands = ("y", "x", "A", "core", "B", "u")
     backward_operands = ("g", "u", "A", "core", "B", "dB", "dcore")
-    lib.run("small_forward", {name: arrays[name] for name in forward_operands}, {"scale": s})
-    lib.run("small_backward", {name: arrays[name] for name in backward_operands}, {"scale": s})
+    lib.run("few_tokens_forward", {name: arrays[name] for name in forward_operands}, {"scale": s})
+    lib.run("few_tokens_backward", {name: arrays[name] for name in backward_operands}, {"scale": s})
     for name, truth in truths.items():
         assert np.abs(arrays[name] - truth).max() <= 0.01 * np.abs(truth).max()

@@ -132,9 +132,9 @@ def test_a_step_of_few_tokens_has_no_more_launches_than_a_folded_one(
         problems = [Problem(kernel, shape, "bf16") for kernel in kernels]
         return sum(len(launches(counted(lib, problem))) for problem in problems)
 
-    assert count("small_forward") < count("shrink", "fold", "expand_add")
+    assert count("few_tokens_forward") < count("shrink", "fold", "expand_add")
     folded_backward = count("shrink_grad", "fold_grad", "factor_grad", "expand_add")
-    assert count("small_backward") <= folded_backward
+    assert count("few_tokens_backward") <= folded_backward
 
 
 def record() -> None:
