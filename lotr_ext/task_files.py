@@ -18,6 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .adapter_state import AdapterState
 from .checks import check_floating
 from .config import GroupBy
 from .storage import checksum, expect_names, tensors_in
@@ -99,6 +100,19 @@ class TaskFormat:
             "scaling": scaling,
             "factors": checksum(self.factors),
         }
+
+
+def task_format_of(adapter: AdapterState) -> TaskFormat:
+    """Returns what a task over the factors of an adapter consists of."""
+    tensors = adapter.tensors
+    layers = adapter.layers.items()
+    pairs = {name: (tensors[entry.A], tensors[entry.B]) for name, entry in layers}
+    group_by = "shape" if adapter.config is None else adapter.config.group_by
+    return TaskFormat(
+        shapes={f"{name}.core": tuple(tensors[f"{name}.core"].shape) for name in pairs},
+        scalings=tuple(entry.scaling for _, entry in layers),
+        factors=factors_in_order(pairs, group_by),
+    )
 
 
 def factors_in_order(

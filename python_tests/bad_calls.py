@@ -1,4 +1,4 @@
-"""The rows of BAD (test_bad_input.py): argument x bad value, in every entry point that has it.
+"""The rows of test_bad_input.py: argument x bad value, in every entry point that has it.
 
 A row is (id, the argument that the message names, a call that must be refused before anything
 changes). The arguments of operators need no rows: a walk over the schemas makes their tests.
@@ -403,6 +403,20 @@ def saved(model: nn.Module) -> str:
     return folder
 
 
+SETTINGS_OF_LORA = [
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "init_lora_weights",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "bias",
+    "layers_to_transform",
+    "layers_pattern",
+    "fan_in_fan_out",
+]
 SETTINGS = [
     ("rank", [0, -1, 2.0, "8", True, (1, 2, 3), None]),
     ("alpha", ["1", True, NAN]),
@@ -420,14 +434,7 @@ SETTINGS = [
     ("core_init", ["ones", None]),
     ("core", ["sparse", 3, None]),
     ("task_type", ["SEQ", 3]),
-    *(
-        (name, [1])
-        for name in (
-            *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "use_dora"),
-            *("rank_pattern", "alpha_pattern", "bias", "layers_to_transform", "layers_pattern"),
-            "fan_in_fan_out",
-        )
-    ),
+    *((name, [1]) for name in SETTINGS_OF_LORA),
 ]
 MODELS: list[Row] = [
     *(
@@ -458,6 +465,44 @@ MODELS: list[Row] = [
         lambda: apply_lotr(nn.Linear(4, 4), LoTRConfig()),
     ),
     ("apply no config", "config", lambda: apply_lotr(zoo.net("mlp"), {"rank": 2})),
+    ("apply PEFT's config", "config", lambda: apply_lotr(zoo.net("mlp"), peft.LoraConfig())),
+    (
+        "apply to convolutions",
+        "target_modules",
+        lambda: apply_lotr(nn.Sequential(nn.Conv2d(3, 3, 1)), LoTRConfig()),
+    ),
+    ("apply where all is tied", "target_modules", lambda: apply_lotr(tied(), LoTRConfig())),
+    ("apply twice", "model", lambda: apply_lotr(started("mlp"), LoTRConfig(rank=2))),
+    (
+        "apply to a compiled model",
+        "model",
+        lambda: apply_lotr(torch.compile(zoo.net("mlp")), LoTRConfig(rank=2)),
+    ),
+    ("apply over PEFT's LoRA", "model", lambda: apply_lotr(with_lora(), LoTRConfig(rank=2))),
+    ("a misspelt layer", "target_modules", adapt_mlp(target_modules=["upp"])),
+    ("a layer that is not linear", "target_modules", adapt_mlp(target_modules=["blocks.0"])),
+    ("a misspelt exclusion", "exclude_modules", adapt_mlp(exclude_modules=["hed"])),
+    (
+        "all layers excluded",
+        "target_modules",
+        adapt_mlp(target_modules=["up"], exclude_modules=["up"]),
+    ),
+    ("a misspelt module to save", "modules_to_save", adapt_mlp(modules_to_save=["hed"])),
+    ("a group of two shapes", "group_by", adapt_mlp(group_by=lambda name, module: "one")),
+    ("a group that is not a string", "group_by", adapt_mlp(group_by=lambda name, module: 1)),
+    ("a mapping without a layer", "group_by", adapt_mlp(group_by={"head": "a"})),
+    ("a callable core", "core", adapt_mlp(core=lambda places, rank: None)),
+    (
+        "a tied layer",
+        "target_modules",
+        lambda: apply_lotr(zoo.net("gpt2"), LoTRConfig(rank=2, target_modules=["lm_head"])),
+    ),
+    ("a task without a head", "task_type", adapt_mlp(task_type="SEQ_CLS")),
+    (
+        "a parameter that is not of experts",
+        "target_parameters",
+        adapt_mlp(target_parameters=["up.weight"]),
+    ),
     # rank_for
     *(
         (
@@ -491,49 +536,10 @@ MODELS: list[Row] = [
         "model",
         partial(rank_for, started("mlp"), like="lora:1"),
     ),
-    # apply_lotr, with configurations and models of other kinds
-    ("apply PEFT's config", "config", lambda: apply_lotr(zoo.net("mlp"), peft.LoraConfig())),
-    (
-        "apply to convolutions",
-        "target_modules",
-        lambda: apply_lotr(nn.Sequential(nn.Conv2d(3, 3, 1)), LoTRConfig()),
-    ),
-    ("apply where all is tied", "target_modules", lambda: apply_lotr(tied(), LoTRConfig())),
-    ("apply twice", "model", lambda: apply_lotr(started("mlp"), LoTRConfig(rank=2))),
-    (
-        "apply to a compiled model",
-        "model",
-        lambda: apply_lotr(torch.compile(zoo.net("mlp")), LoTRConfig(rank=2)),
-    ),
-    ("apply over PEFT's LoRA", "model", lambda: apply_lotr(with_lora(), LoTRConfig(rank=2))),
-    ("a misspelt layer", "target_modules", adapt_mlp(target_modules=["upp"])),
-    ("a layer that is no linear one", "target_modules", adapt_mlp(target_modules=["blocks.0"])),
-    ("a misspelt exclusion", "exclude_modules", adapt_mlp(exclude_modules=["hed"])),
-    (
-        "all layers excluded",
-        "target_modules",
-        adapt_mlp(target_modules=["up"], exclude_modules=["up"]),
-    ),
-    ("a misspelt module to save", "modules_to_save", adapt_mlp(modules_to_save=["hed"])),
-    ("a group of two shapes", "group_by", adapt_mlp(group_by=lambda name, module: "one")),
-    ("a group that is no string", "group_by", adapt_mlp(group_by=lambda name, module: 1)),
-    ("a mapping without a layer", "group_by", adapt_mlp(group_by={"head": "a"})),
-    ("a callable core", "core", adapt_mlp(core=lambda places, rank: None)),
-    (
-        "a tied layer",
-        "target_modules",
-        lambda: apply_lotr(zoo.net("gpt2"), LoTRConfig(rank=2, target_modules=["lm_head"])),
-    ),
-    ("a task without a head", "task_type", adapt_mlp(task_type="SEQ_CLS")),
-    (
-        "an expert parameter that is none",
-        "target_parameters",
-        adapt_mlp(target_parameters=["up.weight"]),
-    ),
     # an adapted model
     *(
-        (f"{call.__name__} of a plain model", "model", lambda call=call: call(zoo.net("mlp")))
-        for call in (
+        (f"{function.__name__} of a plain model", "model", partial(function, zoo.net("mlp")))
+        for function in (
             lotr_ext.merge,
             lotr_ext.unmerge,
             lotr_ext.unload,
@@ -548,7 +554,7 @@ MODELS: list[Row] = [
     ("the state_dict of a merged layer", "state_dict", lambda: merged().state_dict()),
     ("unmerge an unmerged model", "unmerge", lambda: lotr_ext.unmerge(trained("mlp"))),
     (
-        "unload experts that are no transformers ones",
+        "unload experts that are not of transformers",
         "unload",
         lambda: lotr_ext.unload(
             nn.Sequential(LoTRLinear(4, 4, rank=2), LoTRExperts(2, 4, 4, rank=2)),
@@ -588,14 +594,14 @@ MODELS: list[Row] = [
     ("a second bank", "TaskBank", lambda: TaskBank(banked(), 2)),
     ("a bank over svd", "TaskBank", lambda: TaskBank(trained("mlp", "svd"), 2)),
     ("a task too many", "add", lambda: banked(tasks=2).lotr_tasks.add()),
-    ("a task that is no int", "task", lambda: banked().lotr_tasks.remove("0")),
+    ("a task that is not an int", "task", lambda: banked().lotr_tasks.remove("0")),
     ("a free task", "task", lambda: banked().lotr_tasks.cores_of(2)),
     (
         "a task of other layers",
         "source",
         lambda: banked().lotr_tasks.add({"a.core": torch.zeros(3, 3)}),
     ),
-    ("a task that is no file", "source", lambda: banked().lotr_tasks.add(__file__)),
+    ("a file that is not a task", "source", lambda: banked().lotr_tasks.add(__file__)),
     (
         "a task of another model",
         "source",

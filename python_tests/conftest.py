@@ -55,7 +55,6 @@ def model() -> torch.nn.Module:
 
 @pytest.fixture
 def x() -> torch.Tensor:
-    """An input of `model`."""
     return zoo.inputs("mlp")
 
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import zoo
-from helpers import refused, worst
+from helpers import refused, run_python, worst
 from models import trained_parameters, trained_values
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -272,7 +272,7 @@ def zero_steps(engine: Any, steps: range) -> None:
         engine.step()
 
 
-def zero(stage: int, prepare: Wrap = nn.Module.train, core: str = "dense") -> None:
+def zero(stage: int, prepare: Wrap = lambda net: net, core: str = "dense") -> None:
     """Trains two steps, saves, loads into another engine, and takes the third step with it."""
     folder = shared_folder()
     build_net = partial(build, dtype="float32", core=core)
@@ -341,6 +341,14 @@ for form in FORMS:
         f"fsdp2, {form}, bfloat16": partial(fsdp2_in_bfloat16, form),
         f"zero 3, {form}": partial(zero, 3, core=form),
     }
+
+
+def run_in_two_processes(names: list[str], path: Path) -> dict[str, str]:
+    """Runs checks in two processes. Returns by name what they raised, "" for nothing."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = run_python(*launch, __file__, path, *names, timeout=900)
+    assert path.exists(), process.stderr[-4000:]
+    return json.loads(path.read_text())
 
 
 def main(path: str, names: list[str]) -> None:

@@ -63,23 +63,23 @@ def worst(actual: Iterable[Tensor | None], expected: Iterable[Tensor | None]) ->
     return max((relative(a, b) for a, b in pairs), default=0.0)
 
 
-def within(actual: Tensor, truth: Tensor, size: Tensor, rounded: float = 1.0) -> str | None:
+def within(actual: Tensor, truth: Tensor, size: Tensor, roundings: int = 1) -> str | None:
     """Compares each element with the truth, up to rounding.
 
     Args:
         actual: The result.
         truth: In float64.
         size: The sum of the absolute products of each element, in float64.
-        rounded: How many operands of these products, and the result, were rounded to the dtype of
-            the result.
+        roundings: How often values on the way to an element, itself included, were rounded to its
+            dtype. 1: only the element, so that its error is relative to the truth, else to `size`.
 
     Returns:
         What is wrong, None if nothing is.
     """
     if actual.shape != truth.shape:
         return f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
-    scale = truth.abs() if rounded == 1.0 else size
-    allowed = 1.001 * rounded * ROUNDOFF[actual.dtype] * scale
+    scale = truth.abs() if roundings == 1 else size
+    allowed = 1.001 * roundings * ROUNDOFF[actual.dtype] * scale
     allowed = allowed + OF_SUMS[sums_dtype(actual.dtype)] * size + 1e-300
     if actual.dtype == torch.float16:
         allowed = allowed + 2.0**-25  # below the smallest normal number
@@ -153,8 +153,7 @@ SCHEMAS = {
     for schema in torch._C._jit_get_all_schemas()
     if schema.name.startswith("lotr::")
 }
-ON_CUDA_ALONE = {"cuda_versions", "cuda_plans", "gemm_lotr_refusal"}
-NO_NUMBERS = {"info", *ON_CUDA_ALONE}
+NO_NUMBERS = {"info", "cuda_versions", "cuda_plans", "gemm_lotr_refusal"}
 OPERATORS = sorted(set(SCHEMAS) - NO_NUMBERS)
 
 
@@ -247,9 +246,8 @@ def arguments(name: str, dtype: torch.dtype = torch.float32, R: int = R, Q: int 
         "grouped_mm": [(t(M, K), t(2, N, K), offs)],
         "grouped_outer": [(t(M, N), t(M, K), offs)],
         "dropout_mask": [(M, N, 0.5, seed, dtype)],
-        "linear": [
-            (t(M, K), t(N, K), t(N), t(K, R), t(N, Q), t(R, Q), 0.7, 0.0, *(None,) * 4, "1")
-        ],
+        # The last ones are y, index, offs, tokens, and the versions of A, B and the core.
+        "linear": [(x, weight, bias, A, *core_part, 0.0, None, None, None, None, "1")],
     }[name]
 
 

@@ -70,7 +70,6 @@ def layer_classes(kind: str) -> tuple[Callable[[], nn.Module], type]:
 
 
 def single(call: Call, x: Tensor) -> Tensor:
-    """Calls one layer once."""
     return call(0, x)
 
 
@@ -85,7 +84,10 @@ def again(call: Call, x: Tensor) -> Tensor:
     return call(0, call(0, x)) * call(1, x)
 
 
-# kind: (number of layers, how they are wired)
+# kind: (number of layers, how they are wired). In the name of a kind,
+# - "wrapped": the base has a custom forward;
+# - "trained ..": the base, or its bias, requires a gradient;
+# - "rows ..": one task per row. `lotr_linear` computes "rows" itself, a request the other ones.
 KINDS: dict[str, tuple[int, Callable[[Call, Tensor], Tensor]]] = {
     "linear": (1, single),
     "siblings": (4, siblings),
@@ -195,6 +197,7 @@ class Net(nn.Module):
                 return layer(x)
         if self.kind not in ("function", "rows"):
             return layer(x)
+        # The function, on the tensors of the layer.
         return lotr_linear(
             x,
             **self.parts(i),
@@ -299,7 +302,6 @@ class Side:
 
 
 def sides(net: Net, x: Tensor, trains_x: bool = True) -> tuple[Side, Side]:
-    """Returns the net and its truth."""
     truth = copy.deepcopy(net).double()
     truth.exact = True
     return Side(net, x, trains_x), Side(truth, x, trains_x)

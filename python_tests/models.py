@@ -33,7 +33,7 @@ CASES = [
     for way in WAYS
     if name != "mixture" or way in ("shape", "width", "block", "layer")
 ]
-LINEAR = [(name, way) for name, way in CASES if way != "bfloat16"]
+FULL_PRECISION = [(name, way) for name, way in CASES if way != "bfloat16"]
 
 
 def config(name: str, way: str = "shape", **settings: object) -> LoTRConfig:

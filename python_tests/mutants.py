@@ -216,8 +216,8 @@ def run_all(mutants: list[Mutant], seconds: float) -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
     torch.set_num_threads(1)
-    of_repository = (ROOT, ROOT / "python_tests")
-    sys.path[:] = [path for path in sys.path if Path(path).resolve() not in of_repository]
+    repository_folders = (ROOT, ROOT / "python_tests")
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() not in repository_folders]
     outcomes = []
     deadline = time.time() + seconds
     with tempfile.TemporaryDirectory() as name:

@@ -51,7 +51,7 @@ def test_compile(kind: str) -> None:
     counters = torch._dynamo.utils.counters
     counters.clear()
     net = compiled(Net(kind), dynamic=True)
-    # Not the width: torch would take the two sizes of x to be equal.
+    # Not 12 tokens: that is K, and torch.compile would treat both sizes of x as one.
     for tokens in (30, 18):
         for context in (once, no_grad_first):
             agree(net, context, inputs(tokens))

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from lotr_ext import LoTRConfig, LoTRFactors, LoTRLinear, apply_lotr
 from lotr_ext.cores import FORMS, Cores
 
-# Three layers and two kinds, but not all of their pairs.
+# Three layers and two projections, but not all of their pairs.
 PLACES = [("0", "q"), ("0", "v"), ("1", "q"), ("2", "v")]
-KINDS = ("q", "v")
+PROJECTIONS = ("q", "v")
 R = 4
 K = 8
 
 
 def by_place(layer: Tensor, kind: Tensor, combine: Callable) -> list[Tensor]:
     """Returns combine(layer[l], kind[k]) for each place (l, k)."""
-    return [combine(layer[int(l)], kind[KINDS.index(k)]) for l, k in PLACES]
+    return [combine(layer[int(l)], kind[PROJECTIONS.index(k)]) for l, k in PLACES]
 
 
 def weighted_sums(weights: Tensor, matrices: Tensor) -> list[Tensor]:
@@ -100,7 +100,7 @@ def test_layers_train_the_shared_parameters(form: str, owned: bool) -> None:
     assert worst(torch.autograd.grad(loss, leaves), torch.autograd.grad(plain_loss, leaves)) < 1e-12
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["dense", *FORMS])
 def test_the_default_device_does_not_matter(form: str) -> None:
     """Under torch.device("meta"), a model with values gets cores and factors with values."""
     config = LoTRConfig(rank=2, target_modules=["0", "1"], core=form)

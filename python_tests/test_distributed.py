@@ -4,35 +4,18 @@ Training, saving and loading, see distributed.py.
 """
 
 import contextlib
-import json
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from distributed import CHECKS
+from distributed import CHECKS, run_in_two_processes
 from torch import nn
 
 from lotr_ext.sharded import full_tensor
 
 NAMES = [name for name in CHECKS if not name.startswith("zero")]
-
-
-def run_in_two_processes(names: list[str], path: Path) -> dict[str, str]:
-    """Returns what checks of distributed.py raised, by name, which is written to path."""
-    program = Path(__file__).with_name("distributed.py")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.run(
-        [sys.executable, *launch, str(program), str(path), *names],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert path.exists(), process.stderr[-4000:]
-    return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The code blocks of README and docs run, their commands exist, and their links lead somewhere."""
 
 import functools
-import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -170,8 +170,8 @@ def test_links_and_paths_exist(page: Path) -> None:
             headings = re.findall(r"^#+ (.*)$", other_page.read_text("utf-8"), re.MULTILINE)
             assert heading in map(anchor, headings), f"{target}#{heading}"
     quoted = [word for part in re.findall(r"`([^`\n]+)`", text) for word in part.split()]
-    rooms = re.compile(r"(?:lotr_ext|csrc|bench|python_tests|examples|docs|requirements)/")
-    for path in filter(rooms.match, quoted):
+    folders = re.compile(r"(?:lotr_ext|csrc|bench|python_tests|examples|docs|requirements)/")
+    for path in filter(folders.match, quoted):
         assert any(ROOT.glob(re.sub(r"<\w+>", "*", path).rstrip("/"))), path
     assert not re.search(r"/(work|home|root|tmp)/", text)
 

@@ -4,8 +4,6 @@ The tables of models (models.py) have an adapted mixture.
 """
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import zoo
-from helpers import HALVES, copy64, relative, worst
+from helpers import HALVES, copy64, relative, run_python, worst
 from models import adapter_parameters, moved, trained, written_out
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -28,7 +26,6 @@ from lotr_ext import (
     apply_lotr,
     lotr_grouped_linear,
 )
-from lotr_ext.core import grouped
 from lotr_ext.core.request import ADAPTER_OFF, open_request
 
 E = 5  # experts
@@ -116,10 +113,10 @@ def check(
 
 by_tasks = pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
 by_tokens = pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
-DTYPES = [*((dtype, dtype) for dtype in BOUNDS), *((half, torch.float32) for half in HALVES)]
+DTYPE_PAIRS = [*((dtype, dtype) for dtype in BOUNDS), *((half, torch.float32) for half in HALVES)]
 
 
-@pytest.mark.parametrize("dtype, factors", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype, factors", DTYPE_PAIRS, ids=str)
 @by_tasks
 @by_tokens
 def test_value_and_gradients(
@@ -132,25 +129,20 @@ def test_value_and_gradients(
     assert [t.dtype for t in gradients] == [t.dtype for t in leaves_of(arguments)]
 
 
-def test_the_base_product_is_zero_past_the_last_end() -> None:
-    arguments = make(False, False)
-    y = grouped.linear(arguments["x"], arguments["weight"], arguments["bias"], OFFS)
-    assert y[: ENDS[-1]].all() and not y[ENDS[-1] :].any()
-
-
 def fill_unread(arguments: dict[str, Tensor | None]) -> None:
     """Makes NaN what no expert reads: rows of x past the last end, or the last token of x."""
+    end = ENDS[-1]
     x = arguments["x"].detach()
     tokens = arguments["tokens"]
     if tokens is None:
-        x[ENDS[-1] :] = torch.nan
-    else:
+        x[end:] = torch.nan
+    else:  # only rows without an expert read the last token
         x[-1] = torch.nan
-        tokens[: ENDS[-1]] %= M - 1
-        tokens[ENDS[-1] :] = M - 1
+        tokens[:end] %= M - 1
+        tokens[end:] = M - 1
 
 
-def of_module(
+def by_module(
     x: Tensor,
     tokens: Tensor | None,
     A: Tensor,
@@ -175,7 +167,7 @@ def compiled(**arguments: Tensor | None) -> Tensor:
 
 CALLS: dict[str, Callable[..., Tensor]] = {
     "plain": ours,
-    "module": of_module,
+    "module": by_module,
     "checkpoint": partial(checkpoint, ours, use_reentrant=False),
     "compiled": compiled,
 }
@@ -228,10 +220,10 @@ def test_transforms_of_torch_func(tasks: bool, transform: str) -> None:
     tangents = tuple(map(torch.randn_like, values))
 
     def transformed(call: Callable[..., Tensor]) -> tuple:
-        def of_leaves(*leaves: Tensor) -> Tensor:
+        def call_with(*leaves: Tensor) -> Tensor:
             return call(**{**arguments, **dict(zip(LEAVES, leaves))})
 
-        return TRANSFORMS[transform](of_leaves, values, tangents)
+        return TRANSFORMS[transform](call_with, values, tangents)
 
     assert worst(transformed(ours), transformed(definition)) < 1e-12
 
@@ -432,4 +424,4 @@ def test_a_pickled_mixture_is_adapted_in_a_new_process(tmp_path: Path) -> None:
         "model, x, y = torch.load(sys.argv[1], weights_only=False)\n"
         "assert torch.equal(zoo.output(model, x), y)\n"
     )
-    subprocess.run([sys.executable, "-c", program, tmp_path / "model.pt"], check=True)
+    run_python("-c", program, tmp_path / "model.pt", check=True)

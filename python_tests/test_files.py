@@ -293,7 +293,7 @@ def test_loads_tasks_that_older_code_saved() -> None:
 # ---- damaged and foreign files -------------------------------------------------------------------
 
 Damage = Callable[[Path], object]  # of an adapter's folder
-Change = Callable[[dict, dict], object]  # of the document d and the tensors t
+Change = Callable[[dict, dict], object]  # of the document and the tensors
 UP = "blocks.1.up"
 OLD_NAME = "lotr_adapter.0123456789abcdef.safetensors"
 
@@ -319,8 +319,20 @@ def edit(folder: Path, change: Change) -> None:
     write(folder, document, tensors)
 
 
-def of_layer(**fields: object) -> Change:
+def document_with(**fields: object) -> Change:
+    return lambda document, tensors: document.update(fields)
+
+
+def config_with(**fields: object) -> Change:
+    return lambda document, tensors: document["config"].update(fields)
+
+
+def layer_with(**fields: object) -> Change:
     return lambda document, tensors: document["layers"][UP].update(fields)
+
+
+def tensor_with(name: str, values: Tensor) -> Change:
+    return lambda document, tensors: tensors.update({name: values})
 
 
 def edits(changes: dict[str, Change]) -> dict[str, Damage]:
@@ -350,7 +362,7 @@ def as_fifo(folder: Path) -> None:
     os.mkfifo(folder / FILE_NAME)
 
 
-def of_huge_cores(document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def use_huge_cores(document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Cores that are computed from 1.3 GB, of which the file has one slice."""
     document["config"] |= {"rank": 700, "core": "tucker"}
     for name, entry in document["layers"].items():
@@ -362,61 +374,61 @@ def of_huge_cores(document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 
 # What may be wrong with a document, in either version.
-OF_DOCUMENTS: dict[str, Change] = {
-    "a list of layers": lambda d, t: d.update(layers=[]),
-    "no layers": lambda d, t: d.update(layers={}),
-    "a layer that is a number": lambda d, t: d["layers"].update({UP: 3}),
-    "a layer less": lambda d, t: d["layers"].pop(UP),
-    "a scaling that is a word": of_layer(scaling="auto"),
-    "a scaling that is not finite": of_layer(scaling=float("inf")),
-    "a scaling that is true": of_layer(scaling=True),
-    "dropout of 7": of_layer(dropout=7),
-    "dropout that is NaN": of_layer(dropout=float("nan")),
-    "dropout of None": of_layer(dropout=None),
-    "experts of -1": of_layer(experts=-1),
-    "experts that are a word": of_layer(experts="8"),
-    "experts in a linear layer": of_layer(experts=2),
-    "a layer without factors": of_layer(A=None),
-    "a layer with one factor": of_layer(A="lotr_factors.0.value", B="lotr_factors.0.value"),
-    "a layer with other factors": of_layer(A="lotr_factors.2.value"),
-    "a layer with unknown factors": of_layer(A="lotr_factors.9.value"),
-    "a layer with an unknown field": of_layer(other=1),
-    "a config that is a list": lambda d, t: d.update(config=[]),
-    "a config that is a word": lambda d, t: d.update(config="dense"),
-    "an unknown field": lambda d, t: d["config"].update(other=1),
-    "a rank of 0": lambda d, t: d["config"].update(rank=0),
-    "another rank": lambda d, t: d["config"].update(rank=2),
-    "computed cores that the file lacks": lambda d, t: d["config"].update(core="tucker"),
-    "an unknown dtype": lambda d, t: d["config"].update(adapter_dtype="complex64"),
+DOCUMENT_CHANGES: dict[str, Change] = {
+    "a list of layers": document_with(layers=[]),
+    "no layers": document_with(layers={}),
+    "a layer that is a number": lambda document, tensors: document["layers"].update({UP: 3}),
+    "a layer less": lambda document, tensors: document["layers"].pop(UP),
+    "a scaling that is a word": layer_with(scaling="auto"),
+    "a scaling that is not finite": layer_with(scaling=float("inf")),
+    "a scaling that is true": layer_with(scaling=True),
+    "dropout of 7": layer_with(dropout=7),
+    "dropout that is NaN": layer_with(dropout=float("nan")),
+    "dropout of None": layer_with(dropout=None),
+    "experts of -1": layer_with(experts=-1),
+    "experts that are a word": layer_with(experts="8"),
+    "experts in a linear layer": layer_with(experts=2),
+    "a layer without factors": layer_with(A=None),
+    "a layer with one factor": layer_with(A="lotr_factors.0.value", B="lotr_factors.0.value"),
+    "a layer with other factors": layer_with(A="lotr_factors.2.value"),
+    "a layer with unknown factors": layer_with(A="lotr_factors.9.value"),
+    "a layer with an unknown field": layer_with(other=1),
+    "a config that is a list": document_with(config=[]),
+    "a config that is a word": document_with(config="dense"),
+    "an unknown field": config_with(other=1),
+    "a rank of 0": config_with(rank=0),
+    "another rank": config_with(rank=2),
+    "computed cores that the file lacks": config_with(core="tucker"),
+    "an unknown dtype": config_with(adapter_dtype="complex64"),
 }
 # Only in version 3, of which a test can write the tensors.
-OF_CONTENTS: dict[str, Change] = {
-    "a base that is a list": lambda d, t: d.update(base=[]),
-    "a base with an unknown field": lambda d, t: d.update(base={"names": "x"}),
-    "values of the base that are a list": lambda d, t: d["base"].update(values=[1.0]),
-    "a value of the base that is a word": lambda d, t: d["base"]["values"].update(x=["x"]),
-    "another tensor": lambda d, t: t.update(extra=torch.zeros(2)),
-    "a tensor less": lambda d, t: t.pop("head.bias"),
-    "no core": lambda d, t: t.pop(f"{UP}.core"),
-    "a tensor of another shape": lambda d, t: t.update({f"{UP}.core": torch.zeros(3, 2)}),
-    "a tensor of another dtype": lambda d, t: t.update({f"{UP}.core": torch.zeros(3, 3).half()}),
-    "integers": lambda d, t: t.update({f"{UP}.core": torch.zeros(3, 3).int()}),
-    "a factor of three dimensions": lambda d, t: t.update(
-        {"lotr_factors.0.value": torch.zeros(16, 3, 1)}
-    ),
-    "a factor of another size": lambda d, t: t.update({"lotr_factors.0.value": torch.zeros(15, 3)}),
-    "part of a start": lambda d, t: t.update({f"{UP}.start_core": torch.zeros(3, 3)}),
-    "cores of rank 700": of_huge_cores,
+VERSION_3_CHANGES: dict[str, Change] = {
+    "a base that is a list": document_with(base=[]),
+    "a base with an unknown field": document_with(base={"names": "x"}),
+    "values that are a list": lambda document, tensors: document["base"].update(values=[1.0]),
+    "a value that is a word": lambda document, tensors: document["base"]["values"].update(x=["x"]),
+    "another tensor": tensor_with("extra", torch.zeros(2)),
+    "a tensor less": lambda document, tensors: tensors.pop("head.bias"),
+    "no core": lambda document, tensors: tensors.pop(f"{UP}.core"),
+    "a tensor of another shape": tensor_with(f"{UP}.core", torch.zeros(3, 2)),
+    "a tensor of another dtype": tensor_with(f"{UP}.core", torch.zeros(3, 3).half()),
+    "integers": tensor_with(f"{UP}.core", torch.zeros(3, 3).int()),
+    "a factor of three dimensions": tensor_with("lotr_factors.0.value", torch.zeros(16, 3, 1)),
+    "a factor of another size": tensor_with("lotr_factors.0.value", torch.zeros(15, 3)),
+    "part of a start": tensor_with(f"{UP}.start_core", torch.zeros(3, 3)),
+    "cores of rank 700": use_huge_cores,
 }
-OF_BYTES: dict[str, Callable[[bytes], bytes]] = {
+BYTE_CHANGES: dict[str, Callable[[bytes], bytes]] = {
     "cut off": lambda data: data[:200],
+    "one byte less": lambda data: data[:8] + data[9:],
+    "another dtype in the header": lambda data: data.replace(b'"F32"', b'"I32"', 1),
     "empty": lambda data: b"",
     "one bit of a tensor changed": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
     "one digit of the document changed": lambda data: data.replace(
         b'\\"scaling\\": 1.5', b'\\"scaling\\": 1.6', 1
     ),
 }
-OF_FILES: dict[str, Damage] = {
+FILE_DAMAGES: dict[str, Damage] = {
     "no file": lambda folder: (folder / FILE_NAME).unlink(),
     "a folder": as_folder,
     "a pipe": as_fifo,
@@ -426,31 +438,35 @@ OF_FILES: dict[str, Damage] = {
     "another document": partial(change_metadata, adapter="{}"),
     "a document that is a list": partial(write, document=[], tensors={}),
 }
-OF_OLD_DOCUMENTS: dict[str, Change] = {
-    "another format": lambda d, t: d.update(format="lora"),
-    "a newer version": lambda d, t: d.update(format_version=99),
-    "no version": lambda d, t: d.update(format_version=None),
-    "a path as the tensors' file": lambda d, t: d.update(tensors_file=f"../{OLD_NAME}"),
-    "a number as the tensors' file": lambda d, t: d.update(tensors_file=3),
-    "another checksum": lambda d, t: d.update(tensors_sha256="0" * 64),
-    "no checksum": lambda d, t: d.update(tensors_sha256=None),
+VERSION_2_DOCUMENT_CHANGES: dict[str, Change] = {
+    "another format": document_with(format="lora"),
+    "a newer version": document_with(format_version=99),
+    "no version": document_with(format_version=None),
+    "a path as the tensors' file": document_with(tensors_file=f"../{OLD_NAME}"),
+    "a number as the tensors' file": document_with(tensors_file=3),
+    "another checksum": document_with(tensors_sha256="0" * 64),
+    "no checksum": document_with(tensors_sha256=None),
 }
-OF_OLD_BYTES: dict[str, Callable[[bytes], bytes]] = {
+VERSION_2_BYTE_CHANGES: dict[str, Callable[[bytes], bytes]] = {
     "JSON cut off": lambda data: data[:100],
     "JSON a list": lambda data: b"[]",
     "JSON of bytes": lambda data: b"\xff\xfe\x00",
     "JSON of endless brackets": lambda data: b"[" * 200_000,
 }
-OF_OLD_FILES: dict[str, Damage] = {
+VERSION_2_FILE_DAMAGES: dict[str, Damage] = {
     "no tensors": lambda folder: (folder / OLD_NAME).unlink(),
     "tensors cut off": partial(rewrite, name=OLD_NAME, change=lambda data: data[:200]),
 }
-DAMAGES = OF_FILES | rewrites(FILE_NAME, OF_BYTES) | edits(OF_DOCUMENTS | OF_CONTENTS)
-OLD_DAMAGES = (
-    OF_OLD_FILES | rewrites(JSON_NAME, OF_OLD_BYTES) | edits(OF_DOCUMENTS | OF_OLD_DOCUMENTS)
+DAMAGES = (
+    FILE_DAMAGES | rewrites(FILE_NAME, BYTE_CHANGES) | edits(DOCUMENT_CHANGES | VERSION_3_CHANGES)
+)
+VERSION_2_DAMAGES = (
+    VERSION_2_FILE_DAMAGES
+    | rewrites(JSON_NAME, VERSION_2_BYTE_CHANGES)
+    | edits(DOCUMENT_CHANGES | VERSION_2_DOCUMENT_CHANGES)
 )
 HOSTILE = {name: [damage] for name, damage in DAMAGES.items()} | {
-    f"version 2, {name}": [as_version_2, damage] for name, damage in OLD_DAMAGES.items()
+    f"version 2, {name}": [as_version_2, damage] for name, damage in VERSION_2_DAMAGES.items()
 }
 
 
@@ -491,7 +507,7 @@ def test_damaged_files_are_one_clear_error(
 
 
 def test_a_file_of_a_huge_rank_is_refused_before_memory_is_allocated(folder: Path) -> None:
-    edit(folder, of_huge_cores)
+    edit(folder, use_huge_cores)
     message = r"lotr_cores: expected .*slices': \[700, 700, 700\]"
     with profile(profile_memory=True) as events, pytest.raises(ValueError, match=message):
         load_adapter(zoo.net("mlp"), folder)
@@ -531,26 +547,6 @@ def test_a_random_change_of_a_document_is_refused_or_computes(
         refused += y is None
         assert y is None or bool(y.isfinite().all()), changed
     assert 100 < refused < 300
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_no_random_damage_loads_as_another_function(x: Tensor, folder: Path) -> None:
-    generator = random.Random(1)
-    expected = loads(folder, x)
-    data = (folder / FILE_NAME).read_bytes()
-    header = 8 + int.from_bytes(data[:8], "little")
-    for i in range(400):
-        place = generator.randrange(header if i % 2 else len(data))
-        damages = [
-            data[:place] + bytes([data[place] ^ 1 << generator.randrange(8)]) + data[place + 1 :],
-            data[:place],
-            data[:place] + generator.randbytes(3) + data[place:],
-            data[:place] + data[place + 2 :],
-            data[:place] + generator.choice([b"0", b"9", b"-", b'"', b"}"]) + data[place + 1 :],
-        ]
-        (folder / FILE_NAME).write_bytes(generator.choice(damages))
-        y = loads(folder, x)
-        assert y is None or torch.equal(y, expected), (i, place)
 
 
 # ---- other bases ---------------------------------------------------------------------------------
@@ -683,7 +679,10 @@ def seed_of(folder: Path) -> int:
     """Returns the seed of the model whose adapter is in a folder."""
     x = zoo.inputs("mlp")
     y = load_adapter(zoo.net("mlp"), folder)(x)
-    return [torch.equal(y, trained("mlp", seed=seed)(x)) for seed in range(4)].index(True)
+    for seed in range(4):
+        if torch.equal(y, trained("mlp", seed=seed)(x)):
+            return seed
+    pytest.fail("the folder has none of the saved adapters")
 
 
 @pytest.mark.parametrize("two_files", [False, True], ids=["version 3", "version 2"])
@@ -702,6 +701,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_adapter(
                 patch.setattr(owner, name, killed_at(step, changes, getattr(owner, name)))
             save_adapter(trained("mlp", seed=2), folder)
         seeds.append(seed_of(folder))
+    # How many changes of the disk a save makes that is not killed. There are more steps above.
     assert next(changes) == (6 if two_files else 4)
     assert seeds == sorted(seeds) and set(seeds) == {1, 2}
     assert [path.name for path in folder.iterdir()] == [FILE_NAME]

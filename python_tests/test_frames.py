@@ -4,8 +4,9 @@ Host time is most of a step on few tokens.
 """
 
 import sys
+from collections import Counter
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 
 import torch
 from torch import nn
@@ -14,13 +15,11 @@ import lotr_ext
 from lotr_ext import LoTRFactors, LoTRLinear
 
 PACKAGE = str(Path(lotr_ext.__file__).parent)
-MAX_CALLS = 150
-MAX_FUNCTIONS = 48
-MAX_FILES = 9
+MAX_CALLS = 150  # it was 134 when this was written; raise it only if bench.host shows no loss
 
 
-def calls_of_a_step() -> list[CodeType]:
-    """Returns the calls of the package's functions in a forward and backward of q, k and v.
+def test_calls_of_q_k_v() -> None:
+    """Counts the calls of the package's functions in a forward and backward.
 
     As much work as 2,048 tokens of width 768: the layers share u = x A, which needs the most calls.
     """
@@ -32,23 +31,15 @@ def calls_of_a_step() -> list[CodeType]:
         sum(layer(x) for layer in layers).sum().backward()
 
     step()
-    calls: list[CodeType] = []
+    calls: Counter[str] = Counter()
 
     def note(frame: FrameType, event: str, _: object) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-            calls.append(frame.f_code)
+            calls[frame.f_code.co_name] += 1
 
     sys.setprofile(note)
     try:
         step()
     finally:
         sys.setprofile(None)
-    return calls
-
-
-def test_frames_of_q_k_v() -> None:
-    calls = calls_of_a_step()
-    functions = set(calls)
-    assert len(calls) <= MAX_CALLS, functions
-    assert len(functions) <= MAX_FUNCTIONS, functions
-    assert len({function.co_filename for function in functions}) <= MAX_FILES, functions
+    assert 0 < calls.total() <= MAX_CALLS, calls

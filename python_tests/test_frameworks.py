@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import CHECKS
+from distributed import CHECKS, run_in_two_processes
 from helpers import run_python
-from test_distributed import run_in_two_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 FRAMEWORKS = Path(sys.prefix) / "frameworks"

@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 from helpers import relative, worst
-from models import moved, started, state, unchanged
+from models import flags_of, moved, started, state, unchanged
 from torch import Tensor, nn
 
 from lotr_ext import (
@@ -129,10 +129,10 @@ MATRICES: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("matrix", MATRICES)
-def test_leading_directions(matrix: str) -> None:
+@pytest.mark.parametrize("case", MATRICES)
+def test_leading_directions(case: str) -> None:
     """The subspace iteration and the dense decomposition find the same space."""
-    values = MATRICES[matrix]()
+    values = MATRICES[case]()
     directions = leading_vectors([values], 4)
     assert relative(directions.T @ directions, torch.eye(4)) < 1e-10
     assert spans(directions, torch.linalg.svd(values, full_matrices=False)[0][:, :4], 1e-8)
@@ -141,7 +141,7 @@ def test_leading_directions(matrix: str) -> None:
 # ---- init "svd" ----------------------------------------------------------------------------------
 
 
-def matrix(layer: nn.Module, t: Tensor) -> Tensor:
+def n_by_k(layer: nn.Module, t: Tensor) -> Tensor:
     """Returns a plain layer's weight, or its gradient, as [n, k]."""
     return t.T if isinstance(layer, LoTRConv1D) else t
 
@@ -152,7 +152,7 @@ def test_svd_moves_the_leading_part_of_the_weights_into_the_adapter(name: str) -
     plain = zoo.net(name)
     norms = torch.zeros(3)  # squared: moved into the adapter, remaining, total
     for layer_name, layer in adapted_layers(started(name, "svd")).items():
-        before = matrix(layer, plain.get_submodule(layer_name).weight)
+        before = n_by_k(layer, plain.get_submodule(layer_name).weight)
         remaining = layer.weight_matrix()
         delta = layer.delta_weight()
         assert relative(remaining + delta, before) < 1e-6  # the function is unchanged
@@ -194,18 +194,22 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
 
 def gradient_of(plain: nn.Module, name: str, layer: nn.Module) -> Tensor:
     """Returns the gradient [n, k] of the weight of the plain layer."""
-    return matrix(layer, plain.get_submodule(name).weight.grad.double())
+    return n_by_k(layer, plain.get_submodule(name).weight.grad.double())
 
 
 def check_captured(model: nn.Module, plain: nn.Module, captured: CapturedGradient) -> None:
-    """The reported shares are |B^T dW A|^2 / |dW|^2. What is not captured is estimated."""
+    """The reported shares are |B^T dW A|^2 / |dW|^2.
+
+    What is not captured is estimated by 32 random vectors. The tolerance is 30 % of it, and 0.02
+    where nothing is left.
+    """
     norms = torch.zeros(2, dtype=torch.float64)  # squared: projected, total
     for name, layer in adapted_layers(model).items():
         gradient = gradient_of(plain, name, layer)
         A, B = (factor.value.detach().double() / INIT_GAIN for factor in layer.factors.children())
-        of_layer = torch.stack([(B.T @ gradient @ A).square().sum(), gradient.square().sum()])
-        norms += of_layer
-        share = float(of_layer[0] / of_layer[1])
+        layer_norms = torch.stack([(B.T @ gradient @ A).square().sum(), gradient.square().sum()])
+        norms += layer_norms
+        share = float(layer_norms[0] / layer_norms[1])
         assert captured.layers[name] == pytest.approx(share, abs=0.02 + 0.3 * (1 - share))
     assert captured.total == pytest.approx(float(norms[0] / norms[1]), abs=0.1)
     assert 0 < captured.total <= 1
@@ -239,20 +243,22 @@ def test_a_full_rank_captures_all_gradients() -> None:
 
 
 def test_the_gradient_start_changes_nothing_else() -> None:
-    """The model has buffers, and draws random numbers."""
+    """The model has buffers, draws random numbers, and another device is the default."""
     net = nn.Sequential(zoo.net("mlp"), nn.Flatten(0, 1), nn.BatchNorm1d(3), nn.Dropout(0.5))
     config = LoTRConfig(rank=2, target_modules=["up", "down"], modules_to_save=["2"])
     model = apply_lotr(net.train(), config)
     before = state(model)
-    trained = [parameter.requires_grad for parameter in model.parameters()]
+    flags = flags_of(model)
+    batches = [zoo.inputs("mlp")]
     random_state = torch.get_rng_state()
-    init_from_gradient(model, [zoo.inputs("mlp")], lambda model, x: model(x).square().sum())
+    with torch.device("meta"):
+        init_from_gradient(model, batches, lambda model, x: model(x).square().sum())
     after = state(model)
     changed = {name for name in before if not torch.equal(after[name], before[name])}
     assert after.keys() == before.keys()
     assert changed == {name for name in before if "lotr_factors" in name}
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert trained == [parameter.requires_grad for parameter in model.parameters()]
+    assert flags_of(model) == flags
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -1,6 +1,6 @@
-"""OPERATORS: every operator with numbers x dtype x shape x layout against float64.
+"""Every operator with numbers x dtype x shape x layout against float64.
 
-Each operand has NaN around it in memory. A check is (what, result, truth, size, rounded), as
+Each operand has NaN around it in memory. A check is (what, result, truth, size, roundings), as
 `helpers.within` accepts it. Each entry of TABLE makes the checks of one operator for one Case.
 LOTR_CPU_ISA chooses the instruction set; `test_lower_instruction_sets` runs the table with each.
 """
@@ -8,8 +8,6 @@ LOTR_CPU_ISA chooses the instruction set; `test_lower_instruction_sets` runs the
 import itertools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from unittest import mock
@@ -29,6 +27,7 @@ from helpers import (
     new_memory_is_nan,
     operator,
     relative,
+    run_python,
     sums_dtype,
     untouched,
     within,
@@ -45,7 +44,12 @@ from lotr_ext.core.call import RowChoice
 from lotr_ext.core.kernel_support import trial_obstacle
 
 ops = torch.ops.lotr
-Check = tuple[str, Tensor, Tensor, Tensor, float]
+Check = tuple[str, Tensor, Tensor, Tensor, int]
+# How often values on the way to an element are rounded, see `helpers.within`.
+ONCE = 1  # the element
+ROUNDED_SUM = 5  # up to four operands and the sum
+ROUNDED_Y = 5  # u, F, the base product, the factors and y
+ROUNDED_DX = 6  # g, du, F, A, the base product and dx
 S = 0.37
 SEED = -(2**61) + 12345678901
 # M, K, N, r_in: full blocks of each kernel, their remainders, panels that are cut short. r_out is
@@ -64,9 +68,10 @@ SHAPES = [
     (33, 300, 129, 255),
     (3, 600, 5, 5),
 ]
-KINDS = [(t, t) for t in DTYPES] + [(t, torch.float32) for t in HALVES]  # x's dtype, the factors'
-of_kinds = pytest.mark.parametrize(
-    "dtype, factors", KINDS, ids=lambda t: str(t).removeprefix("torch.")
+# x's dtype, the factors'
+DTYPE_PAIRS = [(t, t) for t in DTYPES] + [(t, torch.float32) for t in HALVES]
+each_dtype_pair = pytest.mark.parametrize(
+    "dtype, factors", DTYPE_PAIRS, ids=lambda t: str(t).removeprefix("torch.")
 )
 
 
@@ -210,7 +215,7 @@ ZERO = torch.zeros((), dtype=torch.float64)
 
 def shrink(c: Case) -> Iterator[Check]:
     x, A = c.wide(c.x, c.A)
-    yield "u", ops.shrink(c.x, c.A, c.p, c.seed), *both(torch.matmul, x * c.mask(c.k), A), 1
+    yield "u", ops.shrink(c.x, c.A, c.p, c.seed), *both(torch.matmul, x * c.mask(c.k), A), ONCE
 
 
 def expand_add_(c: Case) -> Iterator[Check]:
@@ -219,48 +224,50 @@ def expand_add_(c: Case) -> Iterator[Check]:
     ops.expand_add_(y, c.u, c.F, c.p, c.seed)
     assert y._version > version  # otherwise a backward that saved y would use the new values
     assert untouched(y)
-    yield "y", y, *both(plus_product, *c.wide(c.g, c.u, c.F), c.mask(c.n)), 1
+    yield "y", y, *both(plus_product, *c.wide(c.g, c.u, c.F), c.mask(c.n)), ONCE
 
 
 def expand(c: Case) -> Iterator[Check]:
-    yield "y", ops.expand(c.g, c.u, c.F), *both(plus_product, *c.wide(c.g, c.u, c.F)), 1
+    yield "y", ops.expand(c.g, c.u, c.F), *both(plus_product, *c.wide(c.g, c.u, c.F)), ONCE
 
 
 def fold(c: Case) -> Iterator[Check]:
-    yield "F", ops.fold(c.B, c.core, S, c.dtype), *both(reference.fold, *c.folded(), S), 1
+    yield "F", ops.fold(c.B, c.core, S, c.dtype), *both(reference.fold, *c.folded(), S), ONCE
 
 
 def rows_of(c: Case) -> Iterator[tuple[tuple, Tensor, Tensor]]:
     """Yields (index, offs, tokens) and what they mean: the core and the token of each row."""
     rows = torch.arange(c.m)
-    index = (rows * 5 + 1) % 4 % 3 - 1
-    tokens = (rows * 7 + 3) % max(c.m, 1) // 2
+    index = torch.tensor([0, 1, -1, -1]).repeat(c.m // 4 + 1)[: c.m]
+    tokens = (rows * 7 + 3) % max(c.m, 1) // 2  # each about twice, in no order
     yield (index, None, tokens), index, tokens
     yield (index, None, None), index, rows
-    offs = torch.tensor([c.m // 3, c.m - c.m // 4], dtype=torch.int32)
-    of_offs = torch.where(rows < offs[0], 0, torch.where(rows < offs[1], 1, -1))
-    yield (None, offs, tokens), of_offs, tokens
-    permuted = torch.cat([rows[:1], rows[1:-1].flip(0), rows[1:][-1:]])  # but the first and last
-    yield (0 * index, None, permuted), 0 * index, permuted
+    ends = (c.m // 3, c.m - c.m // 4)
+    sizes = torch.tensor([ends[0], ends[1] - ends[0], c.m - ends[1]])
+    core_of_row = torch.tensor([0, 1, -1]).repeat_interleave(sizes)
+    yield (None, torch.tensor(ends, dtype=torch.int32), tokens), core_of_row, tokens
+    # A check of the first and the last row alone would take these rows for rows in order.
+    reversed_inside = torch.cat([rows[:1], rows[1:-1].flip(0), rows[1:][-1:]])
+    yield (0 * index, None, reversed_inside), 0 * index, reversed_inside
 
 
 def row_core(c: Case) -> Iterator[Check]:
     for choice, index, tokens in rows_of(c):
         formula = partial(row_outputs, index=index, tokens=tokens)
         truth_and_size = both(formula, *c.wide(c.u, c.cores))
-        of_fallback = fallback.row_core(c.u, c.cores, S, RowChoice(*choice))
-        yield "h", ops.row_core(c.u, c.cores, *choice, S), *truth_and_size, 1
-        yield "h of the fallback", of_fallback, *truth_and_size, 1
+        fallback_h = fallback.row_core(c.u, c.cores, S, RowChoice(*choice))
+        yield "h", ops.row_core(c.u, c.cores, *choice, S), *truth_and_size, ONCE
+        yield "h of the fallback", fallback_h, *truth_and_size, ONCE
 
 
 def row_core_backward(c: Case) -> Iterator[Check]:
     dh = c.make(c.m, c.r_out)
     for choice, index, tokens in rows_of(c):
-        results = ops.row_core_backward(dh, c.u, c.cores, *choice, S, True, True)
+        du, dG = ops.row_core_backward(dh, c.u, c.cores, *choice, S, True, True)
         formula = partial(row_gradients, index=index, tokens=tokens)
         truths, sizes = both(formula, *c.wide(c.u, c.cores, dh))
-        yield "du", results[0], truths[0], sizes[0], 1
-        yield "dG", results[1], truths[1], sizes[1], 1
+        yield "du", du, truths[0], sizes[0], ONCE
+        yield "dG", dG, truths[1], sizes[1], ONCE
 
 
 def strategies_and_biases(c: Case) -> Iterator[tuple[int, tuple[Tensor | None, Tensor | None]]]:
@@ -284,11 +291,10 @@ def outputs_from_x(c: Case, run: Callable, *dropout: object) -> Iterator[Check]:
     for strategy, (bias, wide_bias) in strategies_and_biases(c):
         y, u, *folded = run(x, weight, bias, c.A, c.B, c.core, S, strategy, *dropout)
         operands = (wide_x, W, wide_bias, A, *c.folded(), S, mask)
-        # u, F, the base product, the factors and y itself are rounded
-        yield f"y {strategy}", y, *both(reference.forward, *operands), 5
-        yield f"u {strategy}", u, *both(torch.matmul, wide_x * mask, A), 1
+        yield f"y {strategy}", y, *both(reference.forward, *operands), ROUNDED_Y
+        yield f"u {strategy}", u, *both(torch.matmul, wide_x * mask, A), ONCE
         for F in folded:
-            yield f"F {strategy}", F, *both(reference.fold, *c.folded(), S), 1
+            yield f"F {strategy}", F, *both(reference.fold, *c.folded(), S), ONCE
 
 
 def layer_forward_projected(c: Case) -> Iterator[Check]:
@@ -296,8 +302,9 @@ def layer_forward_projected(c: Case) -> Iterator[Check]:
     wide_x, W, u = c.wide(c.x, c.weight, c.u)
     for strategy, (bias, wide_bias) in strategies_and_biases(c):
         y, F = ops.layer_forward_projected(x, weight, bias, c.u, c.B, c.core, S, strategy)
-        yield f"y {strategy}", y, *both(layer_of_u, wide_x, W, wide_bias, u, *c.folded(), S), 5
-        yield f"F {strategy}", F, *both(reference.fold, *c.folded(), S), 1
+        operands = (wide_x, W, wide_bias, u, *c.folded(), S)
+        yield f"y {strategy}", y, *both(layer_of_u, *operands), ROUNDED_Y
+        yield f"F {strategy}", F, *both(reference.fold, *c.folded(), S), ONCE
 
 
 def layer_forward_rows(c: Case) -> Iterator[Check]:
@@ -307,7 +314,8 @@ def layer_forward_rows(c: Case) -> Iterator[Check]:
     identity = torch.eye(c.r, dtype=torch.float64)
     for strategy, (bias, wide_bias) in strategies_and_biases(c):
         y = ops.layer_forward_rows(x, weight, bias, c.u, c.F, strategy)
-        yield f"y {strategy}", y, *both(layer_of_u, wide_x, W, wide_bias, u, B, identity, 1.0), 5
+        operands = (wide_x, W, wide_bias, u, B, identity, 1.0)
+        yield f"y {strategy}", y, *both(layer_of_u, *operands), ROUNDED_Y
 
 
 def new_and_added(*sums: Tensor) -> Iterator[tuple[tuple[Tensor | None, ...], list[Tensor]]]:
@@ -344,10 +352,10 @@ def gradients_to_x(
     for strategy in (0, BETA):
         head = (g, weight, x, c.u, c.A, *folded, c.B, c.core, S, strategy)
         for sums, starts in new_and_added(c.sums(c.k, c.r), c.sums(c.n, c.r_out)):
-            dx, *of_factors, dG = run(*head, *sums, True, True, *dropout)
+            dx, *new_dA_and_dB, dG = run(*head, *sums, True, True, *dropout)
             truths, sizes = both(layer_gradients, *operands, *starts)
-            yield f"dx {strategy}", dx, truths[0], sizes[0], 6
-            dA, dB = gradients_of(of_factors, sums)
+            yield f"dx {strategy}", dx, truths[0], sizes[0], ROUNDED_DX
+            dA, dB = gradients_of(new_dA_and_dB, sums)
             yield from rounded(c, f"dA {strategy}", dA, truths[1], sizes[1])
             yield from rounded(c, f"dB {strategy}", dB, truths[2], sizes[2])
             yield from rounded(c, f"dG {strategy}", dG, truths[3], sizes[3])
@@ -362,8 +370,8 @@ def layer_backward_projected_(c: Case) -> Iterator[Check]:
         )
         truths, sizes = both(gradients_of_u, *operands, *starts)
         dx, dB = gradients_of((new_dx, new_dB), sums[1:])
-        yield "dx", dx, truths[0], sizes[0], 6
-        yield "du", du, truths[1], sizes[1], 1 if sums[0] is None else 2
+        yield "dx", dx, truths[0], sizes[0], ROUNDED_DX
+        yield "du", du, truths[1], sizes[1], ONCE if sums[0] is None else 2  # du is rounded before
         yield from rounded(c, "dB", dB, truths[2], sizes[2])
         yield from rounded(c, "dG", dG, truths[3], sizes[3])
 
@@ -374,9 +382,9 @@ def layer_backward_rows_(c: Case) -> Iterator[Check]:
     for sums, starts in new_and_added(dx_sum, c.sums(c.n, c.r)):
         new_dx, dh, new_dB = ops.layer_backward_rows_(g, weight, c.u, c.F, *sums, True, True)
         dx, dB = gradients_of((new_dx, new_dB), sums)
-        yield "dx", dx, *both(plus_product, starts[0], wide_g, W.mT), 6
-        yield "dh", dh, *both(torch.matmul, wide_g, F), 1
-        yield "dB", dB, *both(plus_product, starts[1], wide_g.mT, u.mT), 1
+        yield "dx", dx, *both(plus_product, starts[0], wide_g, W.mT), ROUNDED_DX
+        yield "dh", dh, *both(torch.matmul, wide_g, F), ONCE
+        yield "dB", dB, *both(plus_product, starts[1], wide_g.mT, u.mT), ONCE
 
 
 def backward_sums(c: Case) -> Iterator[Check]:
@@ -393,18 +401,18 @@ def backward_sums(c: Case) -> Iterator[Check]:
         for gradient in (dh, du):
             assert (gradient is not None) == need_du
             if need_du:
-                yield "du", gradient, *both(torch.matmul, g, F), 1
-        yield "Q", Q, *both(plus_product, Q_start, g.mT, u.mT), 1
+                yield "du", gradient, *both(torch.matmul, g, F), ONCE
+        yield "Q", Q, *both(plus_product, Q_start, g.mT, u.mT), ONCE
         truths, sizes = both(gradients_of_u, g, W, u, F, *c.folded(), ZERO, ZERO, dB_start)
         yield from rounded(c, "dB", dB, truths[2], sizes[2])
         yield from rounded(c, "dG", dG, truths[3], sizes[3])
 
 
 def rounded(c: Case, what: str, result: Tensor, truth: Tensor, size: Tensor) -> Iterator[Check]:
-    """A sum of operands that were rounded to x's dtype up to four times."""
+    """Checks a sum of products of rounded operands. The sum itself must not be rounded."""
     assert result.dtype in (c.acc, c.factors)
     exact = result.double()
-    yield what, exact.to(c.dtype), truth, size, 5
+    yield what, exact.to(c.dtype), truth, size, ROUNDED_SUM
     is_wide = result.dtype == torch.float32 and c.dtype in HALVES
     if is_wide and result.numel() > 64 and bool(truth.any()):
         assert relative(exact.to(c.dtype), exact) > 0, f"{what} was rounded to {c.dtype}"
@@ -417,12 +425,12 @@ def shrink_backward_(c: Case) -> Iterator[Check]:
     dx = c.make(c.m, c.k)
     dx_start = copy64(dx)
     for (dA_sum,), (dA_start,) in new_and_added(c.sums(c.k, c.r)):
-        of_x = (None, c.x, None) if dA_sum is None else (dx, c.x, c.A)
-        result = ops.shrink_backward_(c.u, *of_x, dA_sum, c.p, c.seed)
-        (dA,) = gradients_of([result], [dA_sum])
-        yield "dA", dA, *both(plus_product, dA_start, (x * mask).mT, du.mT), 1
+        operands = (None, c.x, None) if dA_sum is None else (dx, c.x, c.A)
+        new_dA = ops.shrink_backward_(c.u, *operands, dA_sum, c.p, c.seed)
+        (dA,) = gradients_of([new_dA], [dA_sum])
+        yield "dA", dA, *both(plus_product, dA_start, (x * mask).mT, du.mT), ONCE
     assert untouched(dx)
-    yield "dx", dx, *both(plus_product, dx_start, du, A, mask), 1
+    yield "dx", dx, *both(plus_product, dx_start, du, A, mask), ONCE
 
 
 TABLE: dict[str, Callable[[Case], Iterator[Check]]] = {
@@ -462,7 +470,7 @@ def check(name: str, case: Case, where: str) -> None:
             assert error is None, f"{name}, {where}: {what}: {error}"
 
 
-@of_kinds
+@each_dtype_pair
 @pytest.mark.parametrize("name", TABLE)
 def test_numbers(name: str, dtype: torch.dtype, factors: torch.dtype) -> None:
     """Each shape contiguous and in one other layout, in turn, and once with dropout."""
@@ -477,7 +485,7 @@ def test_numbers(name: str, dtype: torch.dtype, factors: torch.dtype) -> None:
 # ---- bits, NaN, dropout --------------------------------------------------------------------------
 
 
-def results(name: str, case: Case) -> list[Tensor]:
+def results_of(name: str, case: Case) -> list[Tensor]:
     return [result for _, result, *_ in TABLE[name](case)]
 
 
@@ -493,7 +501,7 @@ def test_same_bits_at_any_number_of_threads(name: str, dtype: torch.dtype) -> No
         p = 0.4 if name in DROPS and shape[0] < 1000 else 0.0
         for threads in (3, 2, 1):  # the last one is the number of all tests
             torch.set_num_threads(threads)
-            runs.append(results(name, Case(shape, dtype, dtype, p=p)))
+            runs.append(results_of(name, Case(shape, dtype, dtype, p=p)))
         for run in runs[1:]:
             assert all(map(torch.equal, run, runs[0])), shape
 
@@ -511,7 +519,7 @@ def test_what_is_dropped_may_be_nan(dtype: torch.dtype) -> None:
     for value in (0.0, float("nan")):
         c = Case((13, 67, 35, 5), dtype, dtype, p=0.5)
         c.x.masked_fill_(c.mask(c.k) == 0, value)
-        runs.append(results("shrink", c) + results("shrink_backward_", c))
+        runs.append(results_of("shrink", c) + results_of("shrink_backward_", c))
     assert all(map(torch.equal, *runs))
     y = c.g.clone()
     ops.expand_add_(y, c.u, c.F, c.p, c.seed)
@@ -688,14 +696,10 @@ def test_philox_known_answers() -> None:
 def test_lower_instruction_sets(isa: str) -> None:
     """The numbers with each instruction set that this CPU has below its best."""
     if json.loads(ops.info())["cpu"]["isa"] == isa or "LOTR_CPU_ISA" in os.environ:
-        return
+        pytest.skip("test_numbers has run with it")
     options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", "numbers"]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__],
-        env={**os.environ, "LOTR_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, "LOTR_CPU_ISA": isa}
+    run = run_python("-m", "pytest", *options, __file__, env=environment)
     if "(what this CPU runs), got " in run.stdout + run.stderr:
         pytest.skip(f"this CPU has no {isa}")
     assert run.returncode == 0, run.stdout[-3000:]

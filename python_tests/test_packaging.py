@@ -95,8 +95,9 @@ def test_setup_ends_with_one_line_that_says_what_to_do(
 ) -> None:
     build = ["build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
     program = f"""
-import importlib.metadata as m, importlib.util as u, runpy, shutil as s, sys
-find, version, which = u.find_spec, m.version, s.which
+import importlib.metadata as m, importlib.util as u, runpy, sys
+find = u.find_spec
+version = m.version
 {patch}
 sys.argv = ["setup.py", "--quiet", *{build}]
 runpy.run_path("setup.py", run_name="__main__")

@@ -71,7 +71,6 @@ def adapted(net: str, **settings: object) -> peft.PeftModel:
 
 
 def tuned(case: str) -> tuple[peft.PeftModel, Tensor]:
-    """Returns the model of a case, and an input."""
     net, settings = CASES[case]
     return adapted(net, **settings), zoo.inputs(net)
 
@@ -203,20 +202,6 @@ def test_a_compiled_model_computes_the_same() -> None:
     assert all(close(model.get_parameter(name).grad, expected[name]) for name in expected)
 
 
-def test_an_adapter_in_a_transformer_layer_with_a_fast_path_has_effect() -> None:
-    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2).eval()
-    x = torch.randn(2, 3, 16)
-    before = net(x)
-    settings = LoTRPeftConfig(target_modules=["linear1"], **SMALL)
-    model = fill(peft.get_peft_model(net, settings).eval())
-    with torch.no_grad():
-        y = model(x)
-        assert close(y, truth(model, "default")(x.double()))
-        assert not close(y, before, 1e-3)
-    model.unload()
-    assert close(net(x), before)
-
-
 # ---- the life of an adapter ----------------------------------------------------------------------
 
 
@@ -251,13 +236,13 @@ def test_an_adapter_is_merged_unmerged_and_unloaded(case: str) -> None:
     net, settings = CASES[case]
     model, x = tuned(case)
     y = output(model, x)
-    of_base = output(zoo.net(net), x)
+    base_output = output(zoo.net(net), x)
     weights = [layer.weight.clone() for layer in layers(model)]
     model.merge_adapter()
     assert all(layer.merged for layer in layers(model))
     assert close(output(model, x), y)
     with model.disable_adapter():
-        assert close(output(model, x), of_base, 1e-6)
+        assert close(output(model, x), base_output, 1e-6)
     model.unmerge_adapter()
     assert all(map(torch.equal, [layer.weight for layer in layers(model)], weights))
     merged = pickle.loads(pickle.dumps(model)).merge_and_unload(safe_merge=True)
@@ -266,16 +251,16 @@ def test_an_adapter_is_merged_unmerged_and_unloaded(case: str) -> None:
     assert merged.state_dict().keys() == unloaded.state_dict().keys() == keys
     assert close(zoo.output(merged, x), y)
     if "modules_to_save" not in settings:
-        assert close(zoo.output(unloaded, x), of_base)
+        assert close(zoo.output(unloaded, x), base_output)
 
 
-@pytest.mark.parametrize("names", ["default", "other", "default other"])
-def test_active_and_merged_adapters_add_up(names: str) -> None:
+@pytest.mark.parametrize("names", [["default"], ["other"], ["default", "other"]], ids="+".join)
+def test_active_and_merged_adapters_add_up(names: list[str]) -> None:
     model, x = two()
-    expected = output(truth(model, *names.split()), x)
-    merged = copy.deepcopy(model).merge_and_unload(adapter_names=names.split())
+    expected = output(truth(model, *names), x)
+    merged = copy.deepcopy(model).merge_and_unload(adapter_names=names)
     assert close(zoo.output(merged, x), expected)
-    model.base_model.set_adapter(names.split())
+    model.base_model.set_adapter(names)
     assert close(output(model, x), expected)
     trained = trained_names(model)
     assert gradients(model, x).keys() == trained
@@ -285,13 +270,13 @@ def test_active_and_merged_adapters_add_up(names: str) -> None:
 
 def test_adapters_are_merged_one_after_another_saved_and_deleted(tmp_path: Path) -> None:
     model, x = two()
-    of_both = output(truth(model, "default", "other"), x)
+    output_of_both = output(truth(model, "default", "other"), x)
     model.set_adapter("other")
     y = output(model, x)
     model.merge_adapter(["default"])
     with pytest.warns(UserWarning, match="additionally merging"):
         model.merge_adapter(["other"])
-    assert close(output(model, x), of_both)
+    assert close(output(model, x), output_of_both)
     with pytest.raises(ValueError, match=r"delete adapter\(s\) \['default'\] while"):
         model.delete_adapter("default")
     model.unmerge_adapter()
@@ -353,7 +338,7 @@ def test_the_status_of_a_model() -> None:
         "merged_adapters": [],
         "requires_grad": {"default": True, "other": False},
     }
-    assert vars(model.get_model_status()) | expected == vars(model.get_model_status())
+    assert expected.items() <= vars(model.get_model_status()).items()
 
 
 def test_pefts_conversion_to_lora() -> None:

@@ -8,7 +8,6 @@ this file again with that folder on the path.
 import copy
 import importlib.util
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from helpers import relative, worst
+from helpers import relative, run_python, worst
 from models import moved
 from torch import Tensor, nn
 from torch.nn import functional as nnf
@@ -37,33 +36,6 @@ LIBRARIES = Path(sys.prefix) / "quantized"
 K = 64  # bitsandbytes' kernels need multiples of 32
 X = torch.randn(6, K, generator=torch.Generator().manual_seed(1))
 CONFIG = LoTRConfig(rank=4, scaling=1.0, target_modules=["up", "down"])
-
-
-class Codes(nn.Module):
-    """A quantized layer with int8 codes and one scale per row. Its weight must not be read."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.bias = linear.bias
-        weight = linear.weight.detach()
-        self.register_buffer("scale", weight.abs().amax(1, keepdim=True) / 127)
-        self.register_buffer("codes", (weight / self.scale).round().to(torch.int8))
-
-    @property
-    def weight(self) -> Tensor:
-        return torch.zeros(3, dtype=torch.uint8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nnf.linear(x, self.codes.to(x.dtype) * self.scale.to(x.dtype), self.bias)
-
-
-class Dense(Codes):
-    """A quantized layer that can be made dense."""
-
-    def dequantize(self) -> Tensor:
-        return self.codes.float() * self.scale
 
 
 class Packed(Tensor):
@@ -94,14 +66,14 @@ class Packed(Tensor):
 
 
 def packed(linear: nn.Linear) -> nn.Linear:
-    codes = Codes(linear)
+    codes = zoo.Codes(linear)
     linear.weight = nn.Parameter(Packed(codes.codes, codes.scale), requires_grad=False)
     return linear
 
 
 def by_torchao(config: object, linear: nn.Linear) -> nn.Module:
     holder = nn.Sequential(linear)
-    torchao.quantize_(holder, config)
+    quantization.quantize_(holder, config)
     return holder[0]
 
 
@@ -113,15 +85,15 @@ def by_bitsandbytes(kind: str, settings: dict[str, object], linear: nn.Linear) -
 
 
 QUANTIZED: dict[str, Callable[[nn.Linear], nn.Module]] = {
-    "module": Dense,
+    "module": zoo.Dense,
     "tensor subclass": packed,
 }
 if importlib.util.find_spec("torchao"):
-    from torchao import quantization as torchao
+    from torchao import quantization
     from torchao.quantization.granularity import PerGroup
 
-    int4 = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(8))
-    QUANTIZED["torchao int8"] = partial(by_torchao, torchao.Int8WeightOnlyConfig())
+    int4 = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(8))
+    QUANTIZED["torchao int8"] = partial(by_torchao, quantization.Int8WeightOnlyConfig())
     QUANTIZED["torchao int4"] = partial(by_torchao, int4)
 if importlib.util.find_spec("bitsandbytes"):
     import bitsandbytes
@@ -190,15 +162,15 @@ MERGES = {
 }
 
 
-def dequantized_to(result: object, linear: nn.Linear) -> Dense:
+def dequantized_to(result: object, linear: nn.Linear) -> zoo.Dense:
     """Returns a quantized layer whose dequantize returns something else than its weight."""
-    layer = Dense(linear)
+    layer = zoo.Dense(linear)
     layer.dequantize = lambda: result
     return layer
 
 
 NOT_DENSE = {
-    "no dequantize": Codes,
+    "no dequantize": zoo.Codes,
     "another shape": partial(dequantized_to, torch.zeros(3, K)),
     "not a tensor": partial(dequantized_to, "W"),
 }
@@ -218,7 +190,7 @@ def test_a_base_that_cannot_be_made_dense_is_never_merged(call: str, base: str) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_dense_layer_shares_nothing_and_the_base_comes_back(dtype: torch.dtype) -> None:
     """The base takes the mode that the layer has when it is unmerged."""
-    layer = moved(apply_lotr(wide_net(Dense), CONFIG)).blocks[0].up
+    layer = moved(apply_lotr(wide_net(zoo.Dense), CONFIG)).blocks[0].up
     base = layer.base_layer
     bias = base.bias.detach().clone()
     expected = (base.dequantize() + layer.delta_weight()).to(dtype)
@@ -239,12 +211,8 @@ def test_with_the_libraries() -> None:
         pytest.skip("torchao and bitsandbytes are missing: make quantized")
     path = os.pathsep.join([str(LIBRARIES), os.environ["PYTHONPATH"]])  # conftest.py has set it
     options = ["-v", "-n", "0", "-p", "no:cacheprovider", "-k", "torchao or bitsandbytes"]
-    process = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__],
-        env={**os.environ, "PYTHONPATH": path, "LOTR_QUANTIZED": "1"},
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, "PYTHONPATH": path, "LOTR_QUANTIZED": "1"}
+    process = run_python("-m", "pytest", *options, __file__, env=environment)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-1000:]
     passed = [line for line in process.stdout.splitlines() if "PASSED" in line]
     for name in ("torchao int8", "torchao int4", "bitsandbytes 4 bit", "bitsandbytes 8 bit"):

@@ -8,7 +8,6 @@ import zoo
 from models import same, started, trained_values
 
 from lotr_ext import load_adapter
-from lotr_ext.adapted import adapted_layers
 from lotr_ext.trainer import AdapterCheckpoints
 
 transformers = pytest.importorskip("transformers")
@@ -66,6 +65,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     run.train()
     best = Path(run.state.best_model_checkpoint)
     assert best.name == "checkpoint-2"
-    assert same(trained_values(run.model), trained_values(load_adapter(zoo.net("llama"), best)))
     run.save_model(str(tmp_path / "end"))
-    assert adapted_layers(load_adapter(zoo.net("llama"), tmp_path / "end"))
+    for folder in (best, tmp_path / "end"):
+        loaded = load_adapter(zoo.net("llama"), folder)
+        assert same(trained_values(run.model), trained_values(loaded))

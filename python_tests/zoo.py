@@ -1,4 +1,4 @@
-"""Six small networks for the tests of models.
+"""Six small networks for the tests of models, and two quantized layers.
 
 `net(name)` has the same weights on every machine and with every version of transformers: they are
 drawn parameter by parameter, from one generator.
@@ -25,7 +25,7 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 class Children(nn.Module):
-    """A module with these children and parameters. A class on it adds what they compute."""
+    """A module with these children and parameters. A subclass adds the forward."""
 
     def __init__(self, **children: nn.Module | nn.Parameter) -> None:
         super().__init__()
@@ -182,3 +182,33 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
     """Returns the model's output as one tensor: the logits of a transformers model."""
     y = model(x)
     return y if isinstance(y, Tensor) else y.logits
+
+
+# ---- quantized layers ----------------------------------------------------------------------------
+
+
+class Codes(nn.Module):
+    """A quantized layer with int8 codes and one scale per row. Its weight must not be read."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+        weight = linear.weight.detach()
+        self.register_buffer("scale", weight.abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("codes", (weight / self.scale).round().to(torch.int8))
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.zeros(3, dtype=torch.uint8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.codes.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+class Dense(Codes):
+    """A quantized layer that can be made dense."""
+
+    def dequantize(self) -> Tensor:
+        return self.codes.float() * self.scale

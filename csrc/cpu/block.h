@@ -16,8 +16,8 @@
 
 namespace lotr::cpu::LOTR_ISA {
 
-// Vectors of a block at most, and its rows: what 32 (AVX-512, SVE..) or 16 vector registers hold
-// with the operands.
+// Vectors of a block at most. kRows[v]: rows of a block of v vectors; kColumnRows[v]: if its rows
+// are neighbors in memory. What 32 (AVX-512, SVE..) or 16 vector registers hold.
 #if LOTR_VB == 64
 constexpr int kMaxVectors = 4;
 constexpr int kRows[] = {0, 8, 8, 8, 6};
@@ -128,7 +128,7 @@ LOTR_INLINE void row_blocks(int64_t rows, F&& f) {
 
 // c[rows][rank vectors] (+)= product over n units, in groups of at most kMaxVectors vectors.
 template <typename K, bool kAlongRow>
-inline void sum_rows(const Sums<K>& c, const Broadcast& a, int64_t rows, const Factor<K>& b,
+inline void sum_tile(const Sums<K>& c, const Broadcast& a, int64_t rows, const Factor<K>& b,
                      int64_t n, Ahead& ahead) {
   // Bytes from one row of a to the next.
   const int64_t next_row = kAlongRow ? a.step : int64_t(sizeof(typename K::Unit));

@@ -38,7 +38,7 @@ struct Groups {
 };
 
 // The few-token form of a layer's backward. Absent gradients are not needed.
-struct SmallBackward {
+struct FewTokensBackward {
   TensorView dx, g, x, u, A, core, B, dA, dB, dcore;
   double scaling = 1.0;
   bool fresh_dx = false, fresh_dA = false, fresh_dB = false;  // written, not added to

@@ -35,8 +35,8 @@ inline void run_rows(int64_t rows, int64_t work, F&& body) {
             [&](int64_t begin, int64_t end) { body(begin * kBlock, smaller(end * kBlock, rows)); });
 }
 
-// Chunks of rows, each with a sum. These are added in order. The chunks depend only on the size,
-// never on the threads.
+// Chunks of rows, each with a sum. These are added in order. Their size depends only on m, never on
+// the threads: 128 rows up to m = 1024, then a multiple of 128, in at most 64 chunks.
 struct Chunks {
   int64_t count;
   int64_t rows;
@@ -53,6 +53,11 @@ inline TensorView core_of(const TensorView& cores, int64_t core_stride, int64_t 
   return core;
 }
 
+// No dropout, only a scale.
+inline Drop scaled_by(double scale) {
+  return {/*on=*/false, /*threshold=*/0, scale};
+}
+
 template <typename T>
 struct Operators {
   using K = typename KindOf<T>::type;
@@ -67,24 +72,24 @@ struct Operators {
   // out (+)= scale * drop(x) A: rows of x times a packed factor.
   static void product(const TensorView& out, const TensorView& x, const TensorView& A,
                       const Drop& drop, bool add) {
-    const int64_t ldc = vectors_of<K>(A.cols) * K::kLanes;
+    const int64_t ld = vectors_of<K>(A.cols) * K::kLanes;
     run_rows(x.rows, x.rows * x.cols * A.cols, [&](int64_t i0, int64_t i1) {
       const PackedFactor<K, T> b(A);  // one per thread: other cores' caches are slow
-      const size_t sums = size_t(kTileRows * ldc) * sizeof(Acc);
-      Scratch memory(sums + tile_space<K>(A.cols));
+      const size_t sum_bytes = size_t(kTileRows * ld) * sizeof(Acc);
+      Scratch memory(sum_bytes + tile_space<K>(A.cols));
       for (int64_t i = i0; i < i1; i += kTileRows) {
         const int64_t rows = smaller(kTileRows, i1 - i);
         const bool cold = i == i0;
-        shrink_tile<K, T>(memory.get<Acc>(), ldc, x, drop, b.units, {i, rows, cold, true},
-                          memory.get<char>() + sums);
-        write_rows<K>(out, i, rows, memory.get<Acc>(), ldc, drop.scale, add);
+        shrink_tile<K, T>(memory.get<Acc>(), ld, x, drop, b.units, {i, rows, cold, true},
+                          memory.get<char>() + sum_bytes);
+        write_rows<K>(out, i, rows, memory.get<Acc>(), ld, drop.scale, add);
       }
     });
   }
 
+  static constexpr int64_t kColumns = kPanel<K>;  // of a panel
   // The panels of F^T, and the memory in which one is packed and masked.
   struct Panels {
-    static constexpr int64_t kColumns = kPanel<K>;
     int64_t units;  // of the rank
     int64_t count;
     int64_t size;  // units of a panel
@@ -103,7 +108,6 @@ struct Operators {
                      const Drop& drop, const Start& start) {
     if (y.rows <= kTileRows) return expand_few(y, u, F, drop, start);
     const Panels panels(F);
-    constexpr int64_t kColumns = Panels::kColumns;
     const auto pack = [&](Unit* to, int64_t begin, int64_t end) {
       Scratch buffer(panels.row_bytes);
       for (int64_t p = begin; p < end; ++p)
@@ -121,13 +125,13 @@ struct Operators {
       Scratch mask(panels.mask_bytes);
       Scratch packed_here(shared ? 0 : size_t(pack_work) * sizeof(Unit));
       if (!shared) pack(packed_here.get<Unit>(), 0, panels.count);
-      const Unit* const ready = (shared ? packed : packed_here).template get<Unit>();
+      const Unit* const all = (shared ? packed : packed_here).template get<Unit>();
       for (int64_t i = i0; i < i1; i += kTileRows) {
         const int64_t rows = smaller(kTileRows, i1 - i);
         const Broadcast rows_of_u = u_rows(u, i, rows, u_memory.get<Unit>());
         for (int64_t p = 0; p < panels.count; ++p) {
           expand_panel<K, T>({y, i, rows, p * kColumns, kColumns}, rows_of_u, panels.units,
-                             ready + p * panels.size, drop, start, mask.get<uint32_t>());
+                             all + p * panels.size, drop, start, mask.get<uint32_t>());
         }
       }
     });
@@ -138,7 +142,6 @@ struct Operators {
   static void expand_few(const TensorView& y, const TensorView& u, const TensorView& F,
                          const Drop& drop, const Start& start) {
     const Panels panels(F);
-    constexpr int64_t kColumns = Panels::kColumns;
     Scratch u_memory(u_bytes(u));
     const Broadcast rows_of_u = u_rows(u, 0, y.rows, u_memory.get<Unit>());
     run_tasks(panels.count, y.rows * y.cols * u.cols, [&](int64_t begin, int64_t end) {
@@ -172,7 +175,7 @@ struct Operators {
   }
 
   // out (+)= scale * the sum of `count` blocks of sums, in order. The first `transposed` rows of
-  // out are transposed in a block.
+  // out are S^T, in the order of pair_at (vec.h); the others are P.
   static void add_partials(const TensorView& out, Acc* partials, int64_t count, int64_t transposed,
                            double scale, bool add) {
     constexpr int kLanes = K::kLanes;
@@ -191,13 +194,13 @@ struct Operators {
               store(tile + v * first.ld + j, sum_of(P + v * first.ld, count, size));
             continue;
           }
-          for (int64_t part = 0; part < kRowsAtOnce; part += kLanes) {
+          for (int64_t lanes = 0; lanes < kRowsAtOnce; lanes += kLanes) {
             decltype(load(partials)) square[kLanes] = {};
             for (int64_t v = 0; v < smaller(kLanes, out.cols - j); ++v)
-              square[v] = sum_of(first.S + (j + v) * transposed + i + part, count, size);
+              square[v] = sum_of(first.S + (j + v) * transposed + i + lanes, count, size);
             transpose<kLanes>(square);
             for (int64_t v = 0; v < kLanes; ++v)
-              store(tile + pair_at(part + v) * first.ld + j, square[v]);
+              store(tile + pair_at(lanes + v) * first.ld + j, square[v]);
           }
         }
         write_rows<K>(out, i, rows, tile, first.ld, scale, add);
@@ -248,26 +251,26 @@ struct Operators {
   // Rows [c0, c1) and columns [j, j + n) of out (+)= scale * x^T v, each element written once, no
   // operand copied.
   template <int n>
-  static void outer_part(const TensorView& out, int64_t c0, int64_t c1, const TensorView& x,
-                         const TensorView& v, int64_t j, double scale, bool add) {
-    typedef Acc Part __attribute__((vector_size(n * sizeof(Acc)), aligned(sizeof(Acc)), may_alias));
+  static void outer_few_columns(const TensorView& out, int64_t c0, int64_t c1, const TensorView& x,
+                                const TensorView& v, int64_t j, double scale, bool add) {
+    typedef Acc Run __attribute__((vector_size(n * sizeof(Acc)), aligned(sizeof(Acc)), may_alias));
     for (int64_t c = c0; c < c1; ++c) {
-      Part sum = {};
+      Run sum = {};
       const Acc* a = static_cast<const Acc*>(x.data) + c;
       const Acc* b = static_cast<const Acc*>(v.data) + j;
       for (int64_t i = 0; i < x.rows; ++i, a += x.row_stride, b += v.row_stride)
-        sum += *a * *reinterpret_cast<const Part*>(b);
-      write_part<n>(static_cast<Acc*>(out.data) + c * out.row_stride + j,
-                    reinterpret_cast<const Acc*>(&sum), Acc(scale), add);
+        sum += *a * *reinterpret_cast<const Run*>(b);
+      write_run<n>(static_cast<Acc*>(out.data) + c * out.row_stride + j,
+                   reinterpret_cast<const Acc*>(&sum), Acc(scale), add);
     }
   }
-  static void outer_parts(const TensorView& out, const TensorView& x, const TensorView& v,
-                          double scale, bool add) {
+  static void outer_few(const TensorView& out, const TensorView& x, const TensorView& v,
+                        double scale, bool add) {
     run_rows(x.cols, x.rows * x.cols * v.cols, [&](int64_t c0, int64_t c1) {
       int64_t j = 0;
-      for (; j + 8 <= v.cols; j += 8) outer_part<8>(out, c0, c1, x, v, j, scale, add);
-      for (; j + 4 <= v.cols; j += 4) outer_part<4>(out, c0, c1, x, v, j, scale, add);
-      for (; j < v.cols; ++j) outer_part<1>(out, c0, c1, x, v, j, scale, add);
+      for (; j + 8 <= v.cols; j += 8) outer_few_columns<8>(out, c0, c1, x, v, j, scale, add);
+      for (; j + 4 <= v.cols; j += 4) outer_few_columns<4>(out, c0, c1, x, v, j, scale, add);
+      for (; j < v.cols; ++j) outer_few_columns<1>(out, c0, c1, x, v, j, scale, add);
     });
   }
 
@@ -280,34 +283,34 @@ struct Operators {
       const int64_t c0 = begin * kTileColumns;
       const int64_t c1 = smaller(end * kTileColumns, x.cols);
       const auto sums = OuterSums<K>::in_output(static_cast<Acc*>(D.data), D.row_stride);
-      OuterPart part{0, x.rows, c0, c1, tile_m};
-      part.fresh = !add;
-      outer_rows<K, T>(sums, x, drop, v, part, memory.get<char>());
+      OuterRange range{0, x.rows, c0, c1, tile_m};
+      range.fresh = !add;
+      outer_rows<K, T>(sums, x, drop, v, range, memory.get<char>());
     });
   }
 
-  // out (+)= scale * drop(x)^T v.
-  static void outer(const TensorView& out, const TensorView& x, const TensorView& v,
-                    const Drop& drop, double scale, bool add) {
+  // D (+)= scale * drop(x)^T v.
+  static void factor_grad(const TensorView& D, const TensorView& x, const TensorView& v,
+                          const Drop& drop, bool add) {
     const Chunks chunks(x.rows);
-    const int64_t tile_m = tile_rows_once<K, T>(x, drop, v.cols);
-    const bool wide = out.dtype == (std::is_same_v<Acc, double> ? DType::float64 : DType::float32);
+    const int64_t tile_m = factor_grad_tile_rows<K, T>(x, drop, v.cols);
+    const bool wide = D.dtype == (std::is_same_v<Acc, double> ? DType::float64 : DType::float32);
     const int64_t transposed = transposed_columns<K, T>(x, drop);
     const bool better_in_tiles = in_tiles<K> && transposed > 0 && x.rows >= kSide;
-    if (chunks.count == 1 && !better_in_tiles && scale == 1.0 && wide && out.col_stride == 1 &&
-        v.cols % K::kLanes == 0)
-      return outer_in_output(out, x, v, drop, tile_m, add);
+    const bool in_output = chunks.count == 1 && !better_in_tiles && drop.scale == 1.0 && wide &&
+                           D.col_stride == 1 && v.cols % K::kLanes == 0;
+    if (in_output) return outer_in_output(D, x, v, drop, tile_m, add);
     if constexpr (std::is_same_v<T, Acc>) {
       // Few tokens, and a rank that is not a multiple of the vector: padding v and the sums would
       // take longer than the sums.
-      if (x.rows <= kFewRows && wide && out.col_stride == 1 && native<K, T>(x) && native<K, T>(v) &&
+      if (x.rows <= kFewRows && wide && D.col_stride == 1 && native<K, T>(x) && native<K, T>(v) &&
           !drop.on)
-        return outer_parts(out, x, v, scale, add);
+        return outer_few(D, x, v, drop.scale, add);
     }
     const Blocks blocks(chunks, tile_m, OuterSums<K>::size(x.cols, transposed, v.cols));
     // With fewer chunks than threads x is cut by columns too, which changes no sum.
-    const int64_t parts = chunks.count ? ceil_div(2 * threads(), chunks.count) : 1;
-    const int64_t columns = threads() == 1 ? x.cols : ceil_div(x.cols, parts);
+    const int64_t cuts = chunks.count ? ceil_div(2 * threads(), chunks.count) : 1;
+    const int64_t columns = threads() == 1 ? x.cols : ceil_div(x.cols, cuts);
     const int64_t width = round_up(larger(2 * kTileColumns, columns), kTileColumns);
     const int64_t across = ceil_div(x.cols, width);
     const int64_t work = x.rows * x.cols * v.cols;
@@ -318,19 +321,14 @@ struct Operators {
         const int64_t c0 = task % across * width;
         const int64_t i0 = chunk * chunks.rows;
         const auto sums = OuterSums<K>::in_block(blocks.sums_of(chunk), transposed, v.cols);
-        OuterPart part{i0, smaller(i0 + chunks.rows, x.rows), c0, smaller(c0 + width, x.cols),
-                       tile_m};
-        part.fresh = blocks.fresh(chunk);
-        outer_rows<K, T>(sums, x, drop, v, part, memory.get<char>());
+        OuterRange range{i0, smaller(i0 + chunks.rows, x.rows), c0, smaller(c0 + width, x.cols),
+                         tile_m};
+        range.fresh = blocks.fresh(chunk);
+        outer_rows<K, T>(sums, x, drop, v, range, memory.get<char>());
         blocks.finish(chunk);
       }
     });
-    add_partials(out, blocks.sums_of(0), blocks.to_add(), transposed, scale, add);
-  }
-
-  static void factor_grad(const TensorView& D, const TensorView& x, const TensorView& v,
-                          const Drop& drop, bool add) {
-    outer(D, x, v, drop, drop.scale, add);
+    add_partials(D, blocks.sums_of(0), blocks.to_add(), transposed, drop.scale, add);
   }
 
   static void add(const TensorView& out, const TensorView& a) {
@@ -350,7 +348,7 @@ struct Operators {
                           const TensorView& F, const TensorView& u, bool add) {
     const Chunks chunks(g.rows);
     const int64_t ld = vectors_of<K>(F.cols) * K::kLanes;
-    const int64_t tile_m = tile_rows<K>(g, F.cols);
+    const int64_t tile_m = shrink_grad_tile_rows<K>(g, F.cols);
     if (tile_m == 0) {
       shrink(du, g, F, {});
       factor_grad(Q, g, u, {}, add);
@@ -360,30 +358,29 @@ struct Operators {
     const Blocks blocks(chunks, tile_m, OuterSums<K>::size(g.cols, transposed, F.cols));
     run_tasks(chunks.count, 2 * g.rows * g.cols * F.cols, [&](int64_t begin, int64_t end) {
       const PackedFactor<K, T> b(F);
-      const size_t sums = size_t(tile_m * ld) * sizeof(Acc);
-      Scratch memory(sums + tile_space<K>(F.cols));
-      char* space = memory.get<char>() + sums;
+      const size_t du_bytes = size_t(tile_m * ld) * sizeof(Acc);
+      Scratch memory(du_bytes + tile_space<K>(F.cols));
+      char* space = memory.get<char>() + du_bytes;
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t first = chunk * chunks.rows;
         const int64_t last = smaller(first + chunks.rows, g.rows);
-        const auto sums_of_chunk =
-            OuterSums<K>::in_block(blocks.sums_of(chunk), transposed, F.cols);
+        const auto sums = OuterSums<K>::in_block(blocks.sums_of(chunk), transposed, F.cols);
         for (int64_t i = first; i < last; i += tile_m) {
-          const int64_t rows = smaller(tile_m, last - i);
-          for (int64_t part = 0; part < rows; part += kTileRows) {
-            const int64_t n = smaller(kTileRows, rows - part);
+          const int64_t tile_end = smaller(i + tile_m, last);
+          for (int64_t i0 = i; i0 < tile_end; i0 += kTileRows) {
+            const int64_t rows = smaller(kTileRows, tile_end - i0);
             const bool cold = chunk == begin && i == first;
             // outer_rows prefetches the rows below as well. With pairs only its last blocks do, in
             // bursts, so some of these rows are prefetched here.
             const bool below = pairs<K>;
-            shrink_tile<K, T>(memory.get<Acc>(), ld, g, Drop{}, b.units, {i + part, n, cold, below},
+            shrink_tile<K, T>(memory.get<Acc>(), ld, g, Drop{}, b.units, {i0, rows, cold, below},
                               space);
-            write_rows<K>(du, i + part, n, memory.get<Acc>(), ld, 1.0, false);
+            write_rows<K>(du, i0, rows, memory.get<Acc>(), ld, 1.0, false);
           }
-          OuterPart part{i, i + rows, 0, g.cols, tile_m};
-          part.fresh = blocks.fresh(chunk) && i == first;
-          part.warm = true;
-          outer_rows<K, T>(sums_of_chunk, g, Drop{}, u, part, space);
+          OuterRange range{i, tile_end, 0, g.cols, tile_m};
+          range.fresh = blocks.fresh(chunk) && i == first;
+          range.warm = true;
+          outer_rows<K, T>(sums, g, Drop{}, u, range, space);
         }
         blocks.finish(chunk);
       }

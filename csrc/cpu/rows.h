@@ -9,7 +9,7 @@
 // multiplication and addition for some block sizes only.)
 #pragma once
 
-#include "cpu/small.h"
+#include "cpu/core_products.h"
 
 namespace lotr::cpu::LOTR_ISA {
 
@@ -18,35 +18,36 @@ constexpr int64_t kRowsOfGroup = 2 * kTileRows;
 // Rows of a group for which a product's preparations cost more than the product.
 constexpr int64_t kShortGroup = 4;
 
-// Rows of `a` as one matrix, of which row i is row id(i), or token[id(i)], of `a`.
+inline int64_t source(const int64_t* row, const int64_t* token, int64_t i) {
+  return token ? token[row[i]] : row[i];
+}
+inline bool consecutive(const int64_t* row, const int64_t* token, int64_t n) {
+  for (int64_t i = 1; i < n; ++i)
+    if (source(row, token, i) != source(row, token, i - 1) + 1) return false;
+  return true;
+}
+
+// Rows of `a` as one matrix, whose row i is row source(row, token, i) of `a`.
 template <typename T>
 struct Gathered {
-  TensorView mat;
+  TensorView matrix;
   Scratch memory;
 
   Gathered(const TensorView& a, const int64_t* row, const int64_t* token, int64_t n)
-      : mat(a), memory(follow(row, token, n) ? 0 : size_t(n * a.cols) * sizeof(T)) {
-    mat.rows = n;
-    if (follow(row, token, n)) {
-      mat.data = static_cast<T*>(a.data) + at(row, token, 0) * a.row_stride;
+      : matrix(a), memory(consecutive(row, token, n) ? 0 : size_t(n * a.cols) * sizeof(T)) {
+    matrix.rows = n;
+    if (consecutive(row, token, n)) {
+      matrix.data = static_cast<T*>(a.data) + source(row, token, 0) * a.row_stride;
       return;
     }
     T* to = memory.template get<T>();
-    mat.data = to;
-    mat.row_stride = a.cols;
-    mat.col_stride = 1;
+    matrix.data = to;
+    matrix.row_stride = a.cols;
+    matrix.col_stride = 1;
     for (int64_t i = 0; i < n; ++i, to += a.cols) {
-      const T* from = static_cast<const T*>(a.data) + at(row, token, i) * a.row_stride;
+      const T* from = static_cast<const T*>(a.data) + source(row, token, i) * a.row_stride;
       for (int64_t j = 0; j < a.cols; ++j) to[j] = from[j * a.col_stride];
     }
-  }
-  static int64_t at(const int64_t* row, const int64_t* token, int64_t i) {
-    return token ? token[row[i]] : row[i];
-  }
-  static bool follow(const int64_t* row, const int64_t* token, int64_t n) {
-    for (int64_t i = 1; i < n; ++i)
-      if (at(row, token, i) != at(row, token, i - 1) + 1) return false;
-    return true;
   }
 };
 
@@ -55,66 +56,74 @@ struct RowProducts {
   using Ops = Operators<T>;
   using K = typename KindOf<T>::type;
   using Acc = typename K::Acc;
+  using Wide = Plain<Acc>;  // single elements in the type of sums
+  static constexpr int64_t kLanes = Wide::kLanes;
 
   // Rows of `a`, packed and widened.
   static void widen(Acc* to, const TensorView& a, const int64_t* row, const int64_t* token,
                     int64_t n) {
     for (int64_t i = 0; i < n; ++i, to += a.cols) {
-      const T* from = static_cast<const T*>(a.data) + Gathered<T>::at(row, token, i) * a.row_stride;
-      parts<Plain<Acc>, T>(to, from, a.col_stride, a.cols, nullptr);
+      const T* from = static_cast<const T*>(a.data) + source(row, token, i) * a.row_stride;
+      parts<Wide, T>(to, from, a.col_stride, a.cols, nullptr);
     }
   }
-  static constexpr int64_t kLanes = Plain<Acc>::kLanes;
 
   // Neighboring elements of a core, rounded to T.
   template <typename S>
-  static LOTR_INLINE typename Plain<Acc>::Vec vector_of(const S* core) {
+  static LOTR_INLINE typename Wide::Vec vector_of(const S* core) {
     if constexpr (std::is_same_v<S, T>) return load(core);
     Acc values[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) values[i] = part<Plain<Acc>, T>(core[i]);
+    for (int64_t i = 0; i < kLanes; ++i) values[i] = part<Wide, T>(core[i]);
     return load(values);
   }
-  // out[b] = scaling * sum over a of in[a] core(a, b), for cores with contiguous rows or columns.
+  // out[b] = scaling * sum over a of in[a] core(a, b), for a core with contiguous rows.
+  template <typename S>
+  static void times_rows_of_core(Acc* out, const Acc* in, const S* core, const TensorView& shape,
+                                 Acc scaling) {
+    int64_t b = 0;
+    for (; b + kLanes <= shape.cols; b += kLanes) {
+      typename Wide::Vec sum{};
+      for (int64_t a = 0; a < shape.rows; ++a)
+        sum = Wide::madd(sum, vector_of(core + a * shape.row_stride + b), in[a]);
+      store(out + b, sum * scaling);
+    }
+    for (; b < shape.cols; ++b) {
+      Acc sum = 0;
+      for (int64_t a = 0; a < shape.rows; ++a)
+        sum += in[a] * part<Wide, T>(core[a * shape.row_stride + b]);
+      out[b] = sum * scaling;
+    }
+  }
+  // The same for a core with contiguous columns: kLanes of them at a time, each by its lanes.
+  template <typename S>
+  static void times_columns_of_core(Acc* out, const Acc* in, const S* core, const TensorView& shape,
+                                    Acc scaling) {
+    const int64_t in_vectors = shape.rows / kLanes * kLanes;
+    for (int64_t b0 = 0; b0 < shape.cols; b0 += kLanes) {
+      typename Wide::Vec square[kLanes] = {};  // [b]: column b's sums, one per lane
+      typename Wide::Vec sum{};
+      const int64_t cols = smaller(kLanes, shape.cols - b0);
+      for (int64_t b = 0; b < cols; ++b)
+        for (int64_t a = 0; a < in_vectors; a += kLanes)
+          square[b] += load(in + a) * vector_of(core + (b0 + b) * shape.col_stride + a);
+      transpose<kLanes>(square);  // its rows then add up to the columns' sums
+      for (int64_t i = 0; i < kLanes; ++i) sum += square[i];
+      Acc sums[kLanes];
+      store(sums, sum);
+      for (int64_t b = 0; b < cols; ++b) {
+        for (int64_t a = in_vectors; a < shape.rows; ++a)
+          sums[b] += in[a] * part<Wide, T>(core[(b0 + b) * shape.col_stride + a]);
+        out[b0 + b] = sums[b] * scaling;
+      }
+    }
+  }
   static void times_core(Acc* out, const Acc* in, const TensorView& core, Acc scaling) {
     by_dtype(core.dtype, [&](auto stored) {
-      using S = typename decltype(stored)::type;
-      const S* data = static_cast<const S*>(core.data);
-      const int64_t from = core.rows;
-      const int64_t to = core.cols;
-      if (core.col_stride == 1) {
-        int64_t b = 0;
-        for (; b + kLanes <= to; b += kLanes) {
-          typename Plain<Acc>::Vec sum{};
-          for (int64_t a = 0; a < from; ++a)
-            sum = Plain<Acc>::madd(sum, vector_of(data + a * core.row_stride + b), in[a]);
-          store(out + b, sum * scaling);
-        }
-        for (; b < to; ++b) {
-          Acc sum = 0;
-          for (int64_t a = 0; a < from; ++a)
-            sum += in[a] * part<Plain<Acc>, T>(data[a * core.row_stride + b]);
-          out[b] = sum * scaling;
-        }
-        return;
-      }
-      const int64_t in_vectors = from / kLanes * kLanes;
-      for (int64_t b0 = 0; b0 < to; b0 += kLanes) {
-        typename Plain<Acc>::Vec square[kLanes] = {};
-        typename Plain<Acc>::Vec sum{};
-        const int64_t cols = smaller(kLanes, to - b0);
-        for (int64_t b = 0; b < cols; ++b)
-          for (int64_t a = 0; a < in_vectors; a += kLanes)
-            square[b] += load(in + a) * vector_of(data + (b0 + b) * core.col_stride + a);
-        transpose<kLanes>(square);
-        for (int64_t i = 0; i < kLanes; ++i) sum += square[i];
-        Acc sums[kLanes];
-        store(sums, sum);
-        for (int64_t b = 0; b < cols; ++b) {
-          for (int64_t a = in_vectors; a < from; ++a)
-            sums[b] += in[a] * part<Plain<Acc>, T>(data[(b0 + b) * core.col_stride + a]);
-          out[b0 + b] = sums[b] * scaling;
-        }
-      }
+      const auto* data = static_cast<const typename decltype(stored)::type*>(core.data);
+      if (core.col_stride == 1)
+        times_rows_of_core(out, in, data, core, scaling);
+      else
+        times_columns_of_core(out, in, data, core, scaling);
     });
   }
   // out [r_in, r_out] = scaling * the sum over n rows of left^T right, both packed.
@@ -156,7 +165,7 @@ struct RowProducts {
       for (int64_t j = 0; j < n; ++j)
         times_core(sums + j * core.cols, wide + j * core.rows, core, scaling);
     } else {
-      Small<T>::times_core(sums, wide, n, core, scaling);
+      FewTokens<T>::times_core(sums, wide, n, core, scaling);
     }
     for (int64_t j = 0; j < n; ++j)
       write_rows<K>(h, row[j], 1, sums + j * core.cols, core.cols, 1.0, false);
@@ -166,8 +175,6 @@ struct RowProducts {
   static void row_core(const TensorView& h, const TensorView& u, const int64_t* token,
                        const TensorView& cores, int64_t core_stride, const Groups& by_core,
                        double scaling) {
-    Drop scaled;
-    scaled.scale = scaling;
     const int64_t total = by_core.first[by_core.count];
     const int64_t row_bytes = h.cols * element_size(h.dtype);
     run_rows(total, total * cores.rows * cores.cols, [&](int64_t begin, int64_t end) {
@@ -186,13 +193,13 @@ struct RowProducts {
           continue;
         }
         const Gathered<T> in(u, row, token, n);
-        const bool follow = Gathered<T>::follow(row, nullptr, n);
-        Scratch memory(follow ? 0 : size_t(n * row_bytes));
+        const bool in_place = consecutive(row, nullptr, n);
+        Scratch memory(in_place ? 0 : size_t(n * row_bytes));
         TensorView out = h;
         out.rows = n;
-        out.data = follow ? static_cast<char*>(h.data) + row[0] * row_bytes : memory.get<char>();
-        Ops::shrink(out, in.mat, core, scaled);
-        for (int64_t j = 0; !follow && j < n; ++j)
+        out.data = in_place ? static_cast<char*>(h.data) + row[0] * row_bytes : memory.get<char>();
+        Ops::shrink(out, in.matrix, core, scaled_by(scaling));
+        for (int64_t j = 0; !in_place && j < n; ++j)
           std::memcpy(static_cast<char*>(h.data) + row[j] * row_bytes,
                       memory.get<char>() + j * row_bytes, size_t(row_bytes));
       }
@@ -219,7 +226,7 @@ struct RowProducts {
         }
         const Gathered<T> left(u, by_core.row + first, token, n);
         const Gathered<T> right(g, by_core.row + first, nullptr, n);
-        Ops::outer(out, left.mat, right.mat, Drop{}, scaling, false);
+        Ops::factor_grad(out, left.matrix, right.matrix, scaled_by(scaling), false);
       }
     };
     // With few groups each product is divided among the threads: inside a task, calls of the pool

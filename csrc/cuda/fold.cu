@@ -6,7 +6,7 @@
 
 namespace lotr::cuda {
 
-using kernels::FoldTraits;
+using kernels::SmallTraits;
 
 bool waits_in_kernels() {
   return ptx::capability_of_code(reinterpret_cast<const void*>(&kernels::fold)) >= 90;
@@ -16,9 +16,9 @@ void run(const Call& call, const FoldProblem& p, Workspace& memory) {
   check_rank("fold", "core", p.r_in);
   check_rank("fold", "B", p.r_out);
   if (memory.counts()) return;
-  const dim3 grid(unsigned(plan::ceil_div(p.N, kernels::FOLD_ROWS)),
-                  unsigned(plan::ceil_div(p.r_in, kernels::FOLD_COLS)));
-  launch<FoldTraits, kernels::fold>(call, grid, p, "fold");
+  const dim3 grid(unsigned(plan::ceil_div(p.N, kernels::SMALL_ROWS)),
+                  unsigned(plan::ceil_div(p.r_in, kernels::SMALL_COLS)));
+  launch<SmallTraits, kernels::fold>(call, grid, p, "fold");
 }
 
 void run(const Call& call, const FoldGradProblem& problem, Workspace& memory) {
@@ -26,8 +26,8 @@ void run(const Call& call, const FoldGradProblem& problem, Workspace& memory) {
   check_rank("fold_grad", "B", problem.r_out);
   const Workspace::Scope scope(memory);
   const plan::Split plan = fold_grad_plan(call, problem.N, problem.r_in, problem.r_out);
-  const int64_t dB_tiles = plan::ceil_div(problem.N, kernels::FOLD_ROWS) *
-                           plan::ceil_div(problem.r_out, kernels::FOLD_COLS);
+  const int64_t dB_tiles = plan::ceil_div(problem.N, kernels::SMALL_ROWS) *
+                           plan::ceil_div(problem.r_out, kernels::SMALL_COLS);
   const int64_t dB_blocks = problem.dB.data ? dB_tiles : 0;
   const int64_t core_blocks = problem.dcore ? plan.tiles * plan.splits : 0;
   auto p = params_of<FoldGradParams>(problem);
@@ -41,8 +41,8 @@ void run(const Call& call, const FoldGradProblem& problem, Workspace& memory) {
     p.dcore = memory.take<float>(plan.splits * p.dcore_part);
   }
   if (memory.counts() || dB_blocks + core_blocks == 0) return;
-  launch<FoldTraits, kernels::fold_grad>(call, dim3(unsigned(dB_blocks + core_blocks)), p,
-                                         "fold_grad");
+  launch<SmallTraits, kernels::fold_grad>(call, dim3(unsigned(dB_blocks + core_blocks)), p,
+                                          "fold_grad");
   if (has_parts) sum_cores(call, p.dcore, problem.dcore, p.r_in, p.r_out, p.splits);
 }
 

@@ -97,8 +97,8 @@ void run(const Call& call, const RowCoreGradProblem& p, Workspace& memory);
 void run(const Call& call, const SumRowsProblem& p, Workspace& memory);
 
 // The few-token form, composed of the operators above.
-void run(const Call& call, const SmallForwardProblem& p, Workspace& memory);
-void run(const Call& call, const SmallBackwardProblem& p, Workspace& memory);
+void run(const Call& call, const FewTokensForwardProblem& p, Workspace& memory);
+void run(const Call& call, const FewTokensBackwardProblem& p, Workspace& memory);
 
 // A copy of a matrix in the call's type, for a product of the library.
 void run(const Call& call, const PackProblem& p, Workspace& memory);

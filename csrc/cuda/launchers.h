@@ -12,7 +12,7 @@ namespace lotr::cuda {
 
 // Largest rank of one launch. A larger one is computed in pieces of the rank, each of which reads
 // the large matrix once.
-constexpr int max_rank(DType type) {
+constexpr int ranks_of_launch(DType type) {
   return type == DType::float32 ? 128 : 256;
 }
 // Above this rank, du and Q are cheaper from two reads of g: their parts would outweigh one read.

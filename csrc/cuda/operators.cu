@@ -30,7 +30,7 @@ Matrix columns(Matrix m, int64_t first, DType type) {
 // f(first, ranks) for each of at most two launches, which has `ranks` ranks from `first` on.
 template <class F>
 void each_launch(const Call& call, int64_t r, F f) {
-  const int64_t most = max_rank(call.type);
+  const int64_t most = ranks_of_launch(call.type);
   for (int64_t first = 0; first < r; first += most) f(first, int32_t(std::min(most, r - first)));
 }
 
@@ -109,7 +109,7 @@ void run(const Call& call, const ShrinkProblem& problem, Workspace& memory) {
   const Workspace::Scope scope(memory);
   pack(call, memory, p.x, p.M, p.K);
   pack(call, memory, p.A, p.K, p.r);
-  const bool is_one_launch = p.r <= max_rank(call.type);
+  const bool is_one_launch = p.r <= ranks_of_launch(call.type);
   each_launch(call, p.r, [&](int64_t first, int32_t ranks) {
     const Workspace::Scope of_launch(memory);
     const plan::Plan plan = plan_of(call, Kernel::shrink, p.M, p.K, ranks);

@@ -53,7 +53,7 @@ struct FoldGradParams : FoldGradProblem {
 };
 
 struct RowCoreParams : RowCoreProblem {
-  int32_t rows_of_block;  // at most kernels::FOLD_ROWS
+  int32_t rows_of_block;  // at most kernels::SMALL_ROWS
 };
 
 // dcores are the gradients themselves, or the parts.

@@ -276,7 +276,7 @@ struct Split {
 // with at least 256 rows per block.
 inline Split fold_grad(const Card& card, int64_t N, int64_t r_in, int64_t r_out) {
   const int64_t sms = card.multiprocessors;
-  Split plan{ceil_div(r_in, kernels::FOLD_ROWS) * ceil_div(r_out, kernels::FOLD_COLS)};
+  Split plan{ceil_div(r_in, kernels::SMALL_ROWS) * ceil_div(r_out, kernels::SMALL_COLS)};
   plan.splits = std::clamp<int64_t>(N / 256, 1, ceil_div(sms, plan.tiles));
   return plan;
 }
@@ -286,7 +286,7 @@ inline Split fold_grad(const Card& card, int64_t N, int64_t r_in, int64_t r_out)
 inline Split row_core_grad(const Card& card, int64_t rows, int64_t cores, int64_t r_in,
                            int64_t r_out) {
   const int64_t blocks = 4 * int64_t(card.multiprocessors);
-  Split plan{cores * ceil_div(r_in, kernels::FOLD_ROWS) * ceil_div(r_out, kernels::FOLD_COLS)};
+  Split plan{cores * ceil_div(r_in, kernels::SMALL_ROWS) * ceil_div(r_out, kernels::SMALL_COLS)};
   plan.splits = std::clamp<int64_t>(rows / cores / 64, 1, ceil_div(blocks, plan.tiles));
   return plan;
 }
@@ -294,8 +294,8 @@ inline Split row_core_grad(const Card& card, int64_t rows, int64_t cores, int64_
 // Rows per block of row_core: a full tile, or fewer so that there are four blocks per SM.
 inline int rows_of_block(const Card& card, int64_t rows, int64_t r_out) {
   const int64_t blocks = 4 * int64_t(card.multiprocessors);
-  const int64_t cols = ceil_div(r_out, kernels::FOLD_COLS);
-  int rows_per_block = kernels::FOLD_ROWS;
+  const int64_t cols = ceil_div(r_out, kernels::SMALL_COLS);
+  int rows_per_block = kernels::SMALL_ROWS;
   while (rows_per_block > 1 && ceil_div(rows, rows_per_block) * cols < blocks) rows_per_block /= 2;
   return rows_per_block;
 }

@@ -121,7 +121,7 @@ struct FoldGradProblem {
 };
 
 // u = x A, y += scale (u core) B^T: in float16 scale u core could leave the range where y does not.
-struct SmallForwardProblem {
+struct FewTokensForwardProblem {
   Matrix y;     // [M, N]
   Matrix x;     // [M, K]
   Matrix A;     // [K, r_in]
@@ -135,7 +135,7 @@ struct SmallForwardProblem {
 
 // h = g B, du = scale h core^T, dx += du A^T, dA (+)= x^T du, dB (+)= scale g^T (u core),
 // dcore = scale u^T h
-struct SmallBackwardProblem {
+struct FewTokensBackwardProblem {
   Matrix dx;     // [M, K], or null
   Matrix g;      // [M, N]
   Matrix x;      // [M, K], read only for dA

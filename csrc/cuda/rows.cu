@@ -8,12 +8,12 @@
 namespace lotr::cuda {
 namespace {
 
-using kernels::FoldTraits;
 using kernels::Order;
+using kernels::SmallTraits;
 
 // Blocks for one thread per element.
 dim3 blocks_of(int64_t elements) {
-  return dim3(unsigned(plan::ceil_div(elements, FoldTraits::THREADS)));
+  return dim3(unsigned(plan::ceil_div(elements, SmallTraits::THREADS)));
 }
 
 }  // namespace
@@ -25,17 +25,17 @@ void run(const Call& call, const RowCoreProblem& problem, Workspace& memory) {
   // The neighbors in memory of G^T are neighbors along the sum.
   const bool along_k = std::abs(p.cores.row) < std::abs(p.cores.col);
   const dim3 grid(unsigned(plan::ceil_div(p.index.rows, p.rows_of_block)),
-                  unsigned(plan::ceil_div(p.r_out, kernels::FOLD_COLS)));
+                  unsigned(plan::ceil_div(p.r_out, kernels::SMALL_COLS)));
   constexpr size_t shared = sizeof(kernels::RowCoreTraits::Smem);
   if (along_k)
-    launch<FoldTraits, kernels::row_core<Order::along_k>>(call, grid, p, "row_core", shared);
+    launch<SmallTraits, kernels::row_core<Order::along_k>>(call, grid, p, "row_core", shared);
   else
-    launch<FoldTraits, kernels::row_core<Order::across_k>>(call, grid, p, "row_core", shared);
+    launch<SmallTraits, kernels::row_core<Order::across_k>>(call, grid, p, "row_core", shared);
 }
 
 void run(const Call& call, const RowEndsProblem& p, Workspace& memory) {
   if (!memory.counts())
-    launch<FoldTraits, kernels::row_ends>(call, blocks_of(p.bound + 1), p, "row_ends", 0);
+    launch<SmallTraits, kernels::row_ends>(call, blocks_of(p.bound + 1), p, "row_ends", 0);
 }
 
 void run(const Call& call, const RowCoreGradProblem& problem, Workspace& memory) {
@@ -52,14 +52,14 @@ void run(const Call& call, const RowCoreGradProblem& problem, Workspace& memory)
     p.dcores = memory.take<float>(plan.splits * p.dcores_part);
   }
   if (memory.counts()) return;
-  launch<FoldTraits, kernels::row_core_grad>(call, dim3(unsigned(plan.tiles * plan.splits)), p,
-                                             "row_core_grad");
+  launch<SmallTraits, kernels::row_core_grad>(call, dim3(unsigned(plan.tiles * plan.splits)), p,
+                                              "row_core_grad");
   if (plan.splits > 1) sum_cores(call, p.dcores, problem.dcores, rows, p.r_out, p.splits);
 }
 
 void run(const Call& call, const SumRowsProblem& p, Workspace& memory) {
   if (p.tokens == 0 || memory.counts()) return;
-  launch<FoldTraits, kernels::sum_rows>(call, blocks_of(p.tokens * p.r), p, "sum_rows", 0);
+  launch<SmallTraits, kernels::sum_rows>(call, blocks_of(p.tokens * p.r), p, "sum_rows", 0);
 }
 
 }  // namespace lotr::cuda

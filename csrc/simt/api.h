@@ -9,6 +9,7 @@
 //   matrix.cpp mbarrier.cpp
 //   tma.cpp wgmma.cpp
 //   counters.cpp              bytes, sectors, bank conflicts, by array
+//   options.cpp               options, sparse memory
 //   race.cpp race_hooks.cpp   the race detector, which is a separate build
 //   early.cpp                 programmatic dependent launches
 //   sites.cpp                 skips one barrier, for mutation tests
@@ -46,15 +47,15 @@ struct Skip {
   std::string file;
   int line = 0;
 };
-void skip_synchronisation(const Skip& at);
+void skip_synchronization(const Skip& at);
 
 // Every such call that has run since reset_counters.
-struct SynchronisationSite {
+struct SynchronizationSite {
   std::string op, file;
   int line;
   uint64_t calls;  // of threads
 };
-std::vector<SynchronisationSite> synchronisation_sites();
+std::vector<SynchronizationSite> synchronization_sites();
 
 void set_options(const Options& options);  // throws std::invalid_argument
 const Options& options();
@@ -109,8 +110,5 @@ void clear_arrays();
 // Zero pages that take memory only when touched: for arrays beyond 2^31 elements.
 void* map_sparse(size_t bytes);  // throws std::bad_alloc
 void unmap_sparse(void* p, size_t bytes);
-
-// The coverage build: writes the line counts of this process now (they are written at exit anyway).
-void write_coverage();
 
 }  // namespace lotr::simt

@@ -1,9 +1,8 @@
-"""Builds the kernels' Python module and small test programs for the SIMT executor, in four modes.
+"""Builds the kernels' Python module and small test programs for the SIMT executor, in three modes.
 
-plain      the numbers and the counters
-asan       AddressSanitizer and UBSan: a module needs a separate process, see `environment`
-race       the executor's race detector: kernels with -fsanitize=thread, linked without it
-coverage   line counts of the kernels (gcov)
+plain   the numbers and the counters
+asan    AddressSanitizer and UBSan: a module needs a separate process, see `environment`
+race    the executor's race detector: kernels with -fsanitize=thread, linked without it
 
 Objects go to build-simt/<mode>. They are compiled again only if an included file, or the command,
 has changed. Two compilers run at a time. On the command line, `python csrc/simt/build.py [mode ..]`
@@ -14,13 +13,11 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 EXECUTOR = CSRC / "simt"
 BUILD = ROOT / "build-simt"
-MODES = ("plain", "asan", "race", "coverage")
+MODES = ("plain", "asan", "race")
 KINDS = ("bf16", "fp16", "fp32")  # element types, each with a csrc/cuda/kernels_*.cu
 JOBS = 2
 MODULE = "lotr_simt"
@@ -55,7 +52,6 @@ _FLAGS = {
         ["-O1", "-DLOTR_SIMT_RACE=1", "-fsanitize=thread"],
         ["-ldl"],
     ),
-    "coverage": _Flags(["-O2", "-DLOTR_SIMT_COVERAGE=1"], ["-O1", "--coverage"], ["--coverage"]),
     # csrc/simt/module in every mode. It has no kernels, so -O0, which compiles fastest, is enough.
     "bindings": _Flags(["-O0"], ["-O0"], []),
 }
@@ -361,39 +357,6 @@ def python_environment(mode: str) -> dict[str, str]:
 def _library(name: str) -> str:
     """Returns the path of one of the compiler's libraries."""
     return str(Path(_run([compiler(), f"-print-file-name={name}"]).strip()).resolve())
-
-
-def _counted_files() -> Iterator[tuple[Path, list[dict]]]:
-    """Yields source files and their counted lines, as gcov reports them for each object."""
-    for data in (BUILD / "coverage").glob("*.gcda"):
-        command = ["gcov", "--json-format", "--stdout", str(data)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=data.parent)
-        for text in done.stdout.splitlines():
-            for file in json.loads(text)["files"]:
-                yield Path(data.parent, file["file"]).resolve(), file["lines"]
-
-
-def coverage(under: Path) -> dict[str, tuple[int, int, list[int]]]:
-    """Returns, per file in `under`: lines that ran, all lines, and the lines that did not run.
-
-    Counts all programs that ran in coverage mode.
-    """
-    counts: dict[Path, Counter[int]] = defaultdict(Counter)
-    for path, lines in _counted_files():
-        if under in path.parents:
-            for line in lines:
-                counts[path][line["line_number"]] += line["count"]
-    result = {}
-    for path, lines in sorted(counts.items()):
-        missed = sorted(number for number, count in lines.items() if not count)
-        result[str(path.relative_to(under))] = (len(lines) - len(missed), len(lines), missed)
-    return result
-
-
-def reset_coverage() -> None:
-    """Forgets earlier runs."""
-    for data in (BUILD / "coverage").glob("*.gcda"):
-        data.unlink()
 
 
 if __name__ == "__main__":

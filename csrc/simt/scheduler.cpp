@@ -80,15 +80,14 @@ Warp* choose_warp() {
   }
 }
 
-// The cluster's barrier is .aligned: no lane may wait elsewhere while others of its warp are there.
+// The cluster's barrier is .aligned: no lane may poll while others of its warp are there, or the
+// reverse.
 void check_aligned(const Thread& t, State state) {
   for (uint32_t lanes = t.warp->alive & ~(1u << t.lane); lanes; lanes &= lanes - 1) {
     const Thread& other = t.warp->thread[lowest(lanes)];
-    if (state == State::spinning
-            ? other.state != State::at_cluster_barrier
-            : state != State::at_cluster_barrier || other.state != State::spinning)
-      continue;
-    fail_diverged(t, other);
+    const bool here_polls = state == State::spinning && other.state == State::at_cluster_barrier;
+    const bool other_polls = state == State::at_cluster_barrier && other.state == State::spinning;
+    if (here_polls || other_polls) fail_diverged(t, other);
   }
 }
 

@@ -40,17 +40,17 @@ void forget_sites() {
   sites.clear();
 }
 
-void skip_synchronisation(const Skip& line) {
+void skip_synchronization(const Skip& line) {
   skip = line;
 }
 
-std::vector<SynchronisationSite> synchronisation_sites() {
-  std::map<std::pair<std::string, int>, SynchronisationSite> by_name;
+std::vector<SynchronizationSite> synchronization_sites() {
+  std::map<std::pair<std::string, int>, SynchronizationSite> by_name;
   for (const auto& [where, calls] : sites) {
-    SynchronisationSite& site = by_name[{where.first, where.second}];
+    SynchronizationSite& site = by_name[{where.first, where.second}];
     site = {calls.op, where.first, where.second, site.calls + calls.count};
   }
-  std::vector<SynchronisationSite> result;
+  std::vector<SynchronizationSite> result;
   for (auto& entry : by_name) result.push_back(entry.second);
   return result;
 }

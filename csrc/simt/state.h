@@ -213,7 +213,7 @@ void check_early(const char* op, Site site);  // before the running thread acces
 void check_early_end(const Thread& thread);   // before it ends
 
 // ---- sites.cpp ----
-// Counts the call. True: skip_synchronisation names this place.
+// Counts the call. True: skip_synchronization names this place.
 bool left_out(const char* op, Site site);
 void forget_sites();
 

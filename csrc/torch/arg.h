@@ -1,20 +1,14 @@
-// One argument of an operator: the properties of a tensor that checks and kernels read, and the
-// checks that every operator makes. An error names the operator, the argument, what was expected
-// and what was given.
+// One argument of an operator: the properties of a tensor that checks and kernels read.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <utility>
-#include <vector>
 
 #include "tensor_view.h"
 
@@ -161,115 +155,6 @@ struct Arg {
       expected = stride[i] * size[i];
     }
     if (matrix.row_stride == 0 && matrix.rows <= 1) matrix.row_stride = matrix.cols;
-  }
-};
-
-// The checks of one operator call; `op` is the name used in messages.
-struct Check {
-  const char* op;
-  int64_t max_rank = 0;  // of the kernels of a device; 0: any
-
-  void dtype(const Arg& arg, ScalarType expected) const {
-    if (arg.dtype != expected)
-      fail(op, ": ", arg.name, ": expected dtype ", dtype_info(expected).name, ", got ",
-           dtype_info(arg.dtype).name);
-  }
-  // Kernels exist for the dtype of the argument `name`.
-  void supported(const char* name, ScalarType dtype) const {
-    if (!is_supported(dtype))
-      fail(op, ": ", name,
-           ": expected a dtype of torch.float32, torch.bfloat16, torch.float16 or torch.float64, "
-           "got ",
-           dtype_info(dtype).name);
-  }
-  void finite(const char* name, double value) const {
-    if (!std::isfinite(value)) fail(op, ": ", name, ": expected a finite number, got ", value);
-  }
-  void absent(const Arg& arg, const char* when) const {
-    if (arg) fail(op, ": ", arg.name, ": expected None ", when, ", got a tensor");
-  }
-  void present(const Arg& arg, const char* why) const {
-    if (!arg) fail(op, ": ", arg.name, ": expected a tensor ", why, ", got None");
-  }
-  // Dropout probability and its seed.
-  void dropout(double p, const Arg& seed) const {
-    if (!(p >= 0.0 && p < 1.0)) fail(op, ": p: expected a probability in [0, 1), got ", p);
-    if (p == 0.0) return;
-    present(seed, "of one int64 because p is not 0");
-    dtype(seed, ScalarType::Long);
-    int64_t numel = 1;
-    for (int64_t i = 0; i < seed.dim; ++i) numel *= seed.size[i];
-    if (numel != 1) fail(op, ": seed: expected a tensor of one element, got shape ", seed.shape());
-  }
-  // The leading dimensions form one dimension, with one stride.
-  void one_matrix(const Arg& arg) const {
-    if (arg.split < 0) return;
-    fail(op, ": ", arg.name,
-         ": expected leading dimensions that form one dimension (call contiguous()), got stride ",
-         arg.stride[arg.split], " in dimension ", arg.split, " of shape ", arg.shape());
-  }
-  // On the device of the first argument, and not None.
-  void device(const Arg& arg, const Arg& first) const {
-    if (arg.dtype == ScalarType::Undefined)
-      fail(op, ": ", arg.name, ": expected a tensor, got None");
-    if (arg.device_type != first.device_type || arg.device_index != first.device_index)
-      fail(op, ": ", arg.name, ": expected the device of ", first.name, " (",
-           device_name(first.device_type), ", index ", first.device_index, "), got ",
-           device_name(arg.device_type), ", index ", arg.device_index);
-  }
-  // The addresses of a tensor's first byte and of the byte after its last; both 0 if it has no
-  // elements. Its storage may have been freed, as sharded training does between two uses, or be too
-  // short.
-  struct Bytes {
-    uintptr_t first = 0;
-    uintptr_t last = 0;
-  };
-  Bytes memory(const Arg& arg) const {
-    int64_t reach = 1;
-    int64_t offset = 0;
-    int64_t bytes = 0;
-    for (int64_t i = 0; i < arg.dim; ++i) {
-      if (arg.size[i] == 0) return {};
-      reach += (arg.size[i] - 1) * arg.stride[i];
-    }
-    const void* data = nullptr;
-    const bool readable = torch_get_const_data_ptr(arg.handle, &data) == 0 &&
-                          aoti_torch_get_storage_offset(arg.handle, &offset) == 0 &&
-                          aoti_torch_get_storage_size(arg.handle, &bytes) == 0;
-    const int64_t item = dtype_info(arg.dtype).bytes;
-    if (!readable || !data || bytes < (offset + reach) * item)
-      fail(op, ": ", arg.name, ": expected a tensor with memory for shape ", arg.shape(),
-           ", got a storage of ", bytes, " bytes: it was freed or made shorter");
-    const auto first = reinterpret_cast<uintptr_t>(data);
-    return {first, first + uintptr_t(reach * item)};
-  }
-  // A tensor that is written must not contain one element twice, as an expanded or overlapping one
-  // does: the stride of each dimension must exceed the reach of all dimensions with smaller
-  // strides.
-  void writable(const Arg& arg) const {
-    std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-    for (int64_t i = 0; i < arg.dim; ++i) {
-      if (arg.size[i] == 0) return;
-      if (arg.size[i] > 1) dims.emplace_back(arg.stride[i], arg.size[i]);
-    }
-    std::sort(dims.begin(), dims.end());
-    int64_t reach = 0;
-    for (const auto& [stride, size] : dims) {
-      if (stride <= reach)
-        fail(op, ": ", arg.name,
-             ": expected a tensor without repeated elements (it is written in place), got stride ",
-             stride, " in shape ", arg.shape(), "; give a clone() of it");
-      reach += (size - 1) * stride;
-    }
-  }
-  // A tensor that is written shares no memory with another argument, because kernels read and write
-  // in no particular order.
-  void apart(const Arg& written, const Bytes& written_bytes, const Arg& other,
-             const Bytes& other_bytes) const {
-    if (written_bytes.first < other_bytes.last && other_bytes.first < written_bytes.last)
-      fail(op, ": ", written.name,
-           ": expected memory of its own (it is written), got memory that overlaps ", other.name,
-           "; give a clone() of one of them");
   }
 };
 

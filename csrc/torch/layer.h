@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor> layer_forward_few_tokens(const Tensor& x, const Tenso
   if (args.bias) y.bias = &args.bias;
   base_and_adapter(products, y, args.x, transposed_view(args.weight),
                    Products::few_tokens_first && strategy != Strategy::two_pass,
-                   [&] { products.small_forward(u, y, args, scaling); });
+                   [&] { products.few_tokens_forward(u, y, args, scaling); });
   return {y.tensor, *u};
 }
 
@@ -193,7 +193,7 @@ TensorView du_and_Q(const Products& products, OptionalTensor& du, const Sum& Q, 
                     const Arg& F, const Arg& u) {
   if (F && Q) return products.shrink_grad(du, Q, read(g), F, u);
   if (F) return products.shrink(du, read(g), F, false);
-  if (Q) products.outer(Q, read(g), read(u), false);
+  if (Q) products.factor_grad(Q, read(g), read(u), false);
   return {};
 }
 
@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
   LayerGradients out(products, args, sizes, need_B, need_core);
   OptionalTensor du;
   const TensorView du_view = folded_gradients(products, du, out, args, sizes, scaling);
-  if (out.dA) products.outer(out.dA, read(args.x), du_view, true);
+  if (out.dA) products.factor_grad(out.dA, read(args.x), du_view, true);
   if (!args.weight) return out.results(args);
   const TensorView A_view = read(args.A);
   const bool fused = strategy == Strategy::fused && p == 0.0 &&
@@ -254,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward_few_tokens(
   const Sizes sizes = args.check(check, scaling, 0.0, need_B);
   const Products products(check, args.g);
   LayerGradients out(products, args, sizes, need_B, need_core);
-  const auto add = [&] { products.small_backward(out, args, scaling); };
+  const auto add = [&] { products.few_tokens_backward(out, args, scaling); };
   if (args.weight)
     base_and_adapter(products, out.dx, args.g, *args.weight.tensor,
                      Products::few_tokens_first && strategy != Strategy::two_pass, add);
@@ -333,8 +333,8 @@ Tensor shrink_backward(const Tensor& du, const OptionalTensor& dx, const Optiona
   OptionalTensor new_dA;
   const TensorView du_view = read(args.du);
   if (args.x)
-    products.outer(products.sum(args.dA, new_dA, sizes[K], sizes[R], sums), read(args.x), du_view,
-                   true);
+    products.factor_grad(products.sum(args.dA, new_dA, sizes[K], sizes[R], sums), read(args.x),
+                         du_view, true);
   if (args.dx) {
     Output dx_out = products.onto(args.dx);
     products.expand(dx_out, du_view, read(args.A), true);

@@ -99,18 +99,18 @@ class CpuProducts {
     cpu::fold_grad(dB.view, dcore.view, Q, read(B), read(core), scaling, dB.add);
   }
   // D (+)= drop(x)^T v.
-  void outer(const Sum& D, const TensorView& x, const TensorView& v, bool dropped) const {
+  void factor_grad(const Sum& D, const TensorView& x, const TensorView& v, bool dropped) const {
     cpu::factor_grad(D.view, x, v, drop(dropped), D.add);
   }
 
-  void small_forward(OptionalTensor& owner, Output& y, const ForwardArgs& args,
-                     double scaling) const {
+  void few_tokens_forward(OptionalTensor& owner, Output& y, const ForwardArgs& args,
+                          double scaling) const {
     const TensorView u = make(owner, args.x.matrix.rows, args.core.size[0], like_.dtype);
-    cpu::small_forward(u, y.view, read(args.x), read(args.A), read(args.core), read(args.B),
-                       scaling, start_of(y));
+    cpu::few_tokens_forward(u, y.view, read(args.x), read(args.A), read(args.core), read(args.B),
+                            scaling, start_of(y));
   }
-  static void small_backward(LayerGradients& out, const BackwardArgs& args, double scaling) {
-    cpu::SmallBackward b;
+  static void few_tokens_backward(LayerGradients& out, const BackwardArgs& args, double scaling) {
+    cpu::FewTokensBackward b;
     b.g = read(args.g);
     b.u = read(args.u);
     b.A = read(args.A);
@@ -126,7 +126,7 @@ class CpuProducts {
     b.dB = out.dB.view;
     b.fresh_dB = !out.dB.add;
     b.dcore = out.dcore.view;
-    cpu::small_backward(b);
+    cpu::few_tokens_backward(b);
   }
 
   // ---- per-row cores: cpu_rows.cpp ----

@@ -228,7 +228,7 @@ class CudaProducts {
     run(problem);
   }
   // D (+)= drop(x)^T v.
-  void outer(const Sum& D, const TensorView& x, const TensorView& v, bool dropped) const {
+  void factor_grad(const Sum& D, const TensorView& x, const TensorView& v, bool dropped) const {
     FactorGradProblem problem{};
     problem.x = matrix(x);
     problem.v = matrix(v);
@@ -240,11 +240,11 @@ class CudaProducts {
     run(problem);
   }
 
-  void small_forward(OptionalTensor& owner, Output& y, const ForwardArgs& args,
-                     double scaling) const {
+  void few_tokens_forward(OptionalTensor& owner, Output& y, const ForwardArgs& args,
+                          double scaling) const {
     const TensorView x = read(args.x);
     const TensorView G = read(args.core);
-    SmallForwardProblem problem{};
+    FewTokensForwardProblem problem{};
     problem.y = matrix(y.view);
     problem.x = matrix(x);
     problem.A = matrix(read(args.A));
@@ -259,11 +259,11 @@ class CudaProducts {
     problem.scale = float(scaling);
     run(problem);
   }
-  void small_backward(LayerGradients& out, const BackwardArgs& args, double scaling) const {
+  void few_tokens_backward(LayerGradients& out, const BackwardArgs& args, double scaling) const {
     const TensorView g = read(args.g);
     const TensorView A = read(args.A);
     const TensorView G = read(args.core);
-    SmallBackwardProblem problem{};
+    FewTokensBackwardProblem problem{};
     problem.dx = matrix(out.dx.view);
     problem.g = matrix(g);
     if (args.x) problem.x = matrix(read(args.x));

@@ -27,11 +27,11 @@ from ..adapter_state import AdapterState
 from ..config import LoTRConfig
 from ..init import INIT_GAIN
 from ..storage import put_tensors
-from ..task_files import TaskFormat, factors_in_order
+from ..task_files import task_format_of
 from .lora import FilePath, LoRA, LoRAFolder
 from .to_lotr import (
-    Conversion,
     ConvertedLayer,
+    converted_adapter,
     groups_of,
     relative_error,
     tucker2_of_loras,
@@ -199,14 +199,8 @@ def _write(
         ).view(shape)
         adapter, captured = _factorized(collection, groups, config, dict(zip(layers, cores)))
         adapter.write(directory)
-        pairs = {
-            name: (adapter.tensors[layer.A], adapter.tensors[layer.B])
-            for name, layer in adapter.layers.items()
-        }
-        factors = factors_in_order(pairs, config.group_by)
-        shapes = {f"{layer}.core": config.ranks for layer in layers}
         # Once for all tasks, because it has the checksum of A and B.
-        metadata = TaskFormat(shapes, (config.s,), factors).metadata()
+        metadata = task_format_of(adapter).metadata()
         files = {}
         for index, name in enumerate(collection.folders):
             task = {f"{layer}.core": cores[i, index] for i, layer in enumerate(layers)}
@@ -247,4 +241,4 @@ def _factorized(
             cores[layer][index_of_lora[name]] = unscaled  # cast to the adapter's dtype
         zero = ConvertedLayer(INIT_GAIN * A, INIT_GAIN * B, torch.zeros(config.ranks), group)
         converted |= dict.fromkeys(layers, zero)
-    return Conversion.of(config, converted, {}, {}).adapter, captured
+    return converted_adapter(config, converted, {}), captured

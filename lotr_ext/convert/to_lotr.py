@@ -50,32 +50,27 @@ class Conversion:
         """
         self.adapter.write(Path(directory))
 
-    @staticmethod
-    def of(
-        config: LoTRConfig,
-        layers: Mapping[str, ConvertedLayer],
-        saved: Mapping[str, Tensor],
-        errors: dict[str, float],
-    ) -> "Conversion":
-        """Returns the adapter of converted layers.
 
-        Args:
-            config: The configuration of the adapter.
-            layers: By name. Layers of one group have the same A and B.
-            saved: The tensors of modules_to_save by name.
-            errors: The error of each layer.
-        """
-        entries = {}
-        tensors = {}
-        for name, layer in layers.items():
-            A = f"lotr_factors.{layer.group}.A"
-            B = f"lotr_factors.{layer.group}.B"
-            entries[name] = LayerEntry(A, B, config.s, config.dropout)
-            tensors |= {A: layer.A, B: layer.B, f"{name}.core": layer.core}
-        cast = {key: tensor.to(config.adapter_dtype) for key, tensor in tensors.items()}
-        modules = tuple(modules_of(saved, config.modules_to_save))
-        adapter = AdapterState(config, entries, modules, BaseModel(), cast | dict(saved))
-        return Conversion(adapter, errors)
+def converted_adapter(
+    config: LoTRConfig, layers: Mapping[str, ConvertedLayer], saved: Mapping[str, Tensor]
+) -> AdapterState:
+    """Returns the adapter of converted layers.
+
+    Args:
+        config: The configuration of the adapter.
+        layers: By name. Layers of one group have the same A and B.
+        saved: The tensors of modules_to_save by name.
+    """
+    entries = {}
+    tensors = {}
+    for name, layer in layers.items():
+        A = f"lotr_factors.{layer.group}.A"
+        B = f"lotr_factors.{layer.group}.B"
+        entries[name] = LayerEntry(A, B, config.s, config.dropout)
+        tensors |= {A: layer.A, B: layer.B, f"{name}.core": layer.core}
+    cast = {key: tensor.to(config.adapter_dtype) for key, tensor in tensors.items()}
+    modules = tuple(modules_of(saved, config.modules_to_save))
+    return AdapterState(config, entries, modules, BaseModel(), cast | dict(saved))
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
@@ -128,7 +123,7 @@ def lora_to_lotr(
             converted[name] = ConvertedLayer(
                 INIT_GAIN * A, INIT_GAIN * B, core / (INIT_GAIN**2 * config.s), group
             )
-    return Conversion.of(config, converted, saved, errors)
+    return Conversion(converted_adapter(config, converted, saved), errors)
 
 
 def groups_of(sizes: Mapping[str, tuple[int, int]], config: LoTRConfig) -> dict[str, list[str]]:
@@ -258,7 +253,7 @@ def original_to_lotr(
         init="normal",
     )
     saved = {key: state[key] for key in state if modules_of([key], modules_to_save)}
-    return Conversion.of(config, layers, saved, dict.fromkeys(layers, 0.0))
+    return Conversion(converted_adapter(config, layers, saved), dict.fromkeys(layers, 0.0))
 
 
 def _original_layers(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, ConvertedLayer]:

@@ -110,7 +110,7 @@ def _in_one_call(name: str) -> Callable[[Callable], Callable]:
     The steps remain as the fake kernel, and for dispatch modes, because a mode must see the base
     product as an operator of PyTorch: selective checkpointing chooses by name which results it
     keeps, and a FLOP counter counts only PyTorch's operators. Steps and operator return the same
-    tensors, so that a checkpoint may be recomputed without the mode.
+    tensors, so a checkpoint may be recomputed without the mode.
     """
     call_operator = private.direct_call(getattr(lotr, name).default)
 

@@ -34,7 +34,7 @@ from ..adapter_state import AdapterState, LayerEntry
 from ..convert.lora import put_folder
 from ..files import adapter_of, save_adapter
 from ..old_files import start_key
-from ..task_files import TaskFormat, factors_in_order
+from ..task_files import TaskFormat, task_format_of
 
 __all__ = ["export_factors", "export_task", "register"]
 
@@ -70,24 +70,14 @@ def factors_of(adapter: AdapterState, where: str) -> EngineFactors:
     """
     _check_servable(adapter, where)
     layers = adapter.layers
-    # One object per factor: layers that share one are recognized by its identity.
-    tensors = {
-        key: adapter.tensors[key].detach()
-        for entry in layers.values()
-        for key in (entry.A, entry.B)
-    }
-    pairs = {name: (tensors[entry.A], tensors[entry.B]) for name, entry in layers.items()}
-    shapes = {f"{name}.core": (A.shape[1], B.shape[1]) for name, (A, B) in pairs.items()}
+    task_format = task_format_of(adapter)
+    tensors = {key: adapter.tensors[key] for entry in layers.values() for key in (entry.A, entry.B)}
     spans: dict[str, slice] = {}
     start = 0
-    for name, shape in zip(layers, shapes.values()):
+    for name, shape in zip(layers, task_format.shapes.values()):
         spans[name] = slice(start, start + math.prod(shape))
         start = spans[name].stop
-    # A task's file has the checksum of the factors in an order that depends on the groups.
-    group_by = "shape" if adapter.config is None else adapter.config.group_by
-    ordered = factors_in_order(pairs, group_by)
-    scalings = tuple(entry.scaling for entry in layers.values())
-    return EngineFactors(layers, tensors, spans, TaskFormat(shapes, scalings, ordered))
+    return EngineFactors(layers, tensors, spans, task_format)
 
 
 def _check_servable(adapter: AdapterState, where: str) -> None:

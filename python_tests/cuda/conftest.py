@@ -1,7 +1,6 @@
 """Tests on a GPU: make test-gpu. Elsewhere they are skipped with the reason.
 
-Some tests also run on a CPU, which shows that they can pass: those with the parameter `device`, or
-with a name that ends in _cpu.
+Tests with the parameter `device` also run on the CPU, which shows that they can pass.
 """
 
 import os
@@ -28,9 +27,7 @@ def obstacle() -> str | None:
 
 def on_gpu(item: pytest.Item) -> bool:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    return (
-        HERE in item.path.parents and parameters.get("device") != "cpu" and "_cpu" not in item.name
-    )
+    return HERE in item.path.parents and parameters.get("device") != "cpu"
 
 
 @pytest.hookimpl(tryfirst=True)  # before the selection by -m

@@ -156,7 +156,7 @@ def test_siblings_on_two_streams() -> None:
     assert worst([factor.grad for factor in trained], expected) < 1e-3
 
 
-def test_nothing_synchronises() -> None:
+def test_nothing_synchronizes() -> None:
     t = layer(512, 256, 256, 16)
     step(t)
     torch.cuda.set_sync_debug_mode("error")
@@ -213,8 +213,8 @@ def test_wrong_devices_dtypes_and_ranks_are_named() -> None:
         lotr.shrink(x, t["A"].cpu())
     with pytest.raises(RuntimeError, match=r"expected a rank of at most 256 .*16, 300"):
         lotr.shrink(x, x.new_zeros(16, 300))
-    of_cuda = r"expected dtype torch\.float32, torch\.bfloat16 or torch\.float16 on CUDA"
-    with pytest.raises(RuntimeError, match=of_cuda):
+    message = r"expected dtype torch\.float32, torch\.bfloat16 or torch\.float16 on CUDA"
+    with pytest.raises(RuntimeError, match=message):
         lotr.shrink(x.double(), t["A"].double())
 
 

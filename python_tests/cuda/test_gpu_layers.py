@@ -9,9 +9,11 @@ import torch
 import zoo
 from helpers import relative, worst
 from layers import KINDS, Net, agree, inputs, once
+from test_experts import OFFS, ROWS, N, S, by_tasks, by_tokens, check, make
+from test_tasks import INDEX, banked, output, row_by_row
 from torch import Tensor, nn
 
-from lotr_ext import LoTRExperts, TaskBank, use_tasks
+from lotr_ext import lotr_grouped_linear
 
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 DTYPES = pytest.mark.parametrize("dtype", CLOSE, ids=str)
@@ -27,45 +29,25 @@ def test_layers(kind: str, tokens: int, dtype: torch.dtype, device: str) -> None
 
 
 @DTYPES
-def test_experts(dtype: torch.dtype, device: str) -> None:
-    """Expert 1 has no rows, the last 40 rows no expert."""
-    ends = [70, 70, 200, 310, 560]
-    layer = LoTRExperts(len(ends), 64, 48, 8, bias=True, dtype=dtype)
-    nn.init.normal_(layer.core, 0, 0.5)
-    x = torch.randn(300, 64)
-    token = torch.randint(0, 300, (600,))
-    g = torch.randn(ends[-1], 48)
+@by_tasks
+@by_tokens
+def test_experts(by_token: bool, tasks: bool, dtype: torch.dtype, device: str) -> None:
+    """One expert has no rows, and six rows have no expert."""
 
-    def results(experts: LoTRExperts) -> list[Tensor]:
-        like = experts.weight
-        leaf = x.to(dtype).to(like, copy=True).requires_grad_()
-        offs = torch.tensor(ends, dtype=torch.int32, device=like.device)
-        y = experts(leaf, offs, token.to(like.device))[: ends[-1]]
-        trained = (leaf, experts.core, experts.factors.A.value, experts.factors.B.value)
-        gradients = torch.autograd.grad(y, trained, g.to(dtype).to(like))
-        return [t.detach().cpu() for t in (y, *gradients)]
+    def on_device(**arguments: Tensor | None) -> Tensor:
+        operands = {name: t if t is None else t.to(device) for name, t in arguments.items()}
+        return lotr_grouped_linear(**operands, offs=OFFS.to(device), scaling=S).cpu()
 
-    truth = results(copy.deepcopy(layer).double())
-    assert worst(results(layer.to(device)), truth) < 3 * CLOSE[dtype]
+    check(make(by_token, tasks, dtype), torch.randn(ROWS, N, dtype=dtype), on_device)
 
 
 def test_tasks(device: str) -> None:
-    """Three rows with two tasks and none. Only the row of an unknown task is NaN."""
-    model = models.trained("mlp").to(device)
-    bank = TaskBank(model, 4)
-    for _ in range(3):
-        task = bank.add()
-        bank.replace(
-            task, {name: torch.randn(core.shape) for name, core in bank.cores_of(task).items()}
-        )
-    x = torch.randn(3, 7, zoo.WIDTH, device=device)
-    index = torch.tensor([2, -1, 0], device=device)
+    """Four rows: two have one task, one has another task, and one has none."""
+    model = banked("mlp").to(device)
     truth = copy.deepcopy(model).to("cpu", torch.float64)
-    with torch.no_grad():
-        with use_tasks(model, index):
-            y = model(x).cpu()
-        with use_tasks(truth, index.cpu()):
-            assert relative(y, truth(x.double().cpu())) < 1e-5
+    x = zoo.inputs("mlp", rows=4)
+    y = output(model, x.to(device), INDEX.to(device))
+    assert relative(y.cpu(), row_by_row(truth, x.double())) < 1e-5
 
 
 # ---- models ----

@@ -11,27 +11,28 @@ import pytest
 import test_operators
 import torch
 from helpers import LAYOUTS, SCHEMAS
-from test_operators import BETA, DROPS, KINDS, SHAPES, TABLE, Case
+from test_operators import BETA, DROPS, DTYPE_PAIRS, SHAPES, TABLE, Case
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lotr_ext.core.kernel_support import build_info
 
 FUSED = 2  # csrc/torch/check.h
-ON_GPU = [kind for kind in KINDS if torch.float64 not in kind]
+ON_GPU = [pair for pair in DTYPE_PAIRS if torch.float64 not in pair]
 FUSED_OPERATORS = (
     "layer_forward",
     "layer_forward_projected",
     "layer_forward_rows",
     "layer_backward_",
 )
+# Sizes whose rows have multiples of 16 bytes, which gemm_lotr needs.
 FUSED_SHAPES = [
     (1, 72, 64, 16),
     (300, 200, 328, 11),
     (1000, 1032, 776, 127),
     (2048, 2048, 2048, 16),
-]  # rows of 16 bytes
-of_kinds = pytest.mark.parametrize(
+]
+by_dtypes = pytest.mark.parametrize(
     "dtype, factors", ON_GPU, ids=lambda t: str(t).removeprefix("torch.")
 )
 
@@ -73,14 +74,14 @@ class OnDevice:
 def check(name: str, make: Callable[[], Case], where: str) -> None:
     """The numbers, and the same bits a second time."""
     test_operators.check(name, make(), where)
-    first = test_operators.results(name, make())
-    second = test_operators.results(name, make())
+    first = test_operators.results_of(name, make())
+    second = test_operators.results_of(name, make())
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), (
         f"{name}, {where}: other bits"
     )
 
 
-@of_kinds
+@by_dtypes
 @pytest.mark.parametrize("name", TABLE)
 def test_operator(
     name: str,

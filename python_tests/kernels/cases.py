@@ -37,8 +37,9 @@ class Shape:
     """The sizes of a problem.
 
     m tokens, k and n columns of the large matrices (n 0: half of k), ranks r and r2 (0: the same).
-    The device has `sms` multiprocessors. bare: without the optional operands: a bias, sums that are
-    added to, dB, dx, the tokens of rows. cores: of per-row cores (0: 1 to 9, by k).
+    p: the probability of dropout; fold_grad, which has none, omits dcore if it is not 0. The device
+    has `sms` multiprocessors. bare: without the optional operands: a bias, sums that are added to,
+    dB, dx, the tokens of rows. cores: of per-row cores (0: 1 to 9, by k).
     """
 
     m: int
@@ -308,45 +309,45 @@ class Problem:
         return {name: np.ascontiguousarray(view).tobytes() for name, view in views.items()}
 
 
-def shrink(p: Problem, s: Shape) -> None:
-    x = p.large("x", s.m, s.k)
-    A = p.factor("A", s.k, s.r)
+def shrink(p: Problem, shape: Shape) -> None:
+    x = p.large("x", shape.m, shape.k)
+    A = p.factor("A", shape.k, shape.r)
     p.product("u", p.op(x) * p.dropout(), A)
 
 
-def shrink_core(p: Problem, s: Shape) -> None:
+def shrink_core(p: Problem, shape: Shape) -> None:
     """shrink of few tokens: u and h = 3 u core, of the u that is stored, from one launch."""
     p.kernel = "shrink"
     p.numbers = {"scale": 0.5, "core_scale": 3.0}
-    x = p.large("x", s.m, s.k)
-    A = p.factor("A", s.k, s.r)
-    core = p.factor("core", s.r, s.other)
+    x = p.large("x", shape.m, shape.k)
+    A = p.factor("A", shape.k, shape.r)
+    core = p.factor("core", shape.r, shape.other)
     u = p.product("u", x, A, scale=0.5)
     p.product("h", u, core, scale=3.0)
 
 
 def expand(
     p: Problem,
-    s: Shape,
+    shape: Shape,
     add: np.ndarray | float = 0.0,
     start: np.ndarray | None = None,
 ) -> None:
     """y = drop(u F^T) + `start`, which y holds, or `add`: another matrix, a bias or nothing."""
     p.kernel = "expand_add"
     p.numbers["fresh"] = start is None
-    u = p.large("u", s.m, s.r)
-    F = p.factor("F", s.k, s.r)
+    u = p.large("u", shape.m, shape.r)
+    F = p.factor("F", shape.k, shape.r)
     p.product("y", u, F.T, add=add, mask=p.dropout(), start=start)
 
 
-def expand_add(p: Problem, s: Shape) -> None:
+def expand_add(p: Problem, shape: Shape) -> None:
     """y += u F^T."""
-    expand(p, s, start=p.stored(s.m, s.k))
+    expand(p, shape, start=p.stored(shape.m, shape.k))
 
 
-def expand_fresh(p: Problem, s: Shape) -> None:
+def expand_fresh(p: Problem, shape: Shape) -> None:
     """y = bias + u F^T, or without the bias."""
-    expand(p, s, 0.0 if s.bare else wide(p.large("bias", s.k)))
+    expand(p, shape, 0.0 if shape.bare else wide(p.large("bias", shape.k)))
 
 
 # The layout of `start` for each layout of y: both by chunks with other strides, one of them, none.
@@ -358,42 +359,42 @@ START_LAYOUT = {
 }
 
 
-def expand_from(p: Problem, s: Shape) -> None:
+def expand_from(p: Problem, shape: Shape) -> None:
     """y = start + u F^T from another matrix."""
-    expand(p, s, wide(p.place("start", p.stored(s.m, s.k), START_LAYOUT[s.layout])))
+    expand(p, shape, wide(p.place("start", p.stored(shape.m, shape.k), START_LAYOUT[shape.layout])))
 
 
-def factor_grad(p: Problem, s: Shape) -> None:
+def factor_grad(p: Problem, shape: Shape) -> None:
     """D += x^T v; bare: D = x^T v."""
-    x = p.large("x", s.m, s.k)
-    v = p.large("v", s.m, s.r)
+    x = p.large("x", shape.m, shape.k)
+    v = p.large("v", shape.m, shape.r)
     p.sum("D", (p.op(x) * p.dropout()).T, v)
 
 
-def shrink_grad(p: Problem, s: Shape) -> None:
+def shrink_grad(p: Problem, shape: Shape) -> None:
     """du = g F and Q += g^T u; bare: Q = g^T u."""
-    g = p.large("g", s.m, s.k)
-    F = p.factor("F", s.k, s.r)
-    u = p.large("u", s.m, s.r)
+    g = p.large("g", shape.m, shape.k)
+    F = p.factor("F", shape.k, shape.r)
+    u = p.large("u", shape.m, shape.r)
     p.product("du", g, F)
     p.sum("Q", g.T, u)
 
 
-def gemm_lotr(p: Problem, s: Shape, backward: bool = False) -> None:
+def gemm_lotr(p: Problem, shape: Shape, backward: bool = False) -> None:
     """y = x W^T + bias + u F^T. Backward, with the same names: y = x W + u F^T, W [k, n]."""
     p.kernel = "gemm_lotr"
     p.numbers["backward"] = backward
-    x = p.large("x", s.m, s.k)
-    W = p.large("W", s.k, s.columns) if backward else p.large("W", s.columns, s.k).T
-    u = p.large("u", s.m, s.r)
-    F = p.large("F", s.columns, s.r)
-    bias = 0.0 if s.bare else wide(p.large("bias", 1, s.columns))
+    x = p.large("x", shape.m, shape.k)
+    W = p.large("W", shape.k, shape.columns) if backward else p.large("W", shape.columns, shape.k).T
+    u = p.large("u", shape.m, shape.r)
+    F = p.large("F", shape.columns, shape.r)
+    bias = 0.0 if shape.bare else wide(p.large("bias", 1, shape.columns))
     p.product("y", np.hstack([x, u]), np.vstack([W, F.T]), add=bias)
 
 
-def pack(p: Problem, s: Shape) -> None:
+def pack(p: Problem, shape: Shape) -> None:
     """A copy in the kernel's type, with rows at multiples of 16 bytes. Padding is not written."""
-    matrix = p.factor("from", s.m, s.k)
+    matrix = p.factor("from", shape.m, shape.k)
     copy = p.out("to", matrix.shape, layout=ROWS_OF_16_BYTES)
     p.checks.append(lambda: np.testing.assert_array_equal(wide(copy), p.op(matrix)))
 
@@ -401,29 +402,29 @@ def pack(p: Problem, s: Shape) -> None:
 # ---- the core ----
 
 
-def fold(p: Problem, s: Shape) -> None:
+def fold(p: Problem, shape: Shape) -> None:
     p.numbers["scale"] = 0.25
-    B = p.factor("B", s.k, s.other)
-    core = p.factor("core", s.r, s.other)
+    B = p.factor("B", shape.k, shape.other)
+    core = p.factor("core", shape.r, shape.other)
     p.product("F", wide(B), wide(core).T, scale=0.25)
 
 
-def fold_grad(p: Problem, s: Shape) -> None:
-    """dcore = s Q^T B, dB += s Q core. Only dcore if bare, only dB if the shape has dropout."""
+def fold_grad(p: Problem, shape: Shape) -> None:
+    """dcore = s Q^T B, dB += s Q core. bare: only dcore; else, if p is not 0, only dB."""
     p.numbers["scale"] = 0.25
-    B = p.factor("B", s.k, s.other)
-    core = p.factor("core", s.r, s.other)
-    Q = p.place("Q", p.floats(s.k, s.r))
-    if s.bare or not s.p:
+    B = p.factor("B", shape.k, shape.other)
+    core = p.factor("core", shape.r, shape.other)
+    Q = p.place("Q", p.floats(shape.k, shape.r))
+    if shape.bare or not shape.p:
         p.product("dcore", wide(Q).T, wide(B), scale=0.25, dtype=FLOAT, layout=PACKED)
-    if not s.bare:
-        start = p.floats(s.k, s.other)
+    if not shape.bare:
+        start = p.floats(shape.k, shape.other)
         p.product("dB", wide(Q), wide(core), scale=0.25, dtype=FLOAT, start=start)
 
 
 # ---- the few-token form: products of products, of which the inner one may be stored rounded ----
 
-S = 0.125  # the scaling
+SCALING = 0.125
 
 
 class Rounded(NamedTuple):
@@ -469,36 +470,38 @@ def unfolded(
     p.checks.append(partial(check_close, view, truth, truth, slack, f"{p.name}: {name}"))
 
 
-def small_forward(p: Problem, s: Shape) -> None:
+def few_tokens_forward(p: Problem, shape: Shape) -> None:
     """u = x A, y += s (u core) B^T."""
-    p.numbers["scale"] = S
-    x = exact(p, p.large("x", s.m, s.k))
-    A = exact(p, p.factor("A", s.k, s.r))
-    core = exact(p, p.factor("core", s.r, s.other))
-    B = exact(p, p.factor("B", s.columns, s.other))
+    p.numbers["scale"] = SCALING
+    x = exact(p, p.large("x", shape.m, shape.k))
+    A = exact(p, p.factor("A", shape.k, shape.r))
+    core = exact(p, p.factor("core", shape.r, shape.other))
+    B = exact(p, p.factor("B", shape.columns, shape.other))
     p.product("u", x.value, A.value)
-    unfolded(p, "y", x.product(A).product(core, S), B.T, p.stored(s.m, s.columns))
+    unfolded(p, "y", x.product(A).product(core, SCALING), B.T, p.stored(shape.m, shape.columns))
 
 
-def small_backward(p: Problem, s: Shape) -> None:
+def few_tokens_backward(p: Problem, shape: Shape) -> None:
     """h = s g B, du = h core^T, dx += du A^T, dA += x^T du, dB += s g^T (u core), dcore = u^T h.
 
     bare: without dx and dA.
     """
-    p.numbers["scale"] = S
-    g = exact(p, p.large("g", s.m, s.columns))
-    u = exact(p, p.large("u", s.m, s.r))
-    A = exact(p, p.factor("A", s.k, s.r))
-    core = exact(p, p.factor("core", s.r, s.other))
-    B = exact(p, p.factor("B", s.columns, s.other))
-    h = g.product(B, S)
-    unfolded(p, "dB", g.T, u.product(core, S), p.floats(s.columns, s.other), dtype=FLOAT)
+    p.numbers["scale"] = SCALING
+    g = exact(p, p.large("g", shape.m, shape.columns))
+    u = exact(p, p.large("u", shape.m, shape.r))
+    A = exact(p, p.factor("A", shape.k, shape.r))
+    core = exact(p, p.factor("core", shape.r, shape.other))
+    B = exact(p, p.factor("B", shape.columns, shape.other))
+    h = g.product(B, SCALING)
+    unfolded(
+        p, "dB", g.T, u.product(core, SCALING), p.floats(shape.columns, shape.other), dtype=FLOAT
+    )
     unfolded(p, "dcore", u.T, h, dtype=FLOAT, layout=PACKED)
-    if not s.bare:
-        x = exact(p, p.large("x", s.m, s.k))
+    if not shape.bare:
+        x = exact(p, p.large("x", shape.m, shape.k))
         du = h.product(core.T)
-        unfolded(p, "dx", du, A.T, p.stored(s.m, s.k))
-        unfolded(p, "dA", x.T, du, p.floats(s.k, s.r), dtype=FLOAT)
+        unfolded(p, "dx", du, A.T, p.stored(shape.m, shape.k))
+        unfolded(p, "dA", x.T, du, p.floats(shape.k, shape.r), dtype=FLOAT)
 
 
 # ---- per-row cores ----
@@ -510,20 +513,20 @@ class Rows:
     bare: by the ends of each core's rows, one row per token.
     """
 
-    def __init__(self, p: Problem, s: Shape):
-        self.count = s.cores or 1 + s.k % 9
-        self.index = p.rng.integers(-1, self.count, s.m)
+    def __init__(self, p: Problem, shape: Shape):
+        self.count = shape.cores or 1 + shape.k % 9
+        self.index = p.rng.integers(-1, self.count, shape.m)
         self.index[self.index == self.count // 2] = -1  # and some cores without a row
-        if s.bare:
-            self.tokens = np.arange(s.m)
+        if shape.bare:
+            self.tokens = np.arange(shape.m)
             self.index = np.sort(self.index % (self.count + 1))  # rows without a core come last
             ends = np.searchsorted(self.index, range(self.count), "right")
             p.inputs["offs"] = ends.astype(np.int32)
         else:
-            self.tokens = p.rng.integers(0, s.m // 3 + 1, s.m)
+            self.tokens = p.rng.integers(0, shape.m // 3 + 1, shape.m)
             p.inputs |= {"index": self.index, "tokens": self.tokens}
-        self.u = p.op(p.large("u", s.m if s.bare else s.m // 3 + 1, s.r))
-        self.cores = p.op(p.factor("cores", self.count, s.r, s.other))
+        self.u = p.op(p.large("u", shape.m if shape.bare else shape.m // 3 + 1, shape.r))
+        self.cores = p.op(p.factor("cores", self.count, shape.r, shape.other))
 
     def by_core(self, rows: np.ndarray) -> np.ndarray:
         """Returns each row in the columns of its core: [rows, cores x columns], else zeros.
@@ -535,22 +538,22 @@ class Rows:
         return spread.reshape(len(rows), self.count * rows.shape[1])
 
 
-def row_core(p: Problem, s: Shape) -> None:
-    p.numbers["scale"] = S
-    rows = Rows(p, s)
+def row_core(p: Problem, shape: Shape) -> None:
+    p.numbers["scale"] = SCALING
+    rows = Rows(p, shape)
     u = rows.by_core(rows.u[rows.tokens])
-    p.product("h", u, rows.cores.reshape(-1, s.other), scale=S)
+    p.product("h", u, rows.cores.reshape(-1, shape.other), scale=SCALING)
 
 
-def row_core_backward(p: Problem, s: Shape) -> None:
-    p.numbers["scale"] = S
-    rows = Rows(p, s)
-    g = p.op(p.large("g", s.m, s.other))
-    of_token = np.arange(len(rows.u))[:, None] == rows.tokens  # [tokens, rows]
-    transposed = rows.cores.transpose(0, 2, 1).reshape(-1, s.r)
-    p.product("du", of_token @ rows.by_core(g), transposed, scale=S)
+def row_core_backward(p: Problem, shape: Shape) -> None:
+    p.numbers["scale"] = SCALING
+    rows = Rows(p, shape)
+    g = p.op(p.large("g", shape.m, shape.other))
+    has_token = np.arange(len(rows.u))[:, None] == rows.tokens  # [tokens, rows]
+    transposed = rows.cores.transpose(0, 2, 1).reshape(-1, shape.r)
+    p.product("du", has_token @ rows.by_core(g), transposed, scale=SCALING)
     u = rows.by_core(rows.u[rows.tokens])
-    p.product("dcores", u.T, g, scale=S, size=rows.cores.shape, dtype=FLOAT)
+    p.product("dcores", u.T, g, scale=SCALING, size=rows.cores.shape, dtype=FLOAT)
 
 
 # ---- the table ----
@@ -566,8 +569,8 @@ KERNELS: dict[str, Callable[[Problem, Shape], None]] = {
     "pack": pack,
     "fold": fold,
     "fold_grad": fold_grad,
-    "small_forward": small_forward,
-    "small_backward": small_backward,
+    "few_tokens_forward": few_tokens_forward,
+    "few_tokens_backward": few_tokens_backward,
     "row_core": row_core,
     "row_core_backward": row_core_backward,
     "gemm_lotr": gemm_lotr,

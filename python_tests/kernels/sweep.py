@@ -1,4 +1,4 @@
-"""Runs kernels in one build of the executor: for the sanitizers, the race detector and coverage.
+"""Runs kernels in one build of the executor: for the sanitizers and the race detector.
 
 python sweep.py --mode race --shapes pipeline --kinds bf16,fp32 --schedules forward,reverse,1,101
 Prints one line for each failure and exits with 1 if there was one.
@@ -72,12 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
     lib = build.load(options.mode, options.module)
     if options.skip:
         file, _, line = options.skip.partition(":")
-        lib.skip_synchronisation(file, int(line))
+        lib.skip_synchronization(file, int(line))
     cases = problems(options.shapes, options.kinds.split(","), options.kernels.split(","))
     lines = list(failures(lib, cases, options.schedules.split(",")))
     print(*lines, f"{len(lines)} failures", sep="\n")
-    if options.mode == "coverage":
-        lib.write_coverage()
     return bool(lines)
 
 

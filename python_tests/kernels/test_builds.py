@@ -1,6 +1,6 @@
 """The kernels in the executor's other builds, and with one synchronization skipped at a time.
 
-The builds: race detector, sanitizers, coverage.
+The builds: race detector and sanitizers.
 """
 
 from pathlib import Path
@@ -20,8 +20,8 @@ def sweep(mode: str, *arguments: str, kind: str | None = None) -> None:
 
 
 def test_no_race() -> None:
-    """Without small_forward and small_backward, which consist of the other kernels."""
-    kernels = ",".join(kernel for kernel in KERNELS if not kernel.startswith("small"))
+    """Without few_tokens_forward and few_tokens_backward, which consist of the other kernels."""
+    kernels = ",".join(kernel for kernel in KERNELS if not kernel.startswith("few_tokens"))
     sweep("race", "--schedules", "forward", "--kernels", kernels, "--kinds", "bf16", kind="bf16")
 
 
@@ -33,21 +33,6 @@ def test_no_race() -> None:
 def test_no_race_and_no_bad_access_anywhere(mode: str, schedules: str, kernel: str) -> None:
     """All shapes and element types. `make test` relies on NaN around arrays and the executor."""
     sweep(mode, "--shapes", "all", "--kernels", kernel, "--schedules", schedules)
-
-
-@pytest.mark.full
-def test_every_line_of_the_kernels_runs() -> None:
-    build.reset_coverage()
-    sweep("coverage", "--shapes", "all", "--kinds", "bf16,fp32", "--schedules", "forward")
-    kernels = {
-        name: lines
-        for name, lines in build.coverage(build.CSRC / "cuda").items()
-        if name.endswith(".cuh")
-    }
-    names = ("shrink", "expand_add", "factor_grad", "shrink_grad", "fold", "sum_parts")
-    assert {f"kernels/{name}.cuh" for name in names} | {"sm90/gemm_lotr.cuh"} <= set(kernels)
-    ran = sum(lines for lines, _, _ in kernels.values())
-    assert ran / sum(total for _, total, _ in kernels.values()) >= 0.98, kernels
 
 
 # ---- each barrier, commit and wait skipped: the executor skips calls at one source line ----
@@ -67,13 +52,13 @@ OPERATIONS = {  # at least, so that none is missing because nothing reports it
 }
 
 
-def synchronisation_sites(lib: ModuleType) -> dict[Site, list[str]]:
-    """Each place where the kernels synchronise, and the kernels that reach it."""
+def synchronization_sites(lib: ModuleType) -> dict[Site, list[str]]:
+    """Each place where the kernels synchronize, and the kernels that reach it."""
     sites: dict[Site, list[str]] = {}
     for kernel in KERNELS:
         lib.reset_counters()
         assert not list(failures(lib, problems("pipeline", ["bf16"], [kernel]), ["forward"]))
-        for op, file, line, calls in lib.synchronisation_sites():
+        for op, file, line, calls in lib.synchronization_sites():
             path = Path(file).resolve().as_posix()
             names = [path[path.index(folder) + 10 :] for folder in FOLDERS if folder in path]
             if names and calls:
@@ -81,19 +66,19 @@ def synchronisation_sites(lib: ModuleType) -> dict[Site, list[str]]:
     return sites
 
 
-def test_each_synchronisation_left_out_is_noticed(lib: ModuleType) -> None:
+def test_each_synchronization_left_out_is_noticed(lib: ModuleType) -> None:
     """By wrong values or an error in some schedule, else by the race detector."""
-    sites = synchronisation_sites(lib)
+    sites = synchronization_sites(lib)
     unnoticed = []
     assert {op for op, _, _ in sites} >= OPERATIONS
     try:
         for (_, file, line), kernels in sites.items():
-            lib.skip_synchronisation(file, line)
+            lib.skip_synchronization(file, line)
             cases = problems("pipeline", ["bf16"], kernels)
             if not any(failures(lib, cases, ["forward", "reverse", "101"])):  # until the first
                 unnoticed.append((f"{file}:{line}", kernels))
     finally:
-        lib.skip_synchronisation("", 0)
+        lib.skip_synchronization("", 0)
     for place, kernels in unnoticed:
         skipped = ["--skip", place, "--kernels", ",".join(kernels)]
         with pytest.raises(AssertionError, match="data race"):

@@ -217,7 +217,6 @@ def test_bad_argument_is_named(
 
 @pytest.fixture
 def process() -> Iterator[Executor]:
-    """Yields a new process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         yield pool
 

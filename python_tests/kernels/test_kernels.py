@@ -15,9 +15,8 @@ EVERY_CASE = pytest.mark.parametrize(("kernel", "kind"), CASES)
 
 @EVERY_CASE
 def test_kernel(lib: ModuleType, kernel: str, kind: str) -> None:
-    few = kernel.startswith(("small", "row"))  # composed of other kernels; many barriers
-    shapes = shapes_of(kernel, "quick")[:: 2 if few else 1]
-    problems = (Problem(kernel, shape, kind) for shape in shapes)
+    step = 2 if kernel.startswith(("few_tokens", "row")) else 1  # these have many barriers
+    problems = (Problem(kernel, shape, kind) for shape in shapes_of(kernel, "quick")[::step])
     assert not list(failures(lib, problems, ["reverse", "101"]))
 
 
@@ -70,9 +69,9 @@ def test_a_scaling_comes_last_in_float16(lib: ModuleType) -> None:
     truths = {"y": s * h @ B.T, "dB": s * g.T @ h, "dcore": s * (x @ A).T @ (g @ B)}
     arrays |= {"y": np.zeros((20, 40), np.float16), "u": np.zeros((20, 4), np.float16)}
     arrays |= {"dB": np.zeros((40, 3), np.float32), "dcore": np.zeros((4, 3), np.float32)}
-    of_forward = ("y", "x", "A", "core", "B", "u")
-    of_backward = ("g", "u", "A", "core", "B", "dB", "dcore")
-    lib.run("small_forward", {name: arrays[name] for name in of_forward}, {"scale": s})
-    lib.run("small_backward", {name: arrays[name] for name in of_backward}, {"scale": s})
+    forward_operands = ("y", "x", "A", "core", "B", "u")
+    backward_operands = ("g", "u", "A", "core", "B", "dB", "dcore")
+    lib.run("few_tokens_forward", {name: arrays[name] for name in forward_operands}, {"scale": s})
+    lib.run("few_tokens_backward", {name: arrays[name] for name in backward_operands}, {"scale": s})
     for name, truth in truths.items():
         assert np.abs(arrays[name] - truth).max() <= 0.01 * np.abs(truth).max()

@@ -18,7 +18,7 @@ from csrc.simt import build
 RECORD = Path(__file__).with_name("traffic.json")
 # The large matrix of each kernel, which moves once. gemm_lotr reads x and W once for each tile of
 # 256 columns or rows.
-OF_ADAPTER = {
+ADAPTER_KERNELS = {
     "shrink": "x",
     "expand_add": "y",
     "expand_fresh": "y",
@@ -26,21 +26,23 @@ OF_ADAPTER = {
     "factor_grad": "x",
     "shrink_grad": "g",
 }
-LARGE = OF_ADAPTER | dict.fromkeys(FUSED, "y")
+LARGE = ADAPTER_KERNELS | dict.fromkeys(FUSED, "y")
 SHAPES = {
     "layer": Shape(1024, 1024, 16, PACKED),
     "rank 64": Shape(512, 1024, 64, PACKED),
     "decoding": Shape(16, 2048, 16, PACKED),
     "A100": Shape(512, 1024, 16, PACKED, sms=108),
     "base product": Shape(1024, 192, 16, PACKED, n=512, sms=6),
+    "sorted rows": Shape(4096, 64, 16, PACKED, sms=16, bare=True, cores=8),
 }
 SMALL = ("fold", "fold_grad", "row_core", "row_core_backward")
 ADAPTER_SHAPES = ("layer", "rank 64", "decoding", "A100")
 CASES = [
-    *((kernel, shape, "bf16") for kernel in OF_ADAPTER for shape in ADAPTER_SHAPES),
+    *((kernel, shape, "bf16") for kernel in ADAPTER_KERNELS for shape in ADAPTER_SHAPES),
     *((kernel, "base product", "bf16") for kernel in FUSED),
-    *((kernel, "A100", "fp32") for kernel in OF_ADAPTER),
+    *((kernel, "A100", "fp32") for kernel in ADAPTER_KERNELS),
     *((kernel, "A100", "bf16") for kernel in SMALL),
+    ("row_core", "sorted rows", "bf16"),
 ]
 
 
@@ -54,7 +56,7 @@ def counted(lib: ModuleType, problem: Problem) -> dict:
 def moved(counters: dict) -> dict[str, list[int]]:
     """Returns the bytes read and written of each array that moved."""
     arrays = {name: [a["read_bytes"], a["written_bytes"]] for name, a in counters["arrays"].items()}
-    return {name: number for name, number in arrays.items() if any(number)}
+    return {name: sizes for name, sizes in arrays.items() if any(sizes)}
 
 
 def launches(counters: dict) -> list[str]:
@@ -67,9 +69,9 @@ def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
     counters = counted(lib, problem)
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))[f"{kernel}, {shape}, {kind}"]
     more = {
-        name: (number, recorded.get(name))
-        for name, number in moved(counters).items()
-        if np.greater(number, recorded.get(name, [0, 0])).any()
+        name: (sizes, recorded.get(name))
+        for name, sizes in moved(counters).items()
+        if np.greater(sizes, recorded.get(name, [0, 0])).any()
     }
     assert not more, f"{more}: bytes moved, and recorded"
     if kernel in LARGE:
@@ -93,8 +95,8 @@ def check_large_matrix(problem: Problem, kernel: str, bytes_of: dict[str, list[i
 
 def check_launches(problem: Problem, counters: dict, may_share: bool) -> None:
     """Asserts one launch for a product, and one more if blocks may share an output and do."""
-    of_parts = ["sum_parts"] if may_share else []
-    assert launches(counters) in ([problem.kernel], [problem.kernel, *of_parts])
+    second_launch = ["sum_parts"] if may_share else []
+    assert launches(counters) in ([problem.kernel], [problem.kernel, *second_launch])
 
 
 def check_accesses(counters: dict) -> None:
@@ -130,25 +132,9 @@ def test_a_step_of_few_tokens_has_no_more_launches_than_a_folded_one(
         problems = [Problem(kernel, shape, "bf16") for kernel in kernels]
         return sum(len(launches(counted(lib, problem))) for problem in problems)
 
-    assert count("small_forward") < count("shrink", "fold", "expand_add")
+    assert count("few_tokens_forward") < count("shrink", "fold", "expand_add")
     folded_backward = count("shrink_grad", "fold_grad", "factor_grad", "expand_add")
-    assert count("small_backward") <= folded_backward
-
-
-def test_sorted_rows_read_each_operand_once(lib: ModuleType) -> None:
-    """u and h move once, an index is read once, and a core once for each block of 32 rows."""
-    rng = np.random.default_rng(0)
-    u = rng.standard_normal((4096, 16), np.float32)
-    cores = rng.standard_normal((8, 16, 16), np.float32)
-    index = np.sort(rng.integers(0, len(cores), len(u)))
-    lib.set_device(multiprocessors=16)
-    lib.set_options(count_memory=True)
-    lib.reset_counters()
-    lib.run("row_core", {"u": u, "cores": cores, "h": np.empty_like(u), "index": index})
-    arrays = lib.counters()["arrays"]
-    assert arrays["u"]["read_bytes"] == arrays["h"]["written_bytes"] == u.nbytes
-    assert arrays["index"]["read_bytes"] == index.nbytes
-    assert arrays["cores"]["read_bytes"] <= (len(u) // 32 + len(cores) - 1) * cores[0].nbytes
+    assert count("few_tokens_backward") <= folded_backward
 
 
 def record() -> None:

@@ -51,7 +51,7 @@ MODELS = {
 IDS = torch.randint(3, 250, (5, 9), generator=torch.Generator().manual_seed(3))
 NEW = 10
 Mix = list[int | None]  # of each row, the number of its task, or None for the base model
-KINDS = {
+ENGINES = {
     "llama-width": ("llama", {}),
     "qwen3-shape": ("qwen3", {"group_by": "shape"}),
     "llama-name": (  # over max_lora_rank
@@ -102,6 +102,7 @@ def banked(
 def greedy(model: nn.Module, numbers: Mix) -> list[list[int]]:
     """Returns the tokens from PyTorch. Row i has the task of numbers[i], or only the base model."""
     rows = IDS[: len(numbers)]
+    # Tasks count from 0 in a bank and from 1 in vLLM. The base model is -1 in a bank.
     with use_tasks(model, torch.tensor([(number or 0) - 1 for number in numbers])):
         tokens = model.generate(
             rows,
@@ -157,7 +158,7 @@ def check_mixes(folder: Path, model: nn.Module, mixes: list[Mix], **options) -> 
     assert len({str(tokens) for tokens in results[count:]}) == len(mixes)
 
 
-@pytest.mark.parametrize(("kind", "settings"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(("kind", "settings"), ENGINES.values(), ids=ENGINES)
 def test_tokens_are_the_same_as_in_pytorch(tmp_path: Path, kind: str, settings: dict) -> None:
     model = banked(kind, tmp_path, 3, **settings)
     mixes = [[1, None, 3, 2, 1], [None] * 5, [2, 2, 2, 2, 2]]

@@ -25,27 +25,36 @@ def printed() -> dict:
     return json.loads(done.stdout)
 
 
-# Fragments as the manual defines them: for elements i of lanes' fragments, their rows and columns.
-def a_m16n8k16(lane: np.ndarray, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return lane // 4 + 8 * (i // 2 % 2), lane % 4 * 2 + i % 2 + 8 * (i // 4)
+# Fragments as the manual defines them: the rows and columns of elements i of a thread, which is the
+# manual's threadID_in_group in the group groupID.
+def a_m16n8k16(
+    group: np.ndarray, thread: np.ndarray, i: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows group and group + 8, columns 2 thread + {0, 1}, and all of them again 8 columns on."""
+    return group + 8 * (i // 2 % 2), 2 * thread + i % 2 + 8 * (i // 4)
 
 
-def b_m16n8k16(lane: np.ndarray, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return lane % 4 * 2 + i % 2 + 8 * (i // 2), lane // 4
+def b_m16n8k16(
+    group: np.ndarray, thread: np.ndarray, i: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows 2 thread + {0, 1} and + 8, column group."""
+    return 2 * thread + i % 2 + 8 * (i // 2), group
 
 
-def c_m16n8(lane: np.ndarray, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return lane // 4 + 8 * (i // 2), lane % 4 * 2 + i % 2
+def c_m16n8(group: np.ndarray, thread: np.ndarray, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows group and group + 8, columns 2 thread + {0, 1}."""
+    return group + 8 * (i // 2), 2 * thread + i % 2
 
 
-def d_wgmma(thread: np.ndarray, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    warp, lane = np.divmod(thread, 32)
-    return 16 * warp + lane // 4 + 8 * (i // 2 % 2), lane % 4 * 2 + i % 2 + 8 * (i // 4)
+def d_wgmma(group: np.ndarray, thread: np.ndarray, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The eight groups of each warp have its 16 rows, in the columns of the first matrix."""
+    row, col = a_m16n8k16(group % 8, thread, i)
+    return 16 * (group // 8) + row, col
 
 
 def gather(values: list[float], place: Callable[..., tuple], shape: tuple[int, int]) -> np.ndarray:
     """Returns the matrix of the elements that the threads hold, thread after thread."""
-    per_thread = np.asarray(values).reshape(128 if place is d_wgmma else 32, -1)
+    per_thread = np.asarray(values).reshape(32 if place is d_wgmma else 8, 4, -1)
     matrix = np.full(shape, np.nan)
     matrix[place(*np.indices(per_thread.shape))] = per_thread
     assert not np.isnan(matrix).any(), "an element that no thread holds"

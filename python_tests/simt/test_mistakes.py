@@ -47,7 +47,7 @@ MISTAKES: dict[str, dict[str, str]] = {
     "no_syncwarp": {"race": "data race .*shared memory"},
     "plain_sum": {"race": "data race .*shared memory"},
     "one_output": {"race": rf"write after write\) on global memory y \+ 0: .*{EARLIER}"},
-    "reads_its_neighbour": {"race": rf"read after write\) on global memory y \+ 0: .*{EARLIER}"},
+    "reads_its_neighbor": {"race": rf"read after write\) on global memory y \+ 0: .*{EARLIER}"},
     "mbarrier_without_init": {"plain": "was never initialized"},
     "no_init_fence": {"plain": rf"mbarrier.arrive.cluster {AT}: no fence.mbarrier_init"},
     "too_many_arrivals": {"plain": r"more arrivals than the mbarrier expects \(2\)"},

@@ -248,6 +248,10 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
       float d[1][Traits::NJ][4] = {};
       tile::warp_product<P, Traits::R, tile::Order::along_k, tile::Order::along_k>(
           d, stages[now.u].u, 0, 0, sm.F[now.n], 0);
+      // Element e of the lane's chunk c, as Traits::column has dealt them.
+      const auto value = [&](int c, int e) -> float& {
+        return d[0][c / 2 * (CHUNK / 2) + e / 2][c % 2 * 2 + e % 2];
+      };
       if constexpr (decltype(dropout)::value) {
         const uint64_t seed = uint64_t(ptx::load(p.dropout.seed));
         uint32_t keep = 0;  // bits of the lane's chunks
@@ -262,9 +266,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
         }
 #pragma unroll
         for (int i = 0; i < 2 * GROUPS * CHUNK; ++i) {
-          const int c = i / CHUNK;
-          const int e = i % CHUNK;
-          float& v = d[0][c / 2 * (CHUNK / 2) + e / 2][c % 2 * 2 + e % 2];
+          float& v = value(i / CHUNK, i % CHUNK);
           v = keep >> i & 1 ? v : 0.f;
         }
       }
@@ -281,12 +283,10 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
           sum[c] = ptx::load_shared(&y[c][lane]);
 #pragma unroll
         for (int e = 0; e < CHUNK; e += 2) {
-          const float (&v)[4] = d[0][c / 2 * (CHUNK / 2) + e / 2];
-          const int h = c % 2 * 2;
           float y0, y1;
           ptx::to_floats(sum[c].v + e, y0, y1);
-          y0 += v[h] * p.dropout.scale;
-          y1 += v[h + 1] * p.dropout.scale;
+          y0 += value(c, e) * p.dropout.scale;
+          y1 += value(c, e + 1) * p.dropout.scale;
           ptx::from_floats(sum[c].v + e, y0, y1);
         }
       }

@@ -16,13 +16,13 @@
 
 namespace lotr::kernels {
 
-static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS)
+static __global__ void __launch_bounds__(SmallTraits::THREADS, SmallTraits::BLOCKS)
     fold(const FoldProblem p) {
-  using T = FoldTraits;
-  auto& sm = ptx::shared_storage<T::Smem>();
-  const int64_t row0 = blockIdx.x * int64_t(T::ROWS);
-  const int i0 = blockIdx.y * T::COLS;
-  float d[T::PER_THREAD] = {};
+  using Traits = SmallTraits;
+  auto& sm = ptx::shared_storage<Traits::Smem>();
+  const int64_t row0 = blockIdx.x * int64_t(Traits::ROWS);
+  const int i0 = blockIdx.y * Traits::COLS;
+  float d[Traits::PER_THREAD] = {};
   ptx::griddepcontrol_wait();
   small_product<Order::along_k, Order::along_k>(
       d, sm, p.r_out,
@@ -39,14 +39,14 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
   ptx::griddepcontrol_launch_dependents();
 }
 
-static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS)
+static __global__ void __launch_bounds__(SmallTraits::THREADS, SmallTraits::BLOCKS)
     fold_grad(const FoldGradParams p) {
-  constexpr int ROWS = FoldTraits::ROWS, COLS = FoldTraits::COLS;
-  auto& sm = ptx::shared_storage<FoldTraits::Smem>();
+  constexpr int ROWS = SmallTraits::ROWS, COLS = SmallTraits::COLS;
+  auto& sm = ptx::shared_storage<SmallTraits::Smem>();
   const int tiles_out = (p.r_out + COLS - 1) / COLS;
   const int64_t dB_blocks = p.dB.data ? (p.N + ROWS - 1) / ROWS * tiles_out : 0;
   const auto Q = [&](int64_t n, int i) { return read_float(p.Q, DType::float32, 0, n, i); };
-  float d[FoldTraits::PER_THREAD] = {};
+  float d[SmallTraits::PER_THREAD] = {};
   ptx::griddepcontrol_wait();
 
   if (blockIdx.x < dB_blocks) {

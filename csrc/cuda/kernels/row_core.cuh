@@ -30,9 +30,9 @@ namespace lotr::kernels {
 
 struct RowCoreTraits {
   struct Smem {
-    FoldTraits::Smem product;
-    int core[FOLD_ROWS];        // NONE, MISSING or a core
-    int64_t source[FOLD_ROWS];  // row of a
+    SmallTraits::Smem product;
+    int core[SMALL_ROWS];        // NONE, MISSING or a core
+    int64_t source[SMALL_ROWS];  // row of a
   };
 };
 constexpr int NONE = -1, MISSING = -2;
@@ -61,15 +61,15 @@ LOTR_DEVICE int core_of(const RowIndex& x, int64_t row) {
 }
 
 template <Order OF_CORES>
-__global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS)
+__global__ void __launch_bounds__(SmallTraits::THREADS, SmallTraits::BLOCKS)
     row_core(const RowCoreParams p) {
   auto& sm = ptx::shared_storage<RowCoreTraits::Smem>();
   const int64_t row0 = int64_t(blockIdx.x) * p.rows_of_block;
   const int64_t left = p.index.rows - row0;
   const int rows = left < p.rows_of_block ? int(left) : p.rows_of_block;
-  const int j0 = blockIdx.y * FoldTraits::COLS;
+  const int j0 = blockIdx.y * SmallTraits::COLS;
   ptx::griddepcontrol_wait();
-  for (int i = threadIdx.x; i < rows; i += FoldTraits::THREADS) {
+  for (int i = threadIdx.x; i < rows; i += SmallTraits::THREADS) {
     const int64_t token = p.index.token ? ptx::load(p.index.token + row0 + i) : row0 + i;
     const bool exists = token >= 0 && token < p.index.tokens;
     ptx::store_shared(&sm.core[i], exists ? core_of(p.index, row0 + i) : MISSING);
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS)
     const int core = ptx::load_shared(&sm.core[begin]);
     int end = begin + 1;
     while (end < rows && ptx::load_shared(&sm.core[end]) == core) ++end;
-    float d[FoldTraits::PER_THREAD] = {};
+    float d[SmallTraits::PER_THREAD] = {};
     if (core >= 0) {
       small_product<Order::along_k, OF_CORES>(
           d, sm.product, p.r_in,
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS)
   ptx::griddepcontrol_launch_dependents();
 }
 
-static __global__ void __launch_bounds__(FoldTraits::THREADS) row_ends(const RowEndsProblem p) {
-  const int64_t key = int64_t(blockIdx.x) * FoldTraits::THREADS + threadIdx.x - 1;
+static __global__ void __launch_bounds__(SmallTraits::THREADS) row_ends(const RowEndsProblem p) {
+  const int64_t key = int64_t(blockIdx.x) * SmallTraits::THREADS + threadIdx.x - 1;
   ptx::griddepcontrol_wait();
   if (key < p.bound) ptx::store(p.ends + key + 1, int32_t(place_above(p.keys, p.rows, key)));
   ptx::griddepcontrol_launch_dependents();
@@ -129,10 +129,10 @@ LOTR_DEVICE int64_t row_of(const Segments& s, int64_t place) {
   return s.order ? ptx::load(s.order + place) : place;
 }
 
-static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS)
+static __global__ void __launch_bounds__(SmallTraits::THREADS, SmallTraits::BLOCKS)
     row_core_grad(const RowCoreGradParams p) {
-  constexpr int ROWS = FoldTraits::ROWS, COLS = FoldTraits::COLS, STEP = FoldTraits::STEP;
-  auto& sm = ptx::shared_storage<FoldTraits::Smem>();
+  constexpr int ROWS = SmallTraits::ROWS, COLS = SmallTraits::COLS, STEP = SmallTraits::STEP;
+  auto& sm = ptx::shared_storage<SmallTraits::Smem>();
   const unsigned tiles_out = unsigned(p.r_out + COLS - 1) / COLS;
   const unsigned tiles = unsigned(p.r_in + ROWS - 1) / ROWS * tiles_out;
   const unsigned core_and_tile = blockIdx.x / unsigned(p.splits);
@@ -149,7 +149,7 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
   begin += split * share;
   if (begin + share < end) end = begin + share;
   const int64_t rows = begin < end ? end - begin : 0;
-  float d[FoldTraits::PER_THREAD] = {};
+  float d[SmallTraits::PER_THREAD] = {};
   small_product<Order::across_k, Order::across_k>(
       d, sm, rows,
       [&](int row, int64_t k) {
@@ -173,8 +173,8 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
   ptx::griddepcontrol_launch_dependents();
 }
 
-static __global__ void __launch_bounds__(FoldTraits::THREADS) sum_rows(const SumRowsProblem p) {
-  const int64_t element = int64_t(blockIdx.x) * FoldTraits::THREADS + threadIdx.x;
+static __global__ void __launch_bounds__(SmallTraits::THREADS) sum_rows(const SumRowsProblem p) {
+  const int64_t element = int64_t(blockIdx.x) * SmallTraits::THREADS + threadIdx.x;
   const int64_t token = element / p.r;
   const int64_t j = element % p.r;
   ptx::griddepcontrol_wait();

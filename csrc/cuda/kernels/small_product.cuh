@@ -6,8 +6,8 @@
 
 namespace lotr::kernels {
 
-struct FoldTraits {
-  static constexpr int THREADS = 128, ROWS = FOLD_ROWS, COLS = FOLD_COLS, STEP = 32;
+struct SmallTraits {
+  static constexpr int THREADS = 128, ROWS = SMALL_ROWS, COLS = SMALL_COLS, STEP = 32;
   // Blocks per SM, at least. Without it ptxas aims at 12 on sm_120, and spills.
   static constexpr int BLOCKS = 4;
   static constexpr int PER_THREAD = ROWS * COLS / THREADS;  // rows of one column
@@ -21,32 +21,33 @@ using tile::Order;  // chosen so that neighboring threads read neighbors in memo
 // d[i] += sum over k < K of a(row, k) b(k, col) for this thread's column and rows. Operands past
 // the end read as zero.
 template <Order OF_A, Order OF_B, class A, class B>
-LOTR_DEVICE void small_product(float (&d)[FoldTraits::PER_THREAD], FoldTraits::Smem& sm, int64_t K,
-                               A a, B b) {
-  using T = FoldTraits;
+LOTR_DEVICE void small_product(float (&d)[SmallTraits::PER_THREAD], SmallTraits::Smem& sm,
+                               int64_t K, A a, B b) {
+  using Traits = SmallTraits;
   const int thread = threadIdx.x;
-  const int col = thread % T::COLS;
-  const int row0 = thread / T::COLS;
-  for (int64_t k0 = 0; k0 < K; k0 += T::STEP) {
-    for (int i = thread; i < T::STEP * T::ROWS; i += T::THREADS) {
+  const int col = thread % Traits::COLS;
+  const int row0 = thread / Traits::COLS;
+  for (int64_t k0 = 0; k0 < K; k0 += Traits::STEP) {
+    for (int i = thread; i < Traits::STEP * Traits::ROWS; i += Traits::THREADS) {
       constexpr bool along = OF_A == Order::along_k;
-      const int row = along ? i / T::STEP : i % T::ROWS;
-      const int k = along ? i % T::STEP : i / T::ROWS;
+      const int row = along ? i / Traits::STEP : i % Traits::ROWS;
+      const int k = along ? i % Traits::STEP : i / Traits::ROWS;
       ptx::store_shared(&sm.a[k][row], k0 + k < K ? a(row, k0 + k) : 0.f);
     }
-    for (int i = thread; i < T::STEP * T::COLS; i += T::THREADS) {
+    for (int i = thread; i < Traits::STEP * Traits::COLS; i += Traits::THREADS) {
       constexpr bool along = OF_B == Order::along_k;
-      const int k = along ? i % T::STEP : i / T::COLS;
-      const int c = along ? i / T::STEP : i % T::COLS;
+      const int k = along ? i % Traits::STEP : i / Traits::COLS;
+      const int c = along ? i / Traits::STEP : i % Traits::COLS;
       ptx::store_shared(&sm.b[k][c], k0 + k < K ? b(k0 + k, c) : 0.f);
     }
     __syncthreads();
 #pragma unroll 8
-    for (int k = 0; k < T::STEP; ++k) {
+    for (int k = 0; k < Traits::STEP; ++k) {
       const float right = ptx::load_shared(&sm.b[k][col]);
 #pragma unroll
-      for (int i = 0; i < T::PER_THREAD; ++i)
-        d[i] = fmaf(ptx::load_shared(&sm.a[k][row0 + i * (T::THREADS / T::COLS)]), right, d[i]);
+      for (int i = 0; i < Traits::PER_THREAD; ++i)
+        d[i] = fmaf(ptx::load_shared(&sm.a[k][row0 + i * (Traits::THREADS / Traits::COLS)]), right,
+                    d[i]);
     }
     __syncthreads();
   }
@@ -55,10 +56,11 @@ LOTR_DEVICE void small_product(float (&d)[FoldTraits::PER_THREAD], FoldTraits::S
 // Calls f(i, row, col) for the outputs of this thread.
 template <class F>
 LOTR_DEVICE void each_output(F f) {
-  using T = FoldTraits;
+  using Traits = SmallTraits;
 #pragma unroll
-  for (int i = 0; i < T::PER_THREAD; ++i)
-    f(i, int(threadIdx.x) / T::COLS + i * (T::THREADS / T::COLS), int(threadIdx.x) % T::COLS);
+  for (int i = 0; i < Traits::PER_THREAD; ++i)
+    f(i, int(threadIdx.x) / Traits::COLS + i * (Traits::THREADS / Traits::COLS),
+      int(threadIdx.x) % Traits::COLS);
 }
 
 LOTR_DEVICE float read_float(const Matrix& m, DType type, int64_t offset, int64_t row,

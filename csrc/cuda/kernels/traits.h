@@ -61,7 +61,7 @@ constexpr int shrink_cols(size_t element, int R, int rows) {
 
 // ---- fold, fold_grad, row_core: tiles of the output ----
 
-constexpr int FOLD_ROWS = 32, FOLD_COLS = 16;
+constexpr int SMALL_ROWS = 32, SMALL_COLS = 16;
 
 // ---- factor_grad ----
 

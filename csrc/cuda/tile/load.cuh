@@ -38,9 +38,9 @@ class Loader {
                 "the same swizzle in all rows of a thread");
 
   const char* data_;
-  int64_t rows_, cols_, row_bytes_, first_;
-  int r_, c_;
-  int full_row_tiles_, full_col_tiles_;  // tiles entirely inside the matrix
+  int64_t rows_, cols_, row_bytes_, first_;  // first_: bytes to the thread's first chunk
+  int r_, c_;                                // that chunk's row and column in a tile
+  int full_row_tiles_, full_col_tiles_;      // tiles entirely inside the matrix
 
  public:
   LOTR_DEVICE Loader(const Matrix& m, int64_t rows, int64_t cols)

@@ -2,11 +2,10 @@
 //
 // A policy is an element type and a way to multiply. Both policies leave the accumulator of a
 // 16 x 8 tile as mma.sync does: lane 4 g + q holds (g, 2q), (g, 2q + 1), (g + 8, 2q),
-// (g + 8, 2q + 1). The functions a and b load the operands' fragments, each in two orders of
-// memory:
+// (g + 8, 2q + 1). load_a and load_b load the operands' fragments, each in two orders of memory:
 //
-//   a<along_k>: tile [i][k]   a<across_k>: tile [k][i]      16 rows i
-//   b<along_k>: tile [j][k]   b<across_k>: tile [k][j]      8 columns j
+//   load_a<along_k>: tile [i][k]   load_a<across_k>: tile [k][i]      16 rows i
+//   load_b<along_k>: tile [j][k]   load_b<across_k>: tile [k][j]      8 columns j
 #pragma once
 #include "shared.cuh"
 
@@ -19,7 +18,7 @@ struct Half {
   static constexpr int K = 16, A_REGS = 4, B_REGS = 2;
 
   template <Order ORDER, class Tile>
-  static LOTR_DEVICE void a(uint32_t (&f)[4], Tile& t, int i0, int k0) {
+  static LOTR_DEVICE void load_a(uint32_t (&f)[4], Tile& t, int i0, int k0) {
     const int lane = threadIdx.x % 32;
     if constexpr (ORDER == Order::across_k)
       ptx::ldmatrix_x4_trans(f, t.chunk(k0 + lane / 16 * 8 + lane % 8, i0 / 8 + lane / 8 % 2));
@@ -27,7 +26,7 @@ struct Half {
       ptx::ldmatrix_x4(f, t.chunk(i0 + lane % 16, lane / 16, k0));
   }
   template <Order ORDER, int NJ, class Tile>
-  static LOTR_DEVICE void b(uint32_t (&f)[NJ][2], Tile& t, int j0, int k0) {
+  static LOTR_DEVICE void load_b(uint32_t (&f)[NJ][2], Tile& t, int j0, int k0) {
     const int lane = threadIdx.x % 32;
     if constexpr (NJ == 1) {
       if constexpr (ORDER == Order::across_k)
@@ -62,7 +61,7 @@ struct Exact {
 
   // f[8 values] = t at two rows (or columns) and four k
   template <Order ORDER, class Tile>
-  static LOTR_DEVICE void pair(uint32_t* f, Tile& t, int i, int step, int k0) {
+  static LOTR_DEVICE void load_pair(uint32_t* f, Tile& t, int i, int step, int k0) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if constexpr (ORDER == Order::across_k) {
@@ -80,13 +79,14 @@ struct Exact {
     }
   }
   template <Order ORDER, class Tile>
-  static LOTR_DEVICE void a(uint32_t (&f)[8], Tile& t, int i0, int k0) {
-    pair<ORDER>(f, t, i0 + int(threadIdx.x) % 32 / 4, 8, k0);
+  static LOTR_DEVICE void load_a(uint32_t (&f)[8], Tile& t, int i0, int k0) {
+    load_pair<ORDER>(f, t, i0 + int(threadIdx.x) % 32 / 4, 8, k0);
   }
   template <Order ORDER, int NJ, class Tile>
-  static LOTR_DEVICE void b(uint32_t (&f)[NJ][8], Tile& t, int j0, int k0) {
+  static LOTR_DEVICE void load_b(uint32_t (&f)[NJ][8], Tile& t, int j0, int k0) {
 #pragma unroll
-    for (int j = 0; j < NJ; ++j) pair<ORDER>(f[j], t, j0 + 8 * j + int(threadIdx.x) % 4 * 2, 1, k0);
+    for (int j = 0; j < NJ; ++j)
+      load_pair<ORDER>(f[j], t, j0 + 8 * j + int(threadIdx.x) % 4 * 2, 1, k0);
   }
   static LOTR_DEVICE void mma(float (&d)[4], const uint32_t (&a)[8], const uint32_t (&b)[8]) {
 #pragma unroll
@@ -110,11 +110,11 @@ LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_ste
 #pragma unroll
     for (int group = 0; group < NJ; group += GROUP) {
       uint32_t b[GROUP][P::B_REGS];
-      P::template b<OF_B, GROUP>(b, B, j0 + 8 * group, k);
+      P::template load_b<OF_B, GROUP>(b, B, j0 + 8 * group, k);
 #pragma unroll
       for (int mi = 0; mi < MI; ++mi) {
         uint32_t a[P::A_REGS];
-        P::template a<OF_A>(a, A, i0 + mi * i_step, k);
+        P::template load_a<OF_A>(a, A, i0 + mi * i_step, k);
 #pragma unroll
         for (int nj = 0; nj < GROUP; ++nj) P::mma(d[mi][group + nj], a, b[nj]);
       }
@@ -131,7 +131,7 @@ struct Right {
   template <Order ORDER, class Tile>
   LOTR_DEVICE void load(Tile& B, int j0) {
 #pragma unroll
-    for (int k = 0; k < STEPS; ++k) P::template b<ORDER, NJ>(b[k], B, j0, k * P::K);
+    for (int k = 0; k < STEPS; ++k) P::template load_b<ORDER, NJ>(b[k], B, j0, k * P::K);
   }
 };
 
@@ -143,7 +143,7 @@ LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_ste
 #pragma unroll
     for (int mi = 0; mi < MI; ++mi) {
       uint32_t a[P::A_REGS];
-      P::template a<OF_A>(a, A, i0 + mi * i_step, k * P::K);
+      P::template load_a<OF_A>(a, A, i0 + mi * i_step, k * P::K);
 #pragma unroll
       for (int nj = 0; nj < NJ; ++nj) P::mma(d[mi][nj], a, B.b[k][nj]);
     }

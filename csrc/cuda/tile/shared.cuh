@@ -42,8 +42,8 @@ struct Shared {
   }
   static LOTR_DEVICE int offset(int row, int c) { return row * COLS + (c ^ swizzle(row)) * CHUNK; }
   LOTR_DEVICE T* chunk(int row, int c) { return data + offset(row, c); }
-  // Chunk c + k / CHUNK, if the two have no bit in common. A product then needs one offset for all
-  // its steps along k.
+  // Chunk c + k / CHUNK. The swizzle is an XOR, so if c and k / CHUNK have no bit in common, adding
+  // k is an XOR as well: a product needs one offset for all its steps along k.
   LOTR_DEVICE T* chunk(int row, int c, int k) { return data + (offset(row, c) ^ k); }
   LOTR_DEVICE Chunk<T>* as_chunk(int row, int c) {
     return reinterpret_cast<Chunk<T>*>(chunk(row, c));

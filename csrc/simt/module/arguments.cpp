@@ -103,7 +103,7 @@ Arguments::Stack Arguments::stack(const char* name, int64_t count, int64_t rows,
   return {{data, stride(name, 1), stride(name, 2), Access::element}, stride(name, 0)};
 }
 
-const void* Arguments::line(const char* name, DType as, int64_t size) const {
+const void* Arguments::vector(const char* name, DType as, int64_t size) const {
   if (!has(name)) return nullptr;
   if (type(name) != as) fail(name, "the element type of the output", py::str(array(name).dtype()));
   expect_shape(name, {size});

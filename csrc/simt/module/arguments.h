@@ -31,8 +31,8 @@ class Arguments {
   Matrix input(const char* name, DType as, int64_t rows, int64_t cols) const;
   Matrix output(const char* name, DType as, int64_t rows, int64_t cols) const;
   FloatSum sum(const char* name, int64_t rows, int64_t cols, bool add) const;
-  const void* line(const char* name, DType as, int64_t size) const;   // [size]
-  float* floats(const char* name, std::vector<int64_t> shape) const;  // contiguous
+  const void* vector(const char* name, DType as, int64_t size) const;  // [size]
+  float* floats(const char* name, std::vector<int64_t> shape) const;   // contiguous
   // Matrices [count, rows, cols] of any type; next: the stride from one to the next.
   struct Stack {
     Matrix matrix;

@@ -66,7 +66,7 @@ void expand_add(const Arguments& args) {
   problem.u = args.input("u", type, problem.M, problem.r);
   problem.F = args.input("F", type, problem.N, problem.r);
   problem.dropout = args.dropout();
-  problem.bias = args.line("bias", type, problem.N);
+  problem.bias = args.vector("bias", type, problem.N);
   problem.bias_stride = args.stride("bias", 0);
   launch(type, problem);
 }
@@ -130,9 +130,9 @@ void fold_grad(const Arguments& args) {
   launch(DType::float32, problem);
 }
 
-void small_forward(const Arguments& args) {
+void few_tokens_forward(const Arguments& args) {
   const DType type = args.type("x");
-  SmallForwardProblem problem{};
+  FewTokensForwardProblem problem{};
   problem.M = args.extent("x", 0);
   problem.K = args.extent("A", 0);
   problem.N = args.extent("B", 0);
@@ -148,10 +148,10 @@ void small_forward(const Arguments& args) {
   launch(type, problem);
 }
 
-void small_backward(const Arguments& args) {
+void few_tokens_backward(const Arguments& args) {
   const DType type = args.type("g");
   const bool add = args.number("accumulate") != 0;
-  SmallBackwardProblem problem{};
+  FewTokensBackwardProblem problem{};
   problem.M = args.extent("g", 0);
   problem.K = args.extent("A", 0);
   problem.N = args.extent("B", 0);
@@ -326,9 +326,9 @@ const std::vector<Kernel>& kernels() {
       {"shrink_grad", "g F u du Q", "accumulate=0", shrink_grad},
       {"fold", "B core F", "scale=1", fold},
       {"fold_grad", "Q B core [ dB dcore ]", "scale=1 accumulate=1", fold_grad},
-      {"small_forward", "y x A core B u", "scale=1", small_forward},
-      {"small_backward", "g u A core B [ x dx dA dB dcore ]", "scale=1 accumulate=1",
-       small_backward},
+      {"few_tokens_forward", "y x A core B u", "scale=1", few_tokens_forward},
+      {"few_tokens_backward", "g u A core B [ x dx dA dB dcore ]", "scale=1 accumulate=1",
+       few_tokens_backward},
       {"pack", "from to", "", pack},
       {"gemm_lotr", "x W u F y [ bias ]", "backward=0", gemm_lotr},
       {"row_core", "u cores h [ index offs tokens ]", "scale=1", row_core},

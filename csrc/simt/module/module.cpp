@@ -73,9 +73,9 @@ std::string plan_text_of(const std::string& op, int64_t M, int64_t N, int32_t r,
 }
 
 // The places where threads synchronize. test_builds.py skips each of them.
-py::list synchronisation_sites_py() {
+py::list synchronization_sites_py() {
   py::list sites;
-  for (const SynchronisationSite& s : synchronisation_sites())
+  for (const SynchronizationSite& s : synchronization_sites())
     sites.append(py::make_tuple(s.op, s.file, s.line, s.calls));
   return sites;
 }
@@ -117,14 +117,13 @@ PYBIND11_MODULE(lotr_simt, m) {
         "memory");
   m.def("counters", &counters_dict);
   m.def("reset_counters", &reset_counters);
-  m.def("synchronisation_sites", &synchronisation_sites_py,
+  m.def("synchronization_sites", &synchronization_sites_py,
         "(op, file, line, calls) of every barrier, commit, wait and fence since reset_counters");
   m.def(
-      "skip_synchronisation",
-      [](const std::string& file, int line) { skip_synchronisation({file, line}); }, "file"_a,
+      "skip_synchronization",
+      [](const std::string& file, int line) { skip_synchronization({file, line}); }, "file"_a,
       "line"_a,
       "Such calls at this line do nothing from now on, as if it were deleted; ('', 0) ends it");
   m.def("sparse_array", &sparse_array, "shape"_a, "dtype"_a,
         "Zeros whose pages take memory only when touched, for matrices beyond 2^31 elements");
-  m.def("write_coverage", &write_coverage);
 }

@@ -98,13 +98,17 @@ void mma(const char* name) {
   std::vector<float> a, b, c, d(128);
   const auto word = [&](std::vector<float>& elements) {
     const float low = number(), high = number();
-    elements.push_back(low), elements.push_back(high);
+    elements.push_back(low);
+    elements.push_back(high);
     return uint32_t(bits_of<T>(high)) << 16 | bits_of<T>(low);
   };
   for (Registers& r : in) {
     for (uint32_t& x : r.a) x = word(a);
     for (uint32_t& x : r.b) x = word(b);
-    for (float& x : r.c) c.push_back(x = number());
+    for (float& x : r.c) {
+      x = number();
+      c.push_back(x);
+    }
   }
   ptx::launch<mma_kernel<T>>({dim3(1), dim3(32), 0, nullptr, dim3(1, 1, 1), "mma"}, in.data(),
                              d.data());
@@ -211,15 +215,18 @@ void wgmma(const char* name) {
   std::vector<float> a, b, c, in_shared, out(128 * (N + 1));
   std::vector<uint16_t> shared((64 + N) * K);
   Numbers number{5};
-  for (T& x : A) a.push_back(ptx::to_float(x = ptx::from_float<T>(number())));
+  for (T& x : A) {
+    x = ptx::from_float<T>(number());
+    a.push_back(ptx::to_float(x));
+  }
   for (int i = 0; i < N * K; ++i) {
     b.push_back(number());
     B[MN ? i % K * N + i / K : i] = ptx::from_float<T>(b.back());
   }
-  const auto of_B = MN ? ptx::tensor_map_2d(B, K, N, N, K) : ptx::tensor_map_2d(B, N, K, K, 64);
+  const auto b_map = MN ? ptx::tensor_map_2d(B, K, N, N, K) : ptx::tensor_map_2d(B, N, K, K, 64);
   ptx::launch<wgmma_kernel<T, MN>>(
       {dim3(1), dim3(128), sizeof(Operands<T>), nullptr, dim3(1, 1, 1), "wgmma"},
-      ptx::tensor_map_2d(A, ROWS, COLS - 4, COLS, 64), of_B,
+      ptx::tensor_map_2d(A, ROWS, COLS - 4, COLS, 64), b_map,
       ptx::tensor_map_2d(C, ROWS - 10, COLS - 70, COLS, 64), shared.data(), out.data());
   for (const uint16_t bits : shared) in_shared.push_back(number_of<T>(bits));
   for (const T& x : C) c.push_back(ptx::to_float(x));

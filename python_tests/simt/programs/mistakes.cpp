@@ -76,7 +76,7 @@ LOTR_DEVICE void start(Smem& s, int arrivals) {
   ptx::cluster_sync();
 }
 
-// Each block's part of y is x backwards, by way of shared memory. It has each synchronisation that
+// Each block's part of y is x backwards, by way of shared memory. It has each synchronization that
 // others lack.
 MISTAKE(right, {2, THREADS, 2, sizeof(Smem), true}) {
   SHARED;
@@ -200,7 +200,7 @@ MISTAKE(plain_sum) {
 MISTAKE(one_output, {2}) {
   if (threadIdx.x == 0) ptx::store(p.y, 1.f);
 }
-MISTAKE(reads_its_neighbour, {2}) {
+MISTAKE(reads_its_neighbor, {2}) {
   if (threadIdx.x > 0) return;
   ptx::store(p.y + blockIdx.x, 1.f);
   if (blockIdx.x > 0) ptx::load(p.y + blockIdx.x - 1);

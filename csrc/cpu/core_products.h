@@ -10,9 +10,7 @@ namespace lotr::cpu::LOTR_ISA {
 template <typename T>
 inline void fold_as(const TensorView& F, const TensorView& B, const TensorView& core,
                     double scaling) {
-  Drop scaled;
-  scaled.scale = scaling;
-  Operators<T>::shrink(F, B, transposed(core), scaled);
+  Operators<T>::shrink(F, B, transposed(core), scaled_by(scaling));
 }
 
 // dG = scaling Q^T B; dB (+)= scaling Q G. Products of the core are summed from unrounded operands,
@@ -20,10 +18,8 @@ inline void fold_as(const TensorView& F, const TensorView& B, const TensorView& 
 template <typename Acc>
 void fold_grad(const TensorView& dB, const TensorView& dcore, const TensorView& Q,
                const TensorView& B, const TensorView& core, double scaling, bool add) {
-  Drop scaled;
-  scaled.scale = scaling;
-  if (dcore.data) Operators<Acc>::outer(dcore, Q, B, Drop{}, scaling, false);
-  if (dB.data) Operators<Acc>::product(dB, Q, core, scaled, add);
+  if (dcore.data) Operators<Acc>::factor_grad(dcore, Q, B, scaled_by(scaling), false);
+  if (dB.data) Operators<Acc>::product(dB, Q, core, scaled_by(scaling), add);
 }
 
 // For the table of T: Q is float32 or float64, so the tables of other types have none.
@@ -38,7 +34,7 @@ inline constexpr decltype(Table::fold_grad) fold_grad_of<double> = &fold_grad<do
 // multiplications, more than the rest of the layer. Between products a token's r numbers are kept
 // in Acc, and rounded to T before they are multiplied with T.
 template <typename T>
-struct Small {
+struct FewTokens {
   using Ops = Operators<T>;
   using K = typename KindOf<T>::type;
   using Acc = typename K::Acc;
@@ -117,7 +113,7 @@ struct Small {
     Ops::expand(y, dense(h_t, m, r_out, x.dtype), B, last, start);
   }
 
-  static void backward(const SmallBackward& s) {
+  static void backward(const FewTokensBackward& s) {
     const int64_t m = s.g.rows;
     const int64_t r_in = s.core.rows;
     const int64_t r_out = s.core.cols;
@@ -132,9 +128,7 @@ struct Small {
     T* du_t = reinterpret_cast<T*>(uc + m * r_out);
     T* uc_t = du_t + m * r_in;
     if (s.dx.data || s.dA.data || s.dcore.data) {
-      Drop scaled;
-      scaled.scale = s.scaling;
-      Ops::shrink(dense(h, m, r_out, acc), s.g, s.B, scaled);
+      Ops::shrink(dense(h, m, r_out, acc), s.g, s.B, scaled_by(s.scaling));
     }
     if (s.dx.data || s.dA.data) {
       times_core(du, h, m, transposed(s.core), Acc(1));

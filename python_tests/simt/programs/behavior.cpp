@@ -1,4 +1,4 @@
-// One behaviour of the executor a subcommand; test_executor.py says what must come out.
+// One subcommand per behavior of the executor; test_executor.py says what each must print.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -138,7 +138,7 @@ __global__ void needs_barriers(float* out) {
 }
 
 void skip(int line) {
-  simt::skip_synchronisation({line ? "behaviour.cpp" : "", line});
+  simt::skip_synchronization({line ? "behavior.cpp" : "", line});
   std::vector<float> out(128);
   bool right = true;
   for (simt::Order order : {simt::Order::forward, simt::Order::reverse}) {
@@ -149,7 +149,7 @@ void skip(int line) {
     for (float v : out) right = right && v == 127.f;
   }
   printf("%s\n", right ? "right" : "wrong");
-  for (const simt::SynchronisationSite& site : simt::synchronisation_sites())
+  for (const simt::SynchronizationSite& site : simt::synchronization_sites())
     printf("%s %d %lu\n", site.op.c_str(), site.line, site.calls);
 }
 

@@ -35,8 +35,9 @@ ExpandProblem expand_of(const Matrix& y, const Matrix& u, const Matrix& F, int64
   return problem;
 }
 
-// h = g B, du = scale h core^T, Q = g^T u; without `Q` (null) h and du.
-void shrink_gradient(const Call& call, const SmallBackwardProblem& p, const Matrix& h,
+// h = g B, du = scale h core^T, Q = g^T u; without `Q` (null) h and du. In the names of the
+// problem: its du is h here, and the h of its core product is du.
+void shrink_gradient(const Call& call, const FewTokensBackwardProblem& p, const Matrix& h,
                      const CoreProduct& core_product, const FloatSum& Q, Workspace& memory) {
   if (Q.data) {
     ShrinkGradProblem problem{};
@@ -60,7 +61,7 @@ void shrink_gradient(const Call& call, const SmallBackwardProblem& p, const Matr
 
 }  // namespace
 
-void run(const Call& call, const SmallForwardProblem& p, Workspace& memory) {
+void run(const Call& call, const FewTokensForwardProblem& p, Workspace& memory) {
   const Workspace::Scope scope(memory);
   const Matrix h = take_matrix(call, memory, p.M, p.r_out);
   ShrinkProblem u = shrink_of(p.x, p.A, p.u, p.M, p.K, p.r_in);
@@ -70,7 +71,7 @@ void run(const Call& call, const SmallForwardProblem& p, Workspace& memory) {
 }
 
 // dB and dcore by Q = g^T u, as in the folded form: dB = scale Q core, dcore = scale Q^T B.
-void run(const Call& call, const SmallBackwardProblem& p, Workspace& memory) {
+void run(const Call& call, const FewTokensBackwardProblem& p, Workspace& memory) {
   const Workspace::Scope scope(memory);
   const bool needs_du = p.dx.data || p.dA.data;
   const bool needs_Q = p.dB.data || p.dcore;
