@@ -163,7 +163,11 @@ def layer_forward_few_tokens(
     scaling: float,
     strategy: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (y, u): y = x W^T + bias + s (u G) B^T, u = x A."""
+    """Returns (y, u): y = x W^T + bias + s (u G) B^T, u = x A.
+
+    Args:
+        core: G [r_in, r_out], which is not folded. The others are as for `layer_forward`.
+    """
     base_output = nnf.linear(x, weight, bias)
     u = lotr.shrink.default(as_matrix(x), A)
     h = (u @ core.to(u.dtype)) * scaling
@@ -181,7 +185,11 @@ def layer_forward_projected(
     scaling: float,
     strategy: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (y, F): y = x W^T + bias + u F^T, F = s B G^T."""
+    """Returns (y, F): y = x W^T + bias + u F^T, F = s B G^T.
+
+    Args:
+        u: x A [rows, r_in]. The others are as for `layer_forward`.
+    """
     F = lotr.fold.default(B, core, scaling, x.dtype)
     return lotr.expand.default(nnf.linear(x, weight, bias), u, F), F
 
@@ -190,7 +198,11 @@ def layer_forward_projected(
 def layer_forward_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, strategy: int
 ) -> Tensor:
-    """Returns y = x W^T + bias + h B^T."""
+    """Returns y = x W^T + bias + h B^T.
+
+    Args:
+        h: s u G [rows, r_out]. The others are as for `layer_forward`.
+    """
     return lotr.expand.default(nnf.linear(x, weight, bias), h, B)
 
 

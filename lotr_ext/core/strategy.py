@@ -93,7 +93,8 @@ def fused_obstacle(
 def strategy_note(k: int, n: int, rank: int, dtype: torch.dtype, device: torch.device) -> str:
     """Returns how LOTR_STRATEGY changes a layer [k] -> [n], for `explain`: "" if it does not.
 
-    Arguments as for `fused_obstacle`.
+    Args:
+        k: in_features. The others are as for `fused_obstacle`.
     """
     name = strategy_from_environment()
     if name is None or device.type != "cuda":
