@@ -308,7 +308,7 @@ def fixed_pairs(form: Form, target: str, seed: int) -> Pairs:
         "mixed": lambda rank: mixed_pairs(form.group, rank),
     }
     most = max(form.rank)
-    # The others are nested: they are made at one of three ranks, and the first columns are taken.
+    # Only loras and mixed depend on the rank. The others are cut from rank 16, 64 or 256.
     if form.source not in ("loras", "mixed"):
         most = next(rank for rank in (16, 64, 256) if most <= rank)
     about = target if form.source in ("own", "known") else "all"

@@ -5,8 +5,8 @@
     python -m bench.kernels --once --kernels shrink     one call of each kernel, for a profiler
 
 A shape is tokens x width x rank (fold: 1 x width x rank; row_core: rows x cores x rank; gemm_lotr:
-the weight is width x width). factor_grad, shrink_grad and gemm_lotr are operators of a layer with
-nothing but these launches. Our side and the library's are checked against float64 first: ours may
+the weight is width x width). factor_grad, shrink_grad and gemm_lotr run in operators of a layer
+that launch nothing else. Our side and the library's are checked against float64 first: ours may
 have at most twice the library's error, plus a rounding. On a GPU, times are the device's, with a
 cold L2.
 

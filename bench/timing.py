@@ -131,7 +131,7 @@ class Clock:
             self._sum = torch.zeros((), device=device)
 
     def seconds(self, step: Step, repeats: int = 1) -> dict[str, float]:
-        """Returns the seconds of each stage per layer, and as "step" their sum if they are several.
+        """Returns the seconds of each stage per layer, and their sum as "step" if they are several.
 
         They are averages over repeats back to back.
         """

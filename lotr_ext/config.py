@@ -163,8 +163,8 @@ class LoTRConfig:
         check_choice("core_init", self.core_init, CORE_INITS)
         check_choice("adapter_dtype", self.adapter_dtype, DTYPES.values())
         check_choice("task_type", self.task_type, (*TASKS, None))
-        # One form of what was passed makes equal settings equal. Not by assignments, because the
-        # dataclass is frozen.
+        # Normalized (a list and a tuple of names become one type), so that equal settings compare
+        # equal. Not by assignments, because the dataclass is frozen.
         vars(self).update(
             rank=self.rank if isinstance(self.rank, int) else self.ranks,
             group_by=dict(self.group_by) if isinstance(self.group_by, Mapping) else self.group_by,

@@ -502,7 +502,8 @@ def _check_tensor(key: str, target: Tensor, tensor: Tensor, cast: bool) -> None:
 def _copy_to(model: nn.Module, state: AdapterState, model_tensors: Mapping[str, Tensor]) -> None:
     """Copies scalings, dropout, starts and values into an adapted model that fits."""
     layers = layers_in(model)
-    # All of them first: a layer needs the old scaling for it, and the start of shared factors.
+    # All layers before the next loop, which replaces the scalings and the starts of shared factors.
+    # Giving a start back reads the old ones.
     for layer in layers.values():
         layer.give_start_back()
     for name, entry in state.layers.items():

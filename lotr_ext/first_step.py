@@ -96,7 +96,7 @@ def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
             f"as {idle[0]!r}, before an optimizer step, so their adapters have no effect. Leave "
             f"them out with exclude_modules."
         )
-    # Another optimizer may train the tasks, or the cores of all layers.
+    # This optimizer has no task and no core with a gradient: the step of another one decides.
     if not trained_tasks and (tasks or not called):
         return None
     return _NO_MISTAKE

@@ -293,7 +293,7 @@ def set_start(layer: LoTRLayer, A: Tensor, B: Tensor, core: Tensor) -> None:
     for factor, value in ((layer.factors.A, A), (layer.factors.B, B)):
         factor.start = value.to(factor.value)
         factor.value.copy_(factor.start)
-    # What is subtracted has the rounding of what the layer computes with.
+    # Rounded to the parameters' dtype first: what is subtracted must be what the layer adds.
     layer.start_core = core.to(layer.core)
     layer.core.copy_(layer.start_core)
     weight = layer._weight_to_write("init")

@@ -260,7 +260,7 @@ def linear_target(
 
 
 def tied_names(model: nn.Module) -> dict[int, list[str]]:
-    """Returns, by id(module), which parameters of other modules share memory with one of its."""
+    """Returns, by id(module), the names of other modules' parameters that share its memory."""
     owners: dict[object, list[tuple[nn.Module, str]]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         key: object = id(p)

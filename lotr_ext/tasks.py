@@ -358,7 +358,8 @@ class _Request:
             [b], [b, tokens] or [m].
         """
         index = self.running.to(x.device)  # copies only if the bank is on another device
-        # Not a check of x: the recomputed forward may be any of the context's, cached or not.
+        # Whatever x is: a recomputation does not say which forward of the context it repeats, one
+        # with a cache or one without.
         if self.had_cache and self.running is self.index and current_backward() >= 0:
             raise RuntimeError(
                 "use_tasks: expected no cache of keys and values in a context whose forward is "
@@ -460,6 +461,7 @@ def _running_index(index: Tensor, model: nn.Module, args: tuple, kwargs: dict[st
     lengths = [
         int(layer.get_seq_length()) for layer in layers or () if hasattr(layer, "get_seq_length")
     ]
+    # Several caches, no tokens, no list of layers, or layers of which none counts its tokens.
     if len(caches) > 1 or tokens is None or layers is None or (layers and not lengths):
         raise ValueError(
             f"index: expected shape [b] for a call with {len(caches)} "

@@ -246,7 +246,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32, R: int = R, Q: int 
         "grouped_mm": [(t(M, K), t(2, N, K), offs)],
         "grouped_outer": [(t(M, N), t(M, K), offs)],
         "dropout_mask": [(M, N, 0.5, seed, dtype)],
-        # The last ones are y, index, offs, tokens, and the versions of A, B and the core.
+        # The last ones are p, y, index, offs, tokens, and the version of the formulas.
         "linear": [(x, weight, bias, A, *core_part, 0.0, None, None, None, None, "1")],
     }[name]
 

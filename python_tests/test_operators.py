@@ -121,8 +121,8 @@ class Case:
         """In float64, as the products see them: factors rounded to x's dtype."""
         return [copy64(t.to(self.dtype) if t.dtype == self.factors else t) for t in tensors]
 
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Returns B and G in float64. They are multiplied before they are rounded to x's dtype."""
+    def B_and_core(self) -> tuple[Tensor, Tensor]:
+        """Returns B and G in float64. Operators fold them before they round to x's dtype."""
         return self.B.double(), self.core.double()
 
     def mask(self, columns: int) -> Tensor:
@@ -232,7 +232,12 @@ def expand(c: Case) -> Iterator[Check]:
 
 
 def fold(c: Case) -> Iterator[Check]:
-    yield "F", ops.fold(c.B, c.core, S, c.dtype), *both(reference.fold, *c.folded(), S), ONCE
+    yield (
+        "F",
+        ops.fold(c.B, c.core, S, c.dtype),
+        *both(reference.fold, *c.B_and_core(), S),
+        ONCE,
+    )
 
 
 def rows_of(c: Case) -> Iterator[tuple[tuple, Tensor, Tensor]]:
@@ -290,11 +295,11 @@ def outputs_from_x(c: Case, run: Callable, *dropout: object) -> Iterator[Check]:
     mask = c.mask(c.k)
     for strategy, (bias, wide_bias) in strategies_and_biases(c):
         y, u, *folded = run(x, weight, bias, c.A, c.B, c.core, S, strategy, *dropout)
-        operands = (wide_x, W, wide_bias, A, *c.folded(), S, mask)
+        operands = (wide_x, W, wide_bias, A, *c.B_and_core(), S, mask)
         yield f"y {strategy}", y, *both(reference.forward, *operands), ROUNDED_Y
         yield f"u {strategy}", u, *both(torch.matmul, wide_x * mask, A), ONCE
         for F in folded:
-            yield f"F {strategy}", F, *both(reference.fold, *c.folded(), S), ONCE
+            yield f"F {strategy}", F, *both(reference.fold, *c.B_and_core(), S), ONCE
 
 
 def layer_forward_projected(c: Case) -> Iterator[Check]:
@@ -302,9 +307,9 @@ def layer_forward_projected(c: Case) -> Iterator[Check]:
     wide_x, W, u = c.wide(c.x, c.weight, c.u)
     for strategy, (bias, wide_bias) in strategies_and_biases(c):
         y, F = ops.layer_forward_projected(x, weight, bias, c.u, c.B, c.core, S, strategy)
-        operands = (wide_x, W, wide_bias, u, *c.folded(), S)
+        operands = (wide_x, W, wide_bias, u, *c.B_and_core(), S)
         yield f"y {strategy}", y, *both(layer_of_u, *operands), ROUNDED_Y
-        yield f"F {strategy}", F, *both(reference.fold, *c.folded(), S), ONCE
+        yield f"F {strategy}", F, *both(reference.fold, *c.B_and_core(), S), ONCE
 
 
 def layer_forward_rows(c: Case) -> Iterator[Check]:
@@ -335,7 +340,7 @@ def gradients_of(
 
 
 def layer_backward_(c: Case) -> Iterator[Check]:
-    F = reference.fold(*c.folded(), S).to(c.dtype)
+    F = reference.fold(*c.B_and_core(), S).to(c.dtype)
     yield from gradients_to_x(c, ops.layer_backward_, (F,), (c.p, c.seed))
 
 
@@ -348,7 +353,7 @@ def gradients_to_x(
 ) -> Iterator[Check]:
     """Checks the gradients of a forward that starts at x."""
     g, weight, x = c.dense_if_bfloat16(c.g, c.weight, c.x)
-    operands = (*c.wide(c.g, c.weight, c.x, c.u, c.A), *c.folded(), c.mask(c.k))
+    operands = (*c.wide(c.g, c.weight, c.x, c.u, c.A), *c.B_and_core(), c.mask(c.k))
     for strategy in (0, BETA):
         head = (g, weight, x, c.u, c.A, *folded, c.B, c.core, S, strategy)
         for sums, starts in new_and_added(c.sums(c.k, c.r), c.sums(c.n, c.r_out)):
@@ -363,7 +368,7 @@ def gradients_to_x(
 
 def layer_backward_projected_(c: Case) -> Iterator[Check]:
     g, weight, dx_sum = c.dense_if_bfloat16(c.g, c.weight, c.make(c.m, c.k))
-    operands = (*c.wide(c.g, c.weight, c.u, c.F), *c.folded())
+    operands = (*c.wide(c.g, c.weight, c.u, c.F), *c.B_and_core())
     for sums, starts in new_and_added(c.make(c.m, c.r), dx_sum, c.sums(c.n, c.r_out)):
         new_dx, du, new_dB, dG = ops.layer_backward_projected_(
             g, weight, c.u, c.F, c.B, c.core, S, *sums, True, True
@@ -403,7 +408,7 @@ def backward_sums(c: Case) -> Iterator[Check]:
             if need_du:
                 yield "du", gradient, *both(torch.matmul, g, F), ONCE
         yield "Q", Q, *both(plus_product, Q_start, g.mT, u.mT), ONCE
-        truths, sizes = both(gradients_of_u, g, W, u, F, *c.folded(), ZERO, ZERO, dB_start)
+        truths, sizes = both(gradients_of_u, g, W, u, F, *c.B_and_core(), ZERO, ZERO, dB_start)
         yield from rounded(c, "dB", dB, truths[2], sizes[2])
         yield from rounded(c, "dG", dG, truths[3], sizes[3])
 

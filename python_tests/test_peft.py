@@ -96,9 +96,9 @@ def plain_forward(layer: LoTRPeftLinear, names: tuple[str, ...], x: Tensor) -> T
     """Computes base(x) + the sum over adapters of s ((x A) G) B^T in plain PyTorch."""
     y = layer.base_layer(x)
     for name in set(names).intersection(layer.lotr_adapter):
-        core = layer.lotr_adapter[name]
-        u = x @ core.factors.A.value
-        y = y + core.scaling * (u @ core.core_matrix()) @ core.factors.B.value.mT
+        adapter = layer.lotr_adapter[name]
+        u = x @ adapter.factors.A.value
+        y = y + adapter.scaling * (u @ adapter.core_matrix()) @ adapter.factors.B.value.mT
     return y
 
 

@@ -33,7 +33,7 @@ LOTR_INLINE void by_vectors(int64_t vectors, F&& f) {
   if (vectors == 1) return f(Int<1>{});
   if constexpr (kMaxVectors == 2) return f(Int<2>{});
   if (vectors == 2) return f(Int<2>{});
-  if (vectors == 3) return f(Int<3 <= kMaxVectors ? 3 : 1>{});
+  if (vectors == 3) return f(Int<3 <= kMaxVectors ? 3 : 1>{});  // the 1 only has to compile
   return f(Int<kMaxVectors>{});
 }
 

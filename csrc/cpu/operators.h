@@ -174,8 +174,8 @@ struct Operators {
     return {reinterpret_cast<const char*>(memory), units * int64_t(sizeof(Unit))};
   }
 
-  // out (+)= scale * the sum of `count` blocks of sums, in order. The first `transposed` rows of
-  // out are S^T, in the order of pair_at (vec.h); the others are P.
+  // out (+)= scale * the sum of `count` blocks (OuterSums, products.h), in order. The first
+  // `transposed` rows of out are S^T, in the order of pair_at (vec.h); the others are P.
   static void add_partials(const TensorView& out, Acc* partials, int64_t count, int64_t transposed,
                            double scale, bool add) {
     constexpr int kLanes = K::kLanes;

@@ -65,7 +65,7 @@ LOTR_INLINE double to_float(double d) {
 }
 
 template <typename T>
-struct Narrow {  // to<T>(wide): round to nearest even
+struct Narrow {  // Narrow<T>::from(wide) rounds to nearest even
   static LOTR_INLINE T from(double v) { return T(v); }
 };
 template <>

@@ -249,9 +249,9 @@ inline Plan factor_grad(const Card& card, int64_t M, int64_t K, int64_t r, int e
   return fastest.plan;
 }
 
-// du = g F and Q = g^T u: kernels/shrink_grad.cuh, one block per SM. n blocks along N write n M r
-// elements of du, m blocks along M write m N r of Q: with n m = SMs the sum is least at
-// n = sqrt(SMs N / M).
+// du = g F and Q = g^T u: kernels/shrink_grad.cuh, one block per SM. p blocks along N write p M r
+// elements of du, q blocks along M write q N r of Q. With p q = SMs the sum is least at
+// p = sqrt(SMs N / M).
 inline Plan shrink_grad(const Card& card, int64_t M, int64_t N, int64_t r, int element) {
   const int R = padded_rank(r);
   const int64_t sms = card.multiprocessors;

@@ -120,7 +120,7 @@ struct FoldGradProblem {
   float scale;
 };
 
-// u = x A, y += scale (u core) B^T: in float16 scale u core could leave the range where y does not.
+// u = x A, y += scale ((u core) B^T). Scaled last: scale u core may overflow float16, y does not.
 struct FewTokensForwardProblem {
   Matrix y;     // [M, N]
   Matrix x;     // [M, K]
@@ -186,7 +186,7 @@ struct RowEndsProblem {
 struct Segments {
   const int64_t* order;  // [rows]: the row at each place, or null: place i has row i
   const int32_t* ends;   // [keys + 1] of RowEndsProblem, or [keys] with from_zero
-  int32_t from_zero;
+  int32_t from_zero;     // 1: ends[key] is the end of a key; 0: ends[key + 1], because of key -1
 };
 
 // dG_c = scale sum of u_t(i)^T g_i over the rows of c, in their order

@@ -27,7 +27,7 @@
 
 namespace lotr::simt {
 
-// The order in which ready threads run, and blocks.
+// The order in which ready threads, and blocks, run.
 enum class Order { forward, reverse, random };
 // Throws std::invalid_argument, with the argument's name, for an unknown order.
 Order order_of(const std::string& argument, const std::string& name);
@@ -59,8 +59,8 @@ std::vector<SynchronizationSite> synchronization_sites();
 
 void set_options(const Options& options);  // throws std::invalid_argument
 const Options& options();
-// The same options, but for LOTR_SIMT_ORDER, LOTR_SIMT_SEED and LOTR_SIMT_PREEMPT of the
-// environment.
+// The same options, with those of LOTR_SIMT_ORDER, LOTR_SIMT_SEED and LOTR_SIMT_PREEMPT, where the
+// environment has them.
 Options options_from_environment(Options options = {});
 
 // Traffic of one registered array. Lanes that execute a call site together count as one

@@ -161,7 +161,7 @@ def _stale(output: Path, command: list[str]) -> bool:
 
 
 def make(output: Path, command: list[str]) -> bool:
-    """Runs the command, which `-o output` ends, if it or a file that it reads has changed.
+    """Runs `command -o output` if the command or a file that it reads has changed.
 
     Returns whether it ran.
     """

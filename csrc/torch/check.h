@@ -330,8 +330,8 @@ struct ForwardArgs {
   }
 };
 
-// The arguments of layer_backward_, layer_backward_few_tokens_ and layer_backward_projected_, set
-// as those of ForwardArgs.
+// The arguments of layer_backward_, layer_backward_few_tokens_ and layer_backward_projected_. Those
+// that the constructor does not have are absent unless an operator sets them.
 struct BackwardArgs {
   Arg g, weight, x{"x"}, u, A{"A"}, F{"F"}, B, core, du{"du"}, dx{"dx"}, dA{"dA"}, dB, seed{"seed"};
 

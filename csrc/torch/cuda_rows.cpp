@@ -37,11 +37,11 @@ void check_sizes(const char* op, const Sizes& sizes) {
       fail(op, ": expected fewer than 2^31 rows, tokens and cores, got ", size);
 }
 
-// h = s a G, of `a` [tokens, r_in]; transposed: by G^T.
+// h = s a G, of `a` [tokens, r_in]; transposed: by G^T. missing: h where no such core or token is.
 void product(const CudaProducts& products, const TensorView& h, const TensorView& a,
              const RowIndex& index, const Arg& cores, bool transposed, double scaling,
              float missing) {
-  const TensorView G = read(cores);  // with the rows of the cores
+  const TensorView G = read(cores);  // [cores * r_in, r_out]; its row stride is that of one core
   RowCoreProblem problem{};
   problem.index = index;
   problem.a = products.matrix(a);
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& args, 
   Tensor dcores;
   if (need_u) {
     const TensorView du_out = make(du, sizes[M], sizes[R_IN], like_.dtype, true);
-    RowIndex of_g = index;  // g has a row for each row
+    RowIndex of_g = index;  // row i reads row i of g, not a token's
     of_g.token = nullptr;
     of_g.tokens = index.rows;
     if (!rows.tokens) {

@@ -20,9 +20,9 @@
 //   layer_forward_projected      starts at u:  F = s B G^T
 //   layer_forward_rows           starts at h:  h B^T in place of u F^T
 //
-// Their backwards return a gradient or add to it:
+// Their backwards compute a gradient for each argument "if given", and return it or add it:
 //
-//   operator                     given       gradient                added to    else returned as
+//   operator                     if given    gradient                added to    else returned as
 //   layer_backward_,             weight      dx = g W + drop(du A^T)             dx
 //   layer_backward_few_tokens_   x           dA = drop(x)^T du       dA          dA
 //                                need_B      dB = s Q G, Q = g^T u   dB          dB

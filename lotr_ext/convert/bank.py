@@ -237,8 +237,8 @@ def _factorized(
         A, B, normalized = tucker2_of_loras(list(loras.values()), config.ranks)
         for (name, layer), core in zip(loras, normalized, strict=True):
             captured[name] += float(core.square().sum())
-            unscaled = collection.norms[name] / (INIT_GAIN**2 * config.s) * core
-            cores[layer][index_of_lora[name]] = unscaled  # cast to the adapter's dtype
-        zero = ConvertedLayer(INIT_GAIN * A, INIT_GAIN * B, torch.zeros(config.ranks), group)
-        converted |= dict.fromkeys(layers, zero)
+            task_core = collection.norms[name] / (INIT_GAIN**2 * config.s) * core
+            cores[layer][index_of_lora[name]] = task_core  # cast to the adapter's dtype
+        taskless = ConvertedLayer(INIT_GAIN * A, INIT_GAIN * B, torch.zeros(config.ranks), group)
+        converted |= dict.fromkeys(layers, taskless)
     return converted_adapter(config, converted, {}), captured

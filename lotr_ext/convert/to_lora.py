@@ -278,7 +278,7 @@ def _target_modules(
     PEFT matches a name in a list with the ends of all names, so a name without a dot would match
     other modules, too.
     """
-    # Servers expect the experts' names of modules; PEFT reads them from target_parameters.
+    # Servers expect the module names of experts here, too. PEFT finds experts by target_parameters.
     endings = sorted({name.rpartition(".")[2] for name in stacked if experts != "peft"})
     if all("." in name for name in linear):
         return [*sorted(linear), *endings]

@@ -206,8 +206,8 @@ def choose_plan(
     Args:
         tokens: Rows of x. A symbol if torch.compile traces dynamic shapes; no guard is added to it.
         layers: How many layers use A, 0 if unknown.
-        p: The probability of dropout. Each layer then has another u, and the operators apply the
-            mask only where they fold.
+        p: The probability of dropout. If it is not 0, each layer draws a mask, so layers cannot
+            share u, and the few-token form, which has no mask, cannot run.
         needs_projection: Whether the call has row cores or the output of another base, which one
             node does not compute.
     """
@@ -289,7 +289,7 @@ def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
 
 
 def _linear_in_graph(
-    x, weight, bias, A, B, core, scaling, p, base_output, index, offs, tokens, version
+    x, weight, bias, A, B, core, scaling, p, base_output, index, offs, reads, version
 ) -> Tensor:
     """lotr::linear: opaque to Dynamo, but AOTAutograd traces this function.
 
@@ -297,7 +297,7 @@ def _linear_in_graph(
     the tensors have its own type. Plain tensors mean that something else runs the graph.
     """
     has_choice = index is not None or offs is not None
-    choice = RowChoice(index, offs, tokens) if has_choice else None
+    choice = RowChoice(index, offs, reads) if has_choice else None
     call = LayerCall(x, weight, bias, A, B, core, scaling, p, base_output, choice)
     base = base_output if weight is None else weight
     ranks = (int(core.shape[-2]), int(core.shape[-1]))  # the symbols of Dynamo have no hash

@@ -314,13 +314,13 @@ def _(du, dx, x, A, dA, p=0.0, seed=None):
 
 
 @fake_kernel("row_core")
-def _(u, cores, index, offs, tokens, scaling):
-    rows = u.shape[0] if tokens is None else tokens.shape[0]
+def _(u, cores, index, offs, reads, scaling):
+    rows = u.shape[0] if reads is None else reads.shape[0]
     return _empty_rows(u, rows, cores.shape[2])
 
 
 @fake_kernel("row_core_backward")
-def _(g, u, cores, index, offs, tokens, scaling, need_u, need_cores):
+def _(g, u, cores, index, offs, reads, scaling, need_u, need_cores):
     du = _empty_rows(u, *u.shape) if need_u else None
     return du, _empty_gradient(cores, accumulate_dtype(u.dtype), need_cores)
 

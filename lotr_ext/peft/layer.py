@@ -46,7 +46,7 @@ class LoTRPeftAdapter(nn.Module):
         set_unregistered(self, "factors", factors)
         set_unregistered(self, "form", form)
         for part, parameter in self.parts():
-            # PEFT's methods change it only for the others, see `parameters`.
+            # For good: PEFT sets requires_grad only of what `parameters` yields, the trained parts.
             if part not in self.trained:
                 parameter.requires_grad_(False)
 

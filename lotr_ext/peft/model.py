@@ -121,6 +121,7 @@ class LoTRPeftModel(BaseTuner):
         removes those without effect.
         """
         tied = tied_names(model)
+        # Before the next line, which replaces "all-linear" by the names of the layers.
         is_everything = str(peft_config.target_modules).lower() == "all-linear"
         config = _maybe_include_all_linear_layers(peft_config, model)
         # PEFT does not look into layers that have an adapter already.

@@ -330,6 +330,7 @@ def _with_cores(
             **options,
         ):
             return False
+        # Only this call gets the names, and create_lora_weights needs them.
         name = source_layer.prefix.rpartition(".")[2]
         names = packed_modules_list if len(packed_modules_list) > 1 else [name]
         prefix = source_layer.prefix.removesuffix(name)

@@ -452,7 +452,7 @@ def exact(p: Problem, stored: np.ndarray) -> Rounded:
     return Rounded(p.op(stored), np.zeros(stored.shape))
 
 
-def unfolded(
+def product_of_products(
     p: Problem,
     name: str,
     left: Rounded,
@@ -460,7 +460,10 @@ def unfolded(
     start: np.ndarray | None = None,
     **output: object,
 ) -> None:
-    """Declares an output start + left right, off by at most four of the operands' errors."""
+    """Declares an output start + left right, off by at most four of the operands' errors.
+
+    For the few-token form, which multiplies with the core what is a product already.
+    """
     unit = max(UNIT[p.dtype], 2.0**-20)  # in float32 the order of a sum matters more
     view = p.out(name, (left.value.shape[0], right.value.shape[1]), start, **output)
     add = 0.0 if start is None else wide(start)
@@ -478,7 +481,9 @@ def few_tokens_forward(p: Problem, shape: Shape) -> None:
     core = exact(p, p.factor("core", shape.r, shape.other))
     B = exact(p, p.factor("B", shape.columns, shape.other))
     p.product("u", x.value, A.value)
-    unfolded(p, "y", x.product(A).product(core, SCALING), B.T, p.stored(shape.m, shape.columns))
+    product_of_products(
+        p, "y", x.product(A).product(core, SCALING), B.T, p.stored(shape.m, shape.columns)
+    )
 
 
 def few_tokens_backward(p: Problem, shape: Shape) -> None:
@@ -493,15 +498,15 @@ def few_tokens_backward(p: Problem, shape: Shape) -> None:
     core = exact(p, p.factor("core", shape.r, shape.other))
     B = exact(p, p.factor("B", shape.columns, shape.other))
     h = g.product(B, SCALING)
-    unfolded(
+    product_of_products(
         p, "dB", g.T, u.product(core, SCALING), p.floats(shape.columns, shape.other), dtype=FLOAT
     )
-    unfolded(p, "dcore", u.T, h, dtype=FLOAT, layout=PACKED)
+    product_of_products(p, "dcore", u.T, h, dtype=FLOAT, layout=PACKED)
     if not shape.bare:
         x = exact(p, p.large("x", shape.m, shape.k))
         du = h.product(core.T)
-        unfolded(p, "dx", du, A.T, p.stored(shape.m, shape.k))
-        unfolded(p, "dA", x.T, du, p.floats(shape.k, shape.r), dtype=FLOAT)
+        product_of_products(p, "dx", du, A.T, p.stored(shape.m, shape.k))
+        product_of_products(p, "dA", x.T, du, p.floats(shape.k, shape.r), dtype=FLOAT)
 
 
 # ---- per-row cores ----

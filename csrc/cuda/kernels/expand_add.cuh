@@ -11,10 +11,10 @@
 //          along tokens; u once for each piece of N (plan.h balances them)
 // Sums     float32, start or the bias added last, rounded once
 //
-// A lane reads what it copied: of a tile it holds the accumulators (g, 2q), (g, 2q + 1), (g + 8,
-// ..) of each of the 8-column products, and the columns of F are dealt to the products so that
-// these accumulators are 16 contiguous bytes in a row of y. So lanes share only the warp's strip
-// of u, and no warp waits for another.
+// Lane 4 g + q reads only what it copied. Of each product of 8 columns it has the sums (g, 2q),
+// (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1). The columns of F are dealt to the products so that
+// the lane's sums of a row are 16 contiguous bytes of y. So lanes share only the warp's strip of
+// u, and no warp waits for another.
 //
 // Timeline of a warp (tile t = strip i, column tile n; L copies in flight, P product, sum and
 // store; a __syncwarp at |, for u):

@@ -99,7 +99,7 @@ struct Exact {
 
 // d[MI][NJ] += A[i0 + i_step * mi ..][.. K_TOTAL] B[.. K_TOTAL][j0 ..]
 // The columns are processed in groups of at most 32 registers of fragments. The loop of a float32
-// product is not unrolled completely.
+// product (P::K = 4) is not unrolled.
 template <class P, int K_TOTAL, Order OF_A, Order OF_B, int MI, int NJ, class TileA, class TileB>
 LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_step, TileB& B,
                               int j0) {

@@ -267,7 +267,7 @@ void row_core_backward(const Arguments& args) {
   const cuda::Call call = call_of(args.type("u"));
   const int64_t rows = args.extent("g", 0);
   const RowIndex index = index_of(args, rows);
-  RowIndex of_g = index;  // g has a row for each row
+  RowIndex of_g = index;  // row i reads row i of g, not a token's
   of_g.token = nullptr;
   of_g.tokens = rows;
   const Matrix g = matrix(args, "g");
