@@ -108,13 +108,13 @@ class Net(nn.Module):
     """Layers of one kind over shared factors.
 
     Args:
-        kind: a key of `KINDS`.
-        dtype: the dtype of the base layers.
-        factors: the dtype of the factors and the cores; `dtype` if it is absent.
-        dropout: the probability that an element of x is dropped.
+        kind: A key of `KINDS`.
+        dtype: The dtype of the base layers.
+        factors: The dtype of the factors and the cores; `dtype` if it is absent.
+        dropout: The probability that an element of x is dropped.
 
     Attributes:
-        exact: whether the net is a truth, which computes its layers in plain PyTorch.
+        exact: Whether the net is a truth, which computes its layers in plain PyTorch.
     """
 
     exact = False
@@ -256,12 +256,12 @@ class Side:
     """One of the two things that a test compares.
 
     Args:
-        net: a network or its truth.
-        x: the input, of which the side makes a copy, in float64 for a truth.
-        trains_x: whether x requires a gradient.
+        net: A network or its truth.
+        x: The input, of which the side makes a copy, in float64 for a truth.
+        trains_x: Whether x requires a gradient.
 
     Attributes:
-        leaves: the parameters that require a gradient, by name.
+        leaves: The parameters that require a gradient, by name.
     """
 
     def __init__(self, net: Net, x: Tensor, trains_x: bool = True):
@@ -292,9 +292,9 @@ class Side:
         """Returns the gradients of y.
 
         Args:
-            y: a loss, or an output with `grad_outputs` in the settings.
-            targets: the tensors that y is differentiated by; `self.targets` if it is absent.
-            **settings: arguments of `torch.autograd.grad`.
+            y: A loss, or an output with `grad_outputs` in the settings.
+            targets: The tensors that y is differentiated by; `self.targets` if it is absent.
+            **settings: Arguments of `torch.autograd.grad`.
         """
         if targets is None:
             targets = self.targets
@@ -342,11 +342,11 @@ def agree(
     """Checks that a context returns the same for the net and for its truth.
 
     Args:
-        net: the network.
-        context: what runs on both sides.
-        x: the input of the network.
-        close: the bound of the relative error of each result.
-        trains_x: whether x requires a gradient.
+        net: The network.
+        context: What runs on both sides.
+        x: The input of the network.
+        close: The bound of the relative error of each result.
+        trains_x: Whether x requires a gradient.
     """
     results = []
     for side in sides(net, x, trains_x):

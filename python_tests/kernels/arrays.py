@@ -73,10 +73,10 @@ class Array:
     """An array in poisoned memory: a vector, a matrix, or several packed matrices.
 
     Args:
-        shape: its extents.
-        dtype: of the stored type.
-        layout: of a vector or a matrix.
-        values: what it holds after `reset`; poison without them.
+        shape: Its extents.
+        dtype: Of the stored type.
+        layout: Of a vector or a matrix.
+        values: What it holds after `reset`; poison without them.
     """
 
     def __init__(

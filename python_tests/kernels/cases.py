@@ -236,14 +236,14 @@ class Problem:
         """Declares an output that must hold start + add + mask scale (left right).
 
         Args:
-            name: of the output.
-            left: stored values, or float64. It may be an output, which is read after the launch.
-            right: the same.
-            add: what the kernel adds the product to.
-            mask: of the product.
-            scale: of the product.
-            size: of the output, by default [rows of left, columns of right].
-            output: for `out`.
+            name: Of the output.
+            left: Stored values, or float64. It may be an output, which is read after the launch.
+            right: The same.
+            add: What the kernel adds the product to.
+            mask: Of the product.
+            scale: Of the product.
+            size: Of the output, by default [rows of left, columns of right].
+            output: For `out`.
         """
         view = self.out(name, size or (left.shape[0], right.shape[1]), **output)
         self.checks.append(partial(self.close, name, left, right, add, mask * scale))
