@@ -270,6 +270,7 @@ class Program(RuleBasedStateMachine):
     def dropout(self, i: int, on: bool) -> None:
         for side in self.sides:
             side.net.layers[i].dropout = 0.3 * on
+        self.forget_graphs()  # a checkpoint would be recomputed with another dropout
 
 
 class TestPrograms(Program.TestCase):
