@@ -174,8 +174,7 @@ class AdapterState:
             with torch.device("meta"):
                 cores = FORMS[config.core]([place_of(name) for name in self.layers], config.rank)
             expected = _shapes(cores.state_dict(prefix="lotr_cores."))
-        tensors = self.tensors.items()
-        actual = _shapes({name: t for name, t in tensors if name.startswith("lotr_cores.")})
+        actual = _shapes({k: t for k, t in self.tensors.items() if k.startswith("lotr_cores.")})
         if actual != expected:
             raise ValueError(
                 f"lotr_cores: expected {expected} for core {config.core!r} and rank "

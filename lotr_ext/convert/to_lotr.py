@@ -202,7 +202,6 @@ def relative_error(captured: float, norm: float) -> float:
 # ---- the original implementation -----------------------------------------------------------------
 
 ORIGINAL_KEY = re.compile(r"(?P<name>.+)\.lotr\.(?P<part>lhs|mid|rhs)")
-ORIGINAL_PARTS = ("lhs", "mid", "rhs")
 
 
 @torch.no_grad()
@@ -262,7 +261,7 @@ def _original_layers(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Con
     groups: dict[str, ConvertedLayer] = {}  # the first layer of each
     for name, tensors in parts.items():
         # A part that is missing has no shape that fits.
-        lhs, mid, rhs = (tensors.get(part, torch.empty(0)) for part in ORIGINAL_PARTS)
+        lhs, mid, rhs = (tensors.get(part, torch.empty(0)) for part in ("lhs", "mid", "rhs"))
         r = len(mid)
         shapes = [list(tensor.shape) for tensor in (lhs, mid, rhs)]
         if shapes != [[r, lhs.shape[-1]], [r, r], [len(rhs), r]]:

@@ -21,7 +21,7 @@ This file needs no vLLM. Not here: the layers of vLLM with cores (engine.py).
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from os import PathLike
 from pathlib import Path
@@ -50,12 +50,15 @@ class EngineFactors:
         tensors: A [k, r_in] and B [n, r_out], each once.
         spans: The slice of each layer's core in one vector with all cores.
         task_format: What a task over these factors consists of.
+        on_device: The tensors that engine.py has moved, by name, dtype, device and part of the
+            weight.
     """
 
     layers: Mapping[str, LayerEntry]
     tensors: Mapping[str, Tensor]
     spans: Mapping[str, slice]
     task_format: TaskFormat
+    on_device: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
 
 def factors_of(adapter: AdapterState, where: str) -> EngineFactors:
