@@ -132,15 +132,14 @@ class AdapterState:
                 configuration.
         """
         config = document["config"]
-        layers = document["layers"].items()
         tied = document.get("tied")
         state = AdapterState(
-            None if config is None else LoTRConfig.from_dict(config),
-            {name: LayerEntry.from_json(name, values) for name, values in layers},
-            tuple(document["modules_to_save"]),
-            BaseModel.from_json(document.get("base", {})),
-            dict(tensors),
-            None if tied is None else tuple(tied),
+            config=None if config is None else LoTRConfig.from_dict(config),
+            layers={k: LayerEntry.from_json(k, v) for k, v in document["layers"].items()},
+            modules_to_save=tuple(document["modules_to_save"]),
+            base=BaseModel.from_json(document.get("base", {})),
+            tensors=dict(tensors),
+            tied=None if tied is None else tuple(tied),
         )
         state._check_sizes()
         return state

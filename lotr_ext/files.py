@@ -1,5 +1,12 @@
 """save_adapter, load_adapter and push_to_hub: adapters between models, folders and hubs.
 
+    save_adapter    a model -> `adapter_of`: an AdapterState -> its file
+    load_adapter    the file -> an AdapterState -> `load_state`: adapts a plain model as the saved
+                    one was, checks that the adapter fits, and only then copies its values
+
+With init "svd" a layer has a start, which was subtracted from its base weight: A, B and a core. The
+file has these three tensors next to the trained ones, so that a load can move the weight, too.
+
 Not here: an adapter's file (adapter_state.py), what identifies a base model (base_model.py), models
 in several processes (sharded.py).
 """
@@ -387,8 +394,10 @@ def _matching_tensors(model: nn.Module, state: AdapterState, cast: bool) -> dict
     """
     layers = unmerged_layers(model, "load_adapter")
     _check_can_load(model, layers)
-    _check_structure(model, layers, state)
+    expect_names("layers", layers, state.layers)
+    _check_order(model, layers, state)
     _check_sharing(layers, state)
+    _check_ties(model, state)
     # By the names in the file, where factors may have other names than in the model.
     model_tensors = _tensors_of(model, state.layers)
     expected = model_tensors | _expected_starts(state, layers)
@@ -418,29 +427,13 @@ def _check_can_load(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
             )
 
 
-def _check_structure(
-    model: nn.Module, layers: Mapping[str, LoTRLayer], state: AdapterState
-) -> None:
-    """Checks that the model has the adapter's layers, and ties modules_to_save as it did."""
+def _check_order(model: nn.Module, layers: Mapping[str, LoTRLayer], state: AdapterState) -> None:
     config = getattr(model, "lotr_config", None)
-    expect_names("layers", layers, state.layers)
     has_computed_cores = config is not None and config.core != "dense"
     if has_computed_cores and list(state.layers) != list(layers):
         raise ValueError(
             "layers: expected the model's order, on which computed cores depend, got another "
             "one in the adapter"
-        )
-    if state.tied is None:
-        return
-    tied = _tied_to_saved(model)
-    present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    saved_tied = sorted(name for name in present if name in state.tied)
-    if saved_tied != list(tied):
-        # Of two tied parameters only one is in the file. The other would keep the base's value.
-        raise ValueError(
-            f"modules_to_save: expected parameters tied as in the model, to "
-            f"{', '.join(tied) or 'no other'}, got {', '.join(saved_tied) or 'no other'} in the "
-            f"adapter. Load it into the base model that it was trained on."
         )
 
 
@@ -457,6 +450,22 @@ def _check_sharing(layers: Mapping[str, LoTRLayer], state: AdapterState) -> None
         raise ValueError(
             f"layers: expected layers that share {len(factors)} factors as in the model, got "
             f"others that share {len(names)} in the adapter"
+        )
+
+
+def _check_ties(model: nn.Module, state: AdapterState) -> None:
+    """Checks that the model ties parameters of modules_to_save as the saved one did."""
+    if state.tied is None:
+        return
+    tied = _tied_to_saved(model)
+    present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    saved_tied = sorted(name for name in present if name in state.tied)
+    if saved_tied != list(tied):
+        # Of two tied parameters only one is in the file. The other would keep the base's value.
+        raise ValueError(
+            f"modules_to_save: expected parameters tied as in the model, to "
+            f"{', '.join(tied) or 'no other'}, got {', '.join(saved_tied) or 'no other'} in the "
+            f"adapter. Load it into the base model that it was trained on."
         )
 
 

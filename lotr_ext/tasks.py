@@ -72,7 +72,7 @@ class TaskBank(Attachment):
 
     def __init__(self, model: nn.Module, tasks: int):
         super().__init__()
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[RemovableHandle] = []  # first: `__del__` runs after an error below, too
         layers = adapted_layers(model)
         if hasattr(model, "lotr_tasks"):
             raise RuntimeError(
@@ -93,12 +93,16 @@ class TaskBank(Attachment):
         )
         # On the CPU, where an index is checked without waiting for a GPU.
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
-        # In a dictionary, because the model has registered the layers already.
-        self._layers = {**layers}
+        # A dictionary does not register the layers, which the model has registered already.
+        self._layers = layers
         self._group_by = getattr(getattr(model, "lotr_config", None), "group_by", "shape")
         attach(model, "lotr_tasks", self)
+        self._add_hooks(model)
+        watch(model)
+
+    def _add_hooks(self, model: nn.Module) -> None:
         # Two adapters of experts have one host, which is called.
-        for module in dict.fromkeys(layer.called_module() for layer in layers.values()):
+        for module in {layer.called_module() for layer in self._layers.values()}:
             self._hooks.append(module.register_forward_pre_hook(_refuse_without_request))
         self._hooks += [
             model.register_forward_pre_hook(
@@ -106,7 +110,6 @@ class TaskBank(Attachment):
             ),
             model.register_forward_hook(_after_forward, always_call=True),
         ]
-        watch(model)
 
     def on_detach(self) -> None:
         """Removes the bank's hooks from the model."""

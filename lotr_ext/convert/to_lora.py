@@ -140,8 +140,13 @@ def _read_lotr_of_peft(directory: Path) -> AdapterState:
         entry["name"]: LayerEntry(*factor_names(entry["factors"]), config.s, config.dropout)
         for entry in content["layers"]
     }
-    saved = modules_of(tensors, content.get("modules_to_save"))
-    return AdapterState(config, layers, tuple(saved), BaseModel(), tensors)
+    return AdapterState(
+        config=config,
+        layers=layers,
+        modules_to_save=tuple(modules_of(tensors, content.get("modules_to_save"))),
+        base=BaseModel(),
+        tensors=tensors,
+    )
 
 
 # ---- the layers ----------------------------------------------------------------------------------

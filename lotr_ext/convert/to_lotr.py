@@ -69,8 +69,13 @@ def converted_adapter(
         entries[name] = LayerEntry(A, B, config.s, config.dropout)
         tensors |= {A: layer.A, B: layer.B, f"{name}.core": layer.core}
     cast = {key: tensor.to(config.adapter_dtype) for key, tensor in tensors.items()}
-    modules = tuple(modules_of(saved, config.modules_to_save))
-    return AdapterState(config, entries, modules, BaseModel(), cast | dict(saved))
+    return AdapterState(
+        config=config,
+        layers=entries,
+        modules_to_save=tuple(modules_of(saved, config.modules_to_save)),
+        base=BaseModel(),
+        tensors=cast | dict(saved),
+    )
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------

@@ -142,7 +142,6 @@ def export_task(
         ValueError: If there is no such task, or if the engine cannot hold the adapter.
         FileExistsError: If directory is a file.
     """
-    directory = Path(directory)
     adapter = adapter_of(model)
     factors = factors_of(adapter, "export_task")
     cores = adapter.tensors if task is None else model.lotr_tasks.cores_of(task)
@@ -158,7 +157,7 @@ def export_task(
         "base_model_name_or_path": base_model or adapter.base.name,
     }
     tensors = {name: cores[name] for name in task_format.shapes}
-    put_folder(directory, TENSORS_NAME, tensors, config, task_format.metadata())
+    put_folder(Path(directory), TENSORS_NAME, tensors, config, task_format.metadata())
 
 
 # ---- in the engine -------------------------------------------------------------------------------
@@ -184,8 +183,8 @@ def read_task(directory: str | PathLike[str], factors: EngineFactors) -> Tensor:
             f"the task again."
         )
     # The engine's kernels add (u G) B^T, so the scaling belongs to the core.
-    scaled = [entry.scaling * tensors[f"{name}.core"] for name, entry in factors.layers.items()]
-    return torch.cat([core.flatten() for core in scaled])
+    layers = factors.layers.items()
+    return torch.cat([entry.scaling * tensors[f"{name}.core"].flatten() for name, entry in layers])
 
 
 @cache

@@ -271,8 +271,13 @@ class _LayerWithCores:
                 f"LOTR_FACTORS: expected {expected} features at {name}, got {(len(A), len(B))} of "
                 f"another base model. Export the factors from an adapter of this model."
             )
-        cores = A.new_zeros(slots, A.shape[1], B.shape[1])
-        return Part(self.lotr_factors.spans[name], A, B, cores, columns)
+        return Part(
+            span=self.lotr_factors.spans[name],
+            A=A,
+            B=B,
+            cores=A.new_zeros(slots, A.shape[1], B.shape[1]),
+            columns=columns,
+        )
 
     def _factor(self, key: str, side: str, packed_index: int) -> Tensor:
         """Returns A [k, r_in] or B [n, r_out] for this process's part of the weight.
