@@ -308,8 +308,6 @@ def adapt(
     Raises:
         TypeError, ValueError: As `LoTRLinear.from_linear`.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
     return layer_class(module).from_linear(
         module, factors, alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout
     )
