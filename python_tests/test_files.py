@@ -13,9 +13,9 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.pool import Pool, ThreadPool
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -352,14 +352,9 @@ def change_metadata(folder: Path, **changes: str) -> None:
     save_file(tensors, folder / FILE_NAME, metadata | changes)
 
 
-def as_folder(folder: Path) -> None:
+def replace_file(folder: Path, make: Callable[[Path], object]) -> None:
     (folder / FILE_NAME).unlink()
-    (folder / FILE_NAME).mkdir()
-
-
-def as_fifo(folder: Path) -> None:
-    (folder / FILE_NAME).unlink()
-    os.mkfifo(folder / FILE_NAME)
+    make(folder / FILE_NAME)
 
 
 def use_huge_cores(document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -430,8 +425,8 @@ BYTE_CHANGES: dict[str, Callable[[bytes], bytes]] = {
 }
 FILE_DAMAGES: dict[str, Damage] = {
     "no file": lambda folder: (folder / FILE_NAME).unlink(),
-    "a folder": as_folder,
-    "a pipe": as_fifo,
+    "a folder": partial(replace_file, make=Path.mkdir),
+    "a pipe": partial(replace_file, make=os.mkfifo),
     "another format": partial(change_metadata, format="lora"),
     "a newer version": partial(change_metadata, format_version="99"),
     "another checksum": partial(change_metadata, sha256="0" * 64),
@@ -477,8 +472,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def loads(folder: Path, x: Tensor) -> Tensor | None:
-    """The output with a loaded adapter, None if the file is refused."""
+def output_after_load(folder: Path, x: Tensor) -> Tensor | None:
+    """Returns the output with a loaded adapter, None if the file is refused."""
     try:
         return load_adapter(zoo.net("mlp"), folder)(x)
     except ERRORS as error:
@@ -503,7 +498,7 @@ def test_damaged_files_are_one_clear_error(
     if not (folder / FILE_NAME).is_dir():
         source = trained("mlp", modules_to_save=["head"])
         save_adapter(source, folder)
-        assert torch.equal(loads(folder, x), source(x))
+        assert torch.equal(output_after_load(folder, x), source(x))
 
 
 def test_a_file_of_a_huge_rank_is_refused_before_memory_is_allocated(folder: Path) -> None:
@@ -543,7 +538,7 @@ def test_a_random_change_of_a_document_is_refused_or_computes(
         changed = copy.deepcopy(document)
         change_one(changed, generator)
         write(folder, changed, tensors)
-        y = loads(folder, x)
+        y = output_after_load(folder, x)
         refused += y is None
         assert y is None or bool(y.isfinite().all()), changed
     assert 100 < refused < 300
@@ -607,8 +602,9 @@ def test_the_configuration_follows_what_is_loaded(
     assert torch.equal(model(x), source(x))
     expected = (source.lotr_config.s, source.lotr_config.dropout)
     assert (model.lotr_config.s, model.lotr_config.dropout) == expected
-    layers = adapted_layers(model).values()
-    assert {(layer.scaling, layer.dropout) for layer in layers} == {expected}
+    assert {(layer.scaling, layer.dropout) for layer in adapted_layers(model).values()} == {
+        expected
+    }
 
 
 def test_the_configuration_follows_a_file_of_a_hand_built_model(tmp_path: Path) -> None:
@@ -719,24 +715,20 @@ def test_a_full_disk_leaves_the_old_adapter_and_no_other_file(
 
 
 def save_and_load(seed: int, folder: Path) -> None:
-    """Saves an adapter five times. Each that is loaded is one of those that are saved."""
+    """Saves an adapter five times. After each save, the folder has one of the saved adapters."""
     for _ in range(5):
         save_adapter(trained("mlp", seed=seed), folder)
         seed_of(folder)
 
 
-WORKERS = {
-    "threads": partial(ThreadPoolExecutor, 4),
-    "processes": partial(ProcessPoolExecutor, 4, mp_context=get_context("fork")),
-}
-
-
-@pytest.mark.parametrize("workers", WORKERS.values(), ids=WORKERS)
+@pytest.mark.parametrize(
+    "workers", [ThreadPool, get_context("fork").Pool], ids=["threads", "processes"]
+)
 def test_saves_at_once_leave_one_of_the_adapters(
-    workers: Callable[[], Executor], tmp_path: Path
+    workers: Callable[[int], Pool], tmp_path: Path
 ) -> None:
-    with workers() as pool:
-        list(pool.map(save_and_load, range(4), [tmp_path] * 4))
+    with workers(4) as pool:
+        pool.starmap(save_and_load, [(seed, tmp_path) for seed in range(4)])
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
 
 
