@@ -11,7 +11,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 from arrays import PACKED
-from cases import FUSED, Problem, Shape
+from cases import Problem
+from shapes import FUSED, Shape
 
 from csrc.simt import build
 
@@ -33,7 +34,7 @@ SHAPES = {
     "decoding": Shape(16, 2048, 16, PACKED),
     "A100": Shape(512, 1024, 16, PACKED, sms=108),
     "base product": Shape(1024, 192, 16, PACKED, n=512, sms=6),
-    "sorted rows": Shape(4096, 64, 16, PACKED, sms=16, bare=True, cores=8),
+    "sorted rows": Shape(4096, 64, 16, PACKED, sms=16, minimal=True, cores=8),
 }
 SMALL = ("fold", "fold_grad", "row_core", "row_core_backward")
 ADAPTER_SHAPES = ("layer", "rank 64", "decoding", "A100")
@@ -49,7 +50,7 @@ CASES = [
 def counted(lib: ModuleType, problem: Problem) -> dict:
     """Returns the executor's counters after one checked call."""
     lib.reset_counters()
-    problem.checked(lib, count_memory=True)
+    problem.run(lib, count_memory=True)
     return lib.counters()
 
 
@@ -79,7 +80,7 @@ def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
         check_launches(problem, counters, LARGE[kernel] != "y")
         check_accesses(counters)
     if kernel in FUSED:  # products of a warpgroup, 64 x 256 x 16: the rank costs one per tile
-        tiles = problem.shape.m // 64 * problem.shape.columns // 256
+        tiles = problem.shape.m // 64 * problem.shape.out_features // 256
         assert counters["wgmma"] == tiles * (problem.shape.k // 16 + 1)
 
 
