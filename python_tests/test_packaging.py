@@ -8,10 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import run_python
-
-ROOT = Path(__file__).resolve().parents[1]
-
+from helpers import ROOT, run_python
 
 # ---- the wheel -----------------------------------------------------------------------------------
 
