@@ -156,13 +156,16 @@ class LoTRLinear(nn.Module):
 """
 
 
-def test_two_checkouts_run_in_turns(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The other checkout is older: it has no lotr_ext.core."""
+def test_two_checkouts_run_in_turns(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other checkout is older: it has no lotr_ext.core. Its path starts in the working folder."""
     package = tmp_path / "lotr_ext"
     package.mkdir()
     (package / "__init__.py").write_text(OLD_PACKAGE)
     (package / "_C.so").touch()  # so that it counts as built
-    assert run("layer", tmp_path, "--dtypes", "fp32", "--against", str(tmp_path)) == 0
+    monkeypatch.chdir(tmp_path.parent)
+    assert run("layer", tmp_path, "--dtypes", "fp32", "--against", tmp_path.name) == 0
     output = capfd.readouterr()
     assert "| lotr_ext, step" in output.out and "not measured" not in output.err
 
