@@ -20,9 +20,6 @@ import pytest
 import torch
 from helpers import run_python
 
-pytest.importorskip("pandas")
-pytest.importorskip("scipy")
-
 from bench import accuracy, common, plot, rivals
 from bench.program import DEVICE_LOST, Program
 from bench.timing import Group, Step
@@ -35,7 +32,6 @@ SMALL = {
     "tasks": "--shapes 4x4x6x32x1x4",
     "kernels": "--shapes 40x24x4 --dtypes fp32",
 }
-NEEDS_TRANSFORMERS = ("model", "experts", "tasks")
 
 
 def program_of(name: str) -> Program:
@@ -65,9 +61,6 @@ def rows_in(folder: Path, name: str) -> list[dict]:
 def test_program_writes_a_row_per_rival_and_stage(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name in NEEDS_TRANSFORMERS:
-        pytest.importorskip("transformers")
-        pytest.importorskip("peft")
     assert run(name, tmp_path, "--require-kernels") == 0, capsys.readouterr().err
     rows = rows_in(tmp_path, name)
     assert all(row["seconds"] > 0 and row["machine"] and row["rounds"] == 3 for row in rows)
@@ -159,7 +152,7 @@ class LoTRLinear(nn.Module):
 def test_two_checkouts_run_in_turns(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other checkout is older: it has no lotr_ext.core. Its path starts in the working folder."""
+    """The other checkout is older, without lotr_ext.core. Its path starts in the working folder."""
     package = tmp_path / "lotr_ext"
     package.mkdir()
     (package / "__init__.py").write_text(OLD_PACKAGE)

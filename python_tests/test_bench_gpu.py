@@ -12,9 +12,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pandas")
-pytest.importorskip("scipy")
-
 from bench import common, gpu, smoke, summary
 
 # ---- smoke ---------------------------------------------------------------------------------------
