@@ -63,14 +63,13 @@ CASES = [
     ("Conv1D", "EmbConv1D", CONFIG, {"target_modules": ["conv1d"], "rank": 2, **SMALL}),
 ]
 ON_LIN0 = {"target_modules": ["lin0"], **SMALL, **STARTED}
-ON_LIN1 = ON_LIN0 | {"target_modules": ["lin1"]}
 TABLES = {
     "test_name, model_id, config_cls, config_kwargs": CASES,
     "config_cls": [CONFIG],
     "config_class, mandatory_kwargs": [(CONFIG, {})],
     "test_name, tuner_method, config_cls, config_kwargs_1, config_kwargs_2": [
         ("LoTR Same", "lotr", CONFIG, ON_LIN0, ON_LIN0),
-        ("LoTR Different", "lotr", CONFIG, ON_LIN0, ON_LIN1),
+        ("LoTR Different", "lotr", CONFIG, ON_LIN0, {**ON_LIN0, "target_modules": ["lin1"]}),
     ],
     "test_name, config0, config1": [("LoTR mixed", CONFIG(**ON_LIN0), CONFIG(rank=3, **ON_LIN0))],
 }

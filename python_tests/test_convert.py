@@ -144,18 +144,19 @@ def test_a_folder_of_peft_is_exported(tmp_path: Path) -> None:
     assert relative(y, expected["y"]) < CLOSE
 
 
-# Form, options, a server's name of the experts, and its names of gate, up and down.
-VLLM_NAMES = ("w1", "w3", "w2")
+VLLM_NAMES = ("w1", "w3", "w2")  # of gate, up and down
 GPT_OSS = {"hosts": "gpt_oss"}
-EXPERT_NAMES = [
-    ("vllm-shared", {}, "block_sparse_moe.experts", VLLM_NAMES),  # by the model's type, mixtral
-    ("per-expert", {}, "block_sparse_moe.experts", VLLM_NAMES),
-    ("vllm-shared", GPT_OSS, "mlp.experts", VLLM_NAMES),
-    ("per-expert", GPT_OSS, "mlp.experts", ("gate_proj", "up_proj", "down_proj")),
-]
 
 
-@pytest.mark.parametrize(("form", "options", "module", "names"), EXPERT_NAMES)
+@pytest.mark.parametrize(
+    ("form", "options", "module", "names"),
+    [
+        ("vllm-shared", {}, "block_sparse_moe.experts", VLLM_NAMES),  # by the model's type, mixtral
+        ("per-expert", {}, "block_sparse_moe.experts", VLLM_NAMES),
+        ("vllm-shared", GPT_OSS, "mlp.experts", VLLM_NAMES),
+        ("per-expert", GPT_OSS, "mlp.experts", ("gate_proj", "up_proj", "down_proj")),
+    ],
+)
 def test_experts_in_the_forms_of_servers(
     form: str, options: dict, module: str, names: tuple[str, ...], tmp_path: Path
 ) -> None:

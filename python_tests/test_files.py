@@ -379,15 +379,14 @@ def test_the_configuration_follows_a_file_of_a_hand_built_model(tmp_path: Path) 
 # ---- other places --------------------------------------------------------------------------------
 
 
-# A file in a folder, and the message.
-WRONG_FOLDERS = [
-    ("notes.txt", r"got .*, which has no adapter. Pass the folder"),
-    ("config.json", r"save_pretrained or of a Trainer.*AdapterCheckpoints"),
-    ("adapter_config.json", r"of PEFT.*PeftModel.from_pretrained.*lora_to_lotr"),
-]
-
-
-@pytest.mark.parametrize(("file", "message"), WRONG_FOLDERS)
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("notes.txt", r"got .*, which has no adapter. Pass the folder"),
+        ("config.json", r"save_pretrained or of a Trainer.*AdapterCheckpoints"),
+        ("adapter_config.json", r"of PEFT.*PeftModel.from_pretrained.*lora_to_lotr"),
+    ],
+)
 def test_a_folder_without_an_adapter_is_named(file: str, message: str, tmp_path: Path) -> None:
     (tmp_path / file).write_text("{}")
     with pytest.raises(ValueError, match=message):

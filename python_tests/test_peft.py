@@ -30,7 +30,6 @@ from lotr_ext.peft import LoTRPeftConfig, LoTRPeftLinear
 from lotr_ext.peft import config as peft_config
 
 DATA = Path(__file__).parent / "data" / "bd4494a"
-SMALL = {"rank": 3, "scaling": 2.0}
 # (net, settings)
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "two shapes": ("mlp", {"modules_to_save": ["head"]}),
@@ -54,7 +53,9 @@ each_case = pytest.mark.parametrize("case", CASES)
 
 
 def config(net: str, **settings: object) -> LoTRPeftConfig:
-    return LoTRPeftConfig(**{"target_modules": zoo.TARGETS[net], **SMALL, **settings})
+    return LoTRPeftConfig(
+        **{"target_modules": zoo.TARGETS[net], "rank": 3, "scaling": 2.0, **settings}
+    )
 
 
 def fill(model: nn.Module, name: str = "default", seed: int = 7) -> nn.Module:
@@ -449,15 +450,6 @@ def test_the_first_versions_files_load() -> None:
         assert peft.PeftConfig.from_pretrained(str(DATA / "peft")).scaling == 1.0
 
 
-# "auto" was 4 (8 / r)^1.5, with an exponent of 0.5 only for the form "diagonal".
-OLD_SCALINGS = [
-    ({"scaling": "auto"}, 32.0),
-    ({"scaling": 0.5}, 0.5),
-    ({"scaling": "auto", "rank": 4, "r": 4, "core": "cp"}, 4 * 2**1.5),
-    ({"scaling": "auto", "rank": 4, "r": 4, "core": "diagonal"}, 4 * 2**0.5),
-]
-
-
 def rewritten(folder: Path, **settings: object) -> str:
     """Writes the first version's configuration with other settings, and returns the folder."""
     content = json.loads((DATA / "peft" / "adapter_config.json").read_text())
@@ -465,7 +457,16 @@ def rewritten(folder: Path, **settings: object) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(("settings", "scaling"), OLD_SCALINGS)
+@pytest.mark.parametrize(
+    ("settings", "scaling"),
+    [
+        # "auto" was 4 (8 / r)^1.5, with an exponent of 0.5 only for the form "diagonal".
+        ({"scaling": "auto"}, 32.0),
+        ({"scaling": 0.5}, 0.5),
+        ({"scaling": "auto", "rank": 4, "r": 4, "core": "cp"}, 4 * 2**1.5),
+        ({"scaling": "auto", "rank": 4, "r": 4, "core": "diagonal"}, 4 * 2**0.5),
+    ],
+)
 def test_the_scaling_of_a_configuration_of_the_first_version(
     settings: dict, scaling: float, tmp_path: Path
 ) -> None:

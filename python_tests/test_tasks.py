@@ -378,7 +378,6 @@ def test_tasks_trained_one_after_another_do_not_move_each_other(
     model: nn.Module,
     kind: type[torch.optim.Optimizer],
 ) -> None:
-    """Each task has its optimizer, without weight decay."""
     bank = trained_tasks(model)
     for task in range(3):
         before = [core.detach().clone() for core in bank.cores]
@@ -393,19 +392,20 @@ def test_tasks_trained_one_after_another_do_not_move_each_other(
 
 
 ALL_PARTS = ["A", "B", "core"]
-# Trained parts of the layers, trained parameters of the bank, and whether use_tasks warns.
-TRAINED_AND_WARNED = [
-    (ALL_PARTS, [], True),
-    (["A"], [], True),
-    (["B"], [], True),
-    (["core"], [], False),
-    (ALL_PARTS, range(4), False),
-    (ALL_PARTS, [1], False),
-]
 
 
 @pytest.mark.filterwarnings("error:lotr_ext")
-@pytest.mark.parametrize(("parts", "trained_cores", "warns"), TRAINED_AND_WARNED)
+@pytest.mark.parametrize(
+    ("parts", "trained_cores", "warns"),
+    [
+        (ALL_PARTS, [], True),
+        (["A"], [], True),
+        (["B"], [], True),
+        (["core"], [], False),
+        (ALL_PARTS, range(4), False),
+        (ALL_PARTS, [1], False),
+    ],
+)
 def test_tasks_that_are_frozen_while_factors_train_are_noticed(
     x: Tensor, model: nn.Module, parts: list[str], trained_cores: list[int], warns: bool
 ) -> None:
@@ -541,16 +541,16 @@ def test_a_changed_task_makes_an_older_backward_raise(x: Tensor, model: nn.Modul
         y.sum().backward()
 
 
-OTHERS = [
-    ("attention", {"scaling": 2.0}, "scaling"),
-    ("attention", {"seed": 3}, "made for other A and B"),
-    ("attention", {"rank": 2}, "ranks"),
-    ("attention", {"rank": 2, "scaling": 2.0}, "ranks"),
-    ("mlp", {}, "missing"),
-]
-
-
-@pytest.mark.parametrize(("name", "settings", "reason"), OTHERS)
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("attention", {"scaling": 2.0}, "scaling"),
+        ("attention", {"seed": 3}, "made for other A and B"),
+        ("attention", {"rank": 2}, "ranks"),
+        ("attention", {"rank": 2, "scaling": 2.0}, "ranks"),
+        ("mlp", {}, "missing"),
+    ],
+)
 def test_a_task_of_another_adapter_is_refused(
     name: str, settings: dict, reason: str, tmp_path: Path
 ) -> None:

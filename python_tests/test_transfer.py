@@ -45,8 +45,7 @@ def test_random_pairs_are_of_the_seed_and_shared_by_the_group() -> None:
     by_shape = Form.of("random/shape/10/diagonal/b:o,down")
     first = donors.random_pairs(shapes, by_shape, 0)
     A, B = first["layers.0.q_proj"]
-    assert A.shape == (6, 10)
-    assert B.shape == (8, 10)
+    assert [factor.shape for factor in (A, B)] == [(6, 10), (8, 10)]
     assert first["layers.1.q_proj"][0] is A
     assert not A[:, 6:].any()  # only six directions exist
     assert torch.equal(donors.random_pairs(shapes, by_shape, 0)["layers.0.q_proj"][0], A)

@@ -27,7 +27,6 @@ R = 16
 
 
 def results(lib: ModuleType, g: np.ndarray, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Returns h, du and dcores."""
     sizes = (g.shape, inputs["u"].shape, inputs["cores"].shape)
     h, du, dcores = (np.full(size, np.nan, np.float32) for size in sizes)
     lib.run("row_core", {**inputs, "h": h})
@@ -244,7 +243,6 @@ PLANS = {
 
 
 def test_a_plan_of_the_environment_is_printed_and_launched(process: Executor) -> None:
-    """And the results stay right."""
     plan = "; ".join(f"{op} {words}" for op, words in PLANS.items())
     for op, words in PLANS.items():
         text, blocks = process.submit(launched, plan, op).result()
