@@ -107,10 +107,10 @@ class TrainableSummary(NamedTuple):
 
     def __str__(self) -> str:
         pairs = "pair" if self.groups == 1 else "pairs"
-        share = self.trained / self.total
         lines = [
             f"LoTR: {self.layers} layers, {self.groups} {pairs} of factors, {self.adapter:,} "
-            f"adapter parameters; trained {self.trained:,} of {self.total:,} ({share:.4%})",
+            f"adapter parameters; trained {self.trained:,} of {self.total:,} "
+            f"({self.trained / self.total:.4%})",
             f"trained: {_shortened(self.parts, 5) or 'nothing'}; all else is frozen",
         ]
         for reason, names in self.left_out.items():
@@ -143,11 +143,10 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     ]
     # A part that is frozen in some layers counts as trained.
     trained_parts = {part for parameter, part in adapter.items() if parameter.requires_grad}
-    parameters = list(model.parameters())
     return TrainableSummary(
         adapter=sum(p.numel() for p in adapter),
-        trained=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in model.parameters()),
         layers=len(layers),
         groups=len({(layer.factors.A, layer.factors.B) for layer in layers}),
         parts=(*sorted(trained_parts), *dict.fromkeys(other_modules)),

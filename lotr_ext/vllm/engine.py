@@ -196,10 +196,16 @@ class _LayerWithCores:
         packed_modules_list: list[str],
         **options: Any,
     ) -> bool:
-        """Whether this class replaces a layer of vLLM, as of vLLM's wrapper.
+        """Whether this class replaces a layer, as vLLM's wrapper says.
 
-        If so, the layer gets `lotr_names`, the full names of its modules: vLLM tells them only
-        here, and `create_lora_weights` needs them.
+        If so, the layer gets `lotr_names`, the full names of its modules: only this call has them,
+        and `create_lora_weights` needs them.
+
+        Args:
+            source_layer: The layer.
+            lora_config: vLLM's LoRAConfig.
+            packed_modules_list: The names of the modules that vLLM has packed into the layer.
+            options: For vLLM's wrapper.
         """
         can_replace = super().can_replace_layer(
             source_layer=source_layer,
