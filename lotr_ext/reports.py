@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .adapted import adapted_layers, attached_parameters
@@ -177,18 +176,14 @@ def explain(model: nn.Module, x: Tensor) -> str:
 
 
 def _line(layer: LoTRLayer, x: Tensor) -> str:
-    device = x.device.type
-    # As in the layer's forward: autocast decides, and token ids become the weight's dtype.
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    elif x.is_floating_point():
-        dtype = x.dtype
-    else:
-        dtype = layer.weight.dtype
+    # As in the model: token ids become the weight's dtype. As in the layer: autocast decides.
+    dtype = x.dtype if x.is_floating_point() else layer.weight.dtype
+    input = x.new_empty(0, dtype=dtype)
+    cast = input.to(dispatch.autocast_dtype(input) or dtype)
     return (
         f"{type(layer).__name__} {layer.in_features} -> {layer.out_features} at rank "
-        f"{layer.factors.rank}: {_what_runs(layer, x.new_empty(0, dtype=dtype))} "
-        f"({str(dtype).removeprefix('torch.')} on {device})"
+        f"{layer.factors.rank}: {_what_runs(layer, cast)} "
+        f"({str(cast.dtype).removeprefix('torch.')} on {x.device.type})"
     )
 
 
