@@ -6,11 +6,13 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parents[1]
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES, torch.float64)
 BETA = 1  # a strategy of the operators of layers; the other one on a CPU is 0
