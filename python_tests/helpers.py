@@ -14,6 +14,8 @@ from torch import Tensor
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES, torch.float64)
+# The dtypes of x and of the factors, with which an operator computes.
+DTYPE_PAIRS = [*((t, t) for t in DTYPES), *((t, torch.float32) for t in HALVES)]
 
 # The unit roundoff of a result.
 ROUNDOFF = {
@@ -134,7 +136,6 @@ def untouched(view: Tensor) -> bool:
 
 
 def copy64(t: Tensor) -> Tensor:
-    """Returns a copy in float64."""
     return t.detach().to(torch.float64, copy=True)
 
 

@@ -20,6 +20,9 @@ SCHEMAS = {
 }
 NO_NUMBERS = {"info", "cuda_versions", "cuda_plans", "gemm_lotr_refusal"}
 OPERATORS = sorted(set(SCHEMAS) - NO_NUMBERS)
+# The others are written in Python. Users do not call them.
+PYTHON_OPERATORS = {"linear", "dropout_mask", "grouped_mm", "grouped_outer"}
+KERNELS = [name for name in OPERATORS if name not in PYTHON_OPERATORS]
 
 BETA = 1  # a strategy of the operators of layers; the other one on a CPU is 0
 SEED = -(2**61) + 12345678901

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import DTYPES, HALVES, refused
 from models import unchanged
-from operands import OPERATORS, SCHEMAS, good_arguments, operator
+from operands import KERNELS, SCHEMAS, good_arguments, operator
 from torch import Tensor, nn
 
 from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped, adapt
@@ -42,9 +42,6 @@ def test_a_refused_layer_keeps_its_trained_parameters(
 
 # ---- operators: a walk over the schemas ----------------------------------------------------------
 
-# Written in Python. Users do not call them.
-PYTHON_OPERATORS = {"linear", "dropout_mask", "grouped_mm", "grouped_outer"}
-KERNELS = [name for name in OPERATORS if name not in PYTHON_OPERATORS]
 ALL_DTYPES = {
     *DTYPES,
     torch.bool,

@@ -23,6 +23,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers import (
+    DTYPE_PAIRS,
     DTYPES,
     HALVES,
     LAYOUTS,
@@ -38,6 +39,7 @@ from helpers import (
 )
 from operands import (
     BETA,
+    KERNELS,
     OPERATORS,
     SCHEMAS,
     Case,
@@ -73,8 +75,6 @@ SHAPES = [
     (33, 300, 129, 255),
     (3, 600, 5, 5),
 ]
-# x's dtype, the factors'
-DTYPE_PAIRS = [(t, t) for t in DTYPES] + [(t, torch.float32) for t in HALVES]
 each_dtype_pair = pytest.mark.parametrize(
     "dtype, factors", DTYPE_PAIRS, ids=lambda t: str(t).removeprefix("torch.")
 )
@@ -358,13 +358,7 @@ ENTRIES = {
 }
 
 
-class Check(NamedTuple):
-    """A comparison, of which `helpers.within` takes all but the first field."""
-
-    what: str
-    result: Tensor
-    exact: Exact
-    roundings: int
+Check = tuple[str, Tensor, Exact, int]  # a result's name, and the arguments of `helpers.within`
 
 
 def is_number(operand: object) -> bool:
@@ -421,7 +415,7 @@ def checks(entry: Entry, c: Case) -> Iterator[Check]:
                 roundings = 2  # the product is rounded before it is added
             is_of_factors = roundings == OF_FACTORS.get(key)
             in_x_dtype = rounded_sum(c, result) if is_of_factors else result
-            yield Check(f"{key} in form {number}", in_x_dtype, exacts[key], roundings)
+            yield f"{key} in form {number}", in_x_dtype, exacts[key], roundings
 
 
 def rounded_sum(c: Case, result: Tensor) -> Tensor:
@@ -437,13 +431,11 @@ TABLE: dict[str, Callable[[Case], Iterator[Check]]] = {
     name: partial(checks, entry) for name, entry in ENTRIES.items()
 }
 DROPS = ("shrink", "expand_add_", "layer_forward", "layer_backward_", "shrink_backward_")
-# Python formulas. test_layers.py and test_experts.py have their numbers.
-FORMULAS = {"grouped_mm", "grouped_outer", "linear", "dropout_mask"}
 
 
-def test_every_operator_is_in_the_table() -> None:
-    in_table = {entry.formula.__name__ for entry in ENTRIES.values()}
-    assert set(OPERATORS) - FORMULAS == in_table
+def test_every_kernel_is_in_the_table() -> None:
+    """test_layers.py and test_experts.py have the numbers of the operators in Python."""
+    assert {entry.formula.__name__ for entry in ENTRIES.values()} == set(KERNELS)
 
 
 def check(name: str, case: Case, where: str) -> None:

@@ -6,6 +6,7 @@ A network and a configuration in, the names of the adapted layers out.
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 from unittest import mock
 
@@ -35,18 +36,11 @@ from lotr_ext.targets import saved_modules
 # ---- networks ------------------------------------------------------------------------------------
 
 
-def timm() -> nn.Module:
-    """A model that names its classifier as timm's do."""
-    model = zoo.Children(features=nn.Linear(8, 8), fc=nn.Linear(8, 3))
-    model.get_classifier = lambda: model.fc
-    return model
-
-
-def distilled_timm() -> nn.Module:
-    """timm's DeiT, which has a second head for its teacher's labels."""
-    layers = {"features": nn.Linear(8, 8), "head": nn.Linear(8, 3), "head_dist": nn.Linear(8, 3)}
-    model = zoo.Children(**layers)
-    model.get_classifier = lambda: (model.head, model.head_dist)
+def timm(*heads: str) -> nn.Module:
+    """A model that names its classifier as timm's do. DeiT has a second one, for distillation."""
+    model = zoo.Children(features=nn.Linear(8, 8), **{head: nn.Linear(8, 3) for head in heads})
+    classifiers = tuple(getattr(model, head) for head in heads)
+    model.get_classifier = lambda: classifiers if len(heads) > 1 else classifiers[0]
     return model
 
 
@@ -59,7 +53,6 @@ def two_heads() -> nn.Module:
 
 
 def shared_memory() -> nn.Module:
-    """Two parameters in the same memory."""
     model = zoo.Children(**{name: nn.Linear(8, 8) for name in "abc"})
     model.b.weight = nn.Parameter(model.a.weight.data)
     return model
@@ -218,8 +211,13 @@ CHOICES = [
         left_out={QUERIES[0]: "modules_to_save"},
         saved=("layer.0",),
     ),
-    Choice(timm, {}, ["features"], left_out={"fc": "a head"}),
-    Choice(distilled_timm, {}, ["features"], left_out={"head": "a head", "head_dist": "a head"}),
+    Choice(partial(timm, "fc"), {}, ["features"], left_out={"fc": "a head"}),
+    Choice(
+        partial(timm, "head", "head_dist"),
+        {},
+        ["features"],
+        left_out={"head": "a head", "head_dist": "a head"},
+    ),
     Choice(
         two_heads,
         {},
