@@ -328,14 +328,8 @@ class Worker:
             f"sys.path[0] = {str(ROOT)!r}; "
             f"from bench.program import work; work({name!r}, {argv!r}, {other_end.fileno()})"
         )
-        # PYTHONPATH may name this tree, and so may the working folder.
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=environment,
-            cwd="/",
-            pass_fds=[other_end.fileno()],
-        )
+        command = [sys.executable, "-c", code]
+        self.process = subprocess.Popen(command, pass_fds=[other_end.fileno()])
         other_end.close()  # so that `recv` raises when the process has ended
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:

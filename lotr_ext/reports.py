@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapted import Attachment, adapted_layers
+from .adapted import adapted_layers, attached_parameters
 from .core import dispatch
 from .core.call import LayerCall
 from .core.request import ADAPTER_OFF, state_of
@@ -48,11 +48,7 @@ def _adapter_parts(model: nn.Module) -> dict[nn.Parameter, str]:
         for layer in adapted_layers(model).values()
         for part, parameter in layer.parts()
     }
-    # Not only of the model itself: an adapted model with a bank may be inside it.
-    for module in model.modules():
-        if isinstance(module, Attachment):
-            parts.update(dict.fromkeys(module.parameters(), "core"))
-    return parts
+    return parts | dict.fromkeys(attached_parameters(model), "core")
 
 
 def parameter_groups(
@@ -73,17 +69,16 @@ def parameter_groups(
         RuntimeError: If the model has no adapter.
     """
     parts = _adapter_parts(model)
-    members: dict[str, list[nn.Parameter]] = {"cores": [], "factors": [], "other": []}
+    rates = {"cores": lr, "factors": lr, "other": lr if other_lr is None else other_lr}
+    groups: dict[str, dict[str, Any]] = {}
+    for name, rate in rates.items():
+        groups[name] = {"params": [], "name": name}
+        if rate is not None:  # without "lr", the optimizer's rate is used
+            groups[name]["lr"] = rate
     for p in model.parameters():
         if p.requires_grad:
-            members[_GROUPS.get(parts.get(p), "other")].append(p)
-    groups = [{"params": members[name], "name": name} for name in members if members[name]]
-    rates = {"cores": lr, "factors": lr, "other": lr if other_lr is None else other_lr}
-    for group in groups:
-        rate = rates[group["name"]]
-        if rate is not None:  # without "lr", the optimizer's rate is used
-            group["lr"] = rate
-    return groups
+            groups[_GROUPS.get(parts.get(p), "other")]["params"].append(p)
+    return [group for group in groups.values() if group["params"]]
 
 
 # ---- counts --------------------------------------------------------------------------------------

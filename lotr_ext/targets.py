@@ -402,8 +402,6 @@ def parameter_name(layer_name: str) -> str:
 
 
 def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     # DDP reduces the gradients of those parameters that the model had when it was wrapped.
     # `_orig_mod` is torch.compile's.
     if isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):

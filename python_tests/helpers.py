@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parents[1]
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES, torch.float64)
 # The dtypes of x and of the factors, with which an operator computes.

@@ -396,6 +396,16 @@ def test_experts_of_transformers(layout: str, ending: str) -> None:
     assert worst(*results) < 1e-12
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_choice_of_no_expert_adds_nothing(layout: str) -> None:
+    """Under expert parallelism, an index of E stands for the experts of another process."""
+    model = adapted(experts_of(layout))
+    hidden, index, weights = routed()
+    expected = model["experts"](hidden, index, weights * (index != 0))
+    y = model["experts"](hidden, torch.where(index == 0, E, index), weights)
+    assert relative(y, expected) < 1e-12
+
+
 def test_experts_of_transformers_take_hidden_states_of_another_dtype() -> None:
     """They are cast to the weights' dtype, and the result has their dtype."""
     model = adapted(experts_of("gated"))

@@ -24,8 +24,6 @@ from ..targets import name_matches
 FilePath = str | PathLike[str]
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
-# Of PEFT before it had safetensors.
-OLD_TENSORS_NAME = "adapter_model.bin"
 
 FACTOR_KEY = re.compile(r"(?P<name>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight")
 # Settings of a LoRA that is more than x W^T plus the product of two factors.
@@ -109,8 +107,9 @@ def tensors_of(path: Path) -> Mapping[str, Tensor]:
 
 def tensors_of_peft(directory: Path) -> Mapping[str, Tensor]:
     """Returns the tensors in the file of an adapter that PEFT saved."""
-    paths = [directory / name for name in (TENSORS_NAME, OLD_TENSORS_NAME)]
-    return tensors_of(next(filter(Path.is_file, paths), paths[0]))
+    path = directory / TENSORS_NAME
+    old_path = directory / "adapter_model.bin"  # of PEFT before it had safetensors
+    return tensors_of(old_path if old_path.is_file() and not path.is_file() else path)
 
 
 def base_name(key: str) -> str:
