@@ -202,7 +202,7 @@ def _tied_to_saved(model: nn.Module) -> tuple[str, ...]:
     """Returns the names of parameters that share memory with one of modules_to_save."""
     tied = tied_names(model)
     children = [child for module in saved_in(model).values() for child in module.modules()]
-    return tuple(sorted({name for child in children for name in tied.get(id(child), ())}))
+    return tuple(sorted({name for child in children for name in tied.get(child, ())}))
 
 
 def _start_keys(name: str, entry: LayerEntry) -> tuple[str, str, str]:

@@ -100,7 +100,7 @@ def _check_weights(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
             )
         # What else uses a tied weight, such as an embedding, would change as well.
         base = getattr(layer, "base_layer", None)  # of a LoTRWrapped: it owns the weight
-        other_names = tied.get(id(layer)) or tied.get(id(base))
+        other_names = tied.get(layer) or tied.get(base)
         if other_names:
             raise RuntimeError(
                 f"merge: expected a weight that no other module uses, got {name!r}, tied to "

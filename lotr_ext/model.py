@@ -403,12 +403,12 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
 
 def without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
     """Puts the plain layers back: the part of `unload` that cannot fail."""
-    # By id, because one layer may have several names.
-    bases = {id(layer): layer.to_base() for layer in layers.values()}
+    # By layer, because one layer may have several names.
+    bases = {layer: layer.to_base() for layer in layers.values()}
     restore_bypasses(model)
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if name and isinstance(layer, LoTRLayer):
-            model.set_submodule(name, bases[id(layer)])
+            model.set_submodule(name, bases[layer])
     detach_all(model)
     # If the model is an adapted layer itself, there is no place to put the plain one.
-    return bases.get(id(model), model)
+    return bases.get(model, model)

@@ -304,8 +304,8 @@ def _check_tasks(model: nn.Module, bank: TaskBank, index: object) -> None:
             f"index: expected shape [b], one task per row, or [b, tokens], one per token, got "
             f"shape {tuple(index.shape)}"
         )
-    config = getattr(model, "config", None)
-    if index.dim() == 2 and getattr(config, "is_encoder_decoder", False):
+    has_encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if index.dim() == 2 and has_encoder:
         raise ValueError(
             f"index: expected shape [b] for a model with an encoder and a decoder, which have "
             f"different tokens, got {tuple(index.shape)}"

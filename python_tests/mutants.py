@@ -181,9 +181,8 @@ def run_tests(folder: Path, tests: str, output: Path) -> None:
         os.dup2(file.fileno(), 2)
     os.chdir(folder)
     sys.path[:0] = [str(folder), str(folder / "python_tests")]
-    options = ["-x", "-q", "-n", "0", "--tb=no", "-p", "no:cacheprovider"]
-    chosen = ["-m", "not full", "-k", DESELECTED, f"python_tests/{tests}"]
-    sys.exit(pytest.main([*options, *chosen]))
+    options = ["-x", "-q", "-n", "0", "--tb=no", "-p", "no:cacheprovider", "-m", "not full"]
+    sys.exit(pytest.main([*options, "-k", DESELECTED, f"python_tests/{tests}"]))
 
 
 def copy_repository(folder: Path) -> None:

@@ -469,8 +469,10 @@ def test_a_full_disk_leaves_the_old_adapter_and_no_other_file(
     x: Tensor, model: nn.Module, tmp_path: Path
 ) -> None:
     save_adapter(model, tmp_path)
-    error = OSError(28, "No space left on device")
-    with mock.patch.object(os, "fsync", side_effect=error), pytest.raises(OSError, match="space"):
+    with (
+        mock.patch.object(os, "fsync", side_effect=OSError(28, "No space left on device")),
+        pytest.raises(OSError, match="space"),
+    ):
         save_adapter(trained("mlp", seed=2), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
     assert torch.equal(load_adapter(zoo.net("mlp"), tmp_path)(x), model(x))

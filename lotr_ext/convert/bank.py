@@ -76,7 +76,8 @@ class Collection:
                     f"cores, got {min(folder.saved)} in {folder.path}"
                 )
             self.norms[name] = 0.0
-            for layer, lora in folder.items():
+            for layer in folder.names:
+                lora = folder.layer(layer)
                 if self.sizes.setdefault(layer, lora.sizes) != lora.sizes:
                     raise ValueError(
                         f"sources: expected LoRAs of one base model, got {layer!r} of "
@@ -93,8 +94,8 @@ class Collection:
         loras = {}
         for name, folder in self.folders.items():
             for layer in layers:
-                lora = folder.get(layer)
-                if lora is not None and self.norms[name] > 0:
+                if layer in folder.names and self.norms[name] > 0:
+                    lora = folder.layer(layer)
                     loras[name, layer] = replace(lora, B=lora.B / self.norms[name])
         return loras
 

@@ -283,5 +283,5 @@ def _target_modules(
     endings = sorted({name.rpartition(".")[2] for name in stacked if experts != "peft"})
     if all("." in name for name in linear):
         return [*sorted(linear), *endings]
-    names = map(re.escape, sorted(linear))
-    return "|".join([*names, *(rf".*\.{ending}" for ending in endings)])
+    of_experts = [rf".*\.{ending}" for ending in endings]
+    return "|".join([*map(re.escape, sorted(linear)), *of_experts])

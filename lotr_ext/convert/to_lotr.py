@@ -120,8 +120,8 @@ def lora_to_lotr(
     )
     converted = {}
     errors = {}
-    groups = groups_of({name: layer.sizes for name, layer in layers.items()}, config)
-    for group, names in groups.items():
+    sizes = {name: layer.sizes for name, layer in layers.items()}
+    for group, names in groups_of(sizes, config).items():
         A, B, cores = tucker2_of_loras([layers[name] for name in names], config.ranks)
         for name, core in zip(names, cores, strict=True):
             errors[name] = relative_error(float(core.norm()), layers[name].norm)

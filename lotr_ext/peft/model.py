@@ -45,7 +45,7 @@ from ..targets import (
     in_groups,
     linear_obstacle,
     linear_target,
-    modules_with_names,
+    names_of_modules,
     tied_names,
 )
 from ..wrapped import mergeable_weight
@@ -128,7 +128,7 @@ class LoTRPeftModel(BaseTuner):
             f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)
         )
         targets = []
-        for module, names in modules_with_names(model):
+        for module, names in names_of_modules(model).items():
             name = names[0]
             is_selected = self._check_target_module_exists(config, name)
             if name.startswith(inside_adapted) or not is_selected:

@@ -23,6 +23,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,10 @@ def factors_of(adapter: AdapterState, where: str) -> EngineFactors:
     layers = adapter.layers
     task_format = task_format_of(adapter)
     tensors = {key: adapter.tensors[key] for entry in layers.values() for key in (entry.A, entry.B)}
-    spans: dict[str, slice] = {}
-    start = 0
-    for name, shape in zip(layers, task_format.shapes.values()):
-        spans[name] = slice(start, start + math.prod(shape))
-        start = spans[name].stop
+    sizes = [math.prod(shape) for shape in task_format.shapes.values()]
+    spans = {
+        name: slice(end - size, end) for name, size, end in zip(layers, sizes, accumulate(sizes))
+    }
     return EngineFactors(layers, tensors, spans, task_format)
 
 

@@ -24,6 +24,7 @@ version moves or drops one.
 
 import os
 from collections.abc import Callable, Collection, Iterable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -195,10 +196,16 @@ class _LayerWithCores:
         packed_modules_list: list[str],
         **options: Any,
     ) -> bool:
-        """Whether this class replaces a layer of vLLM, as of vLLM's wrapper.
+        """Whether this class replaces a layer, as vLLM's wrapper says.
 
-        If so, the layer gets `lotr_names`, the full names of its modules: vLLM tells them only
-        here, and `create_lora_weights` needs them.
+        If so, the layer gets `lotr_names`, the full names of its modules: only this call has them,
+        and `create_lora_weights` needs them.
+
+        Args:
+            source_layer: The layer.
+            lora_config: vLLM's LoRAConfig.
+            packed_modules_list: The names of the modules that vLLM has packed into the layer.
+            options: For vLLM's wrapper.
         """
         can_replace = super().can_replace_layer(
             source_layer=source_layer,
@@ -233,15 +240,13 @@ class _LayerWithCores:
             )
         self.lora_config = lora_config
         sizes = tuple(self.output_slices if self.n_slices > 1 else (self.output_size,))
-        self.lotr_parts = []
-        start = 0
-        for packed_index, (name, size) in enumerate(
-            zip(self.base_layer.lotr_names, sizes, strict=True)
-        ):
-            columns = slice(start, start + size)
-            start += size
-            if name in self.lotr_factors.layers:
-                self.lotr_parts.append(self._part(name, packed_index, columns, max_loras))
+        columns = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes))]
+        modules = zip(self.base_layer.lotr_names, columns, strict=True)
+        self.lotr_parts = [
+            self._part(name, packed_index, columns_of_module, max_loras)
+            for packed_index, (name, columns_of_module) in enumerate(modules)
+            if name in self.lotr_factors.layers
+        ]
         self.output_slices = sizes
         rank = max((max(part.cores.shape[1:]) for part in self.lotr_parts), default=1)
         obstacle = kernel_obstacle(rank, lora_config.lora_dtype, torch.device(self.device))
