@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import zoo
-from helpers import HALVES, copy64, relative, run_python, worst
+from helpers import DTYPE_PAIRS, copy64, relative, run_python, worst
 from models import adapter_parameters, moved, trained, written_out
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -113,7 +113,6 @@ def check(
 
 by_tasks = pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
 by_tokens = pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
-DTYPE_PAIRS = [*((dtype, dtype) for dtype in BOUNDS), *((half, torch.float32) for half in HALVES)]
 
 
 @pytest.mark.parametrize("dtype, factors", DTYPE_PAIRS, ids=str)
