@@ -8,7 +8,7 @@ makes an orthonormal pair for each layer in one of three ways:
     svd, own, donors, known    as the r leading directions of matrices [n, k]: those that hold most
                                of their squared norm, on the left for B and on the right for A. The
                                matrices are the base model's weights, the gradient of the target,
-                               those of six donors, or those of the target and the donors
+                               of six donors, or of the target and the donors
     loras, mixed               by training on the donors: a LoRA for each, which loras_to_bank
                                makes a bank of, or one adapter with a task for each
 
@@ -191,7 +191,7 @@ def shared_factors(
     """Returns the pair of each layer.
 
     Args:
-        shapes: Those of the layers.
+        shapes: (in_features, out_features) of the layers.
         group_by: One of the groupings of LoTRConfig.
         make: (the layers that share a factor, its side) -> the factor.
     """

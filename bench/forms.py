@@ -29,13 +29,13 @@ class Form(NamedTuple):
     PAIR       How the pair of factors is made before the task, and then fixed:
                    random   at random, another one for each seed
                    svd      the leading directions of the base model's weights
-                   own      those of the target's gradient
-                   donors   those of the donors' gradients
-                   known    those of the target's and the donors' gradients
+                   own      the leading directions of the target's gradient
+                   donors   the same of the donors' gradients
+                   known    the same of the target's and the donors' gradients
                    loras    by loras_to_bank, from a LoRA of each donor
                    mixed    by training on all donors in turn
                trained: the pair is trained with the cores, from a random start.
-               trained-own and so on: from the start that own would fix.
+               trained-own and so on: from the pair that is otherwise fixed.
                peft: another method, whose name is in the place of CORE
     GROUP      layer, block, shape, width: which layers share A, and which share B
     RANK       of A and B; 4x18: of A, of B

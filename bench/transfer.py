@@ -6,7 +6,7 @@
 
 A target is a text on which SmolLM2-135M is trained, all linear layers adapted, in one of several
 forms (forms.py), some with a pair of factors that was fixed before (donors.py). Tasks, training and
-losses are those of bench.accuracy, whose recorded runs are compared. The program continues from
+losses are bench.accuracy's, whose recorded runs are compared. The program continues from
 what is recorded. Data: python examples/data.py smollm2 snippets kjv wycliffe verilog.
 
 A row of bench/results/transfer.jsonl is a run: target, form, lr, seed, steps, parameters
@@ -149,7 +149,7 @@ def results_of(recorded: pd.DataFrame, target: str) -> list[Result]:
 def short_runs(recorded: pd.DataFrame) -> pd.DataFrame:
     """Returns the runs of fewer steps, with their share of LoRA r 4's gain after as many.
 
-    The gain is that of the validation loss.
+    The gain is in the validation loss.
     """
     runs = recorded[recorded["steps"] < STEPS]
     others = other_runs()

@@ -100,7 +100,7 @@ LAYERS: list[Row] = [
     ("rank of one", "rank", partial(LoTRFactors, 6, 4, (3,))),
     ("rank a string", "rank", partial(LoTRFactors, 6, 4, "4")),
     ("rank of one factor", "rank", partial(LoTRFactor, 6, 0)),
-    ("rank unlike that of factors", "rank", layer(rank=3, factors=PAIR)),
+    ("another rank than the factors", "rank", layer(rank=3, factors=PAIR)),
     ("in_features 0", "in_features", partial(LoTRFactors, 0, 4, 2)),
     ("out_features a float", "out_features", partial(LoTRFactors, 6, 4.5, 2)),
     ("features a bool", "features", partial(LoTRFactor, True, 2)),
@@ -356,7 +356,7 @@ EXPERTS: list[Row] = [
 # ---- models, tasks, files ------------------------------------------------------------------------
 
 FOLDER = Path(__file__).parent / "data" / "bd4494a"
-# As many pairs as by name. Those of q and k are exchanged in the second block.
+# As many pairs as by name. The pairs of q and k are exchanged in the second block.
 EXCHANGED = {f"blocks.0.{name}": name for name in "qkvo"} | {
     f"blocks.1.{name}": other for name, other in zip("qkvo", "kqvo")
 }

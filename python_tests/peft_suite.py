@@ -6,7 +6,7 @@ The tests come from the source distribution of the installed version, which is u
 build/peft-<version>. This file is also the pytest plugin that runs them with LoTR. It
 
     replaces PEFT's tables of cases by ours: TABLES
-    keeps only the tests that have a LoTR configuration, and leaves out those of LEFT_OUT
+    keeps only the tests that have a LoTR configuration and are not in LEFT_OUT
     starts cores at random values where PEFT's tests expect an adapter with an effect: STARTED
 """
 

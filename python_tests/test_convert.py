@@ -107,7 +107,7 @@ def test_an_export_is_the_same_adapter_with_an_ordinary_alpha(case: str, tmp_pat
     assert relative(output(lora_model(tmp_path / "lora", net), net), expected) < bound
     assert relative(output(zoo.net(net), net), expected) > bound
     written = config_in(tmp_path / "lora")
-    # With svd, the LoRA has the rank of the adapter and that of its start, which it subtracts.
+    # With svd, the LoRA's rank is the sum of the adapter's and its start's, which it subtracts.
     rank = 3 + 3 if case == "svd" else min(model.lotr_config.ranks)
     assert written["lora_alpha"] == written["r"] == rank
     assert written["lora_dropout"] == settings.get("dropout", 0.0)

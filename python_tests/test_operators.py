@@ -242,7 +242,7 @@ def shrink_backward_(
 
 # ---- the forms in which an operator is called ----------------------------------------------------
 
-Form = dict[str, object]  # arguments that replace those of the case
+Form = dict[str, object]  # arguments that replace the case's
 
 
 def one_form(c: Case) -> Iterable[Form]:

@@ -356,7 +356,7 @@ class Rounded(NamedTuple):
         return self.square_error @ right.value**2 + self.value**2 @ right.square_error
 
     def product(self, right: "Rounded", scale: float = 1.0) -> "Rounded":
-        """Returns scale self right. Its rounding is that of its terms, which may cancel."""
+        """Returns scale self right. Its error counts its terms' roundings, which may cancel."""
         value = scale * (self.value @ right.value)
         terms = scale**2 * (self.value**2 @ right.value**2)
         return Rounded(value, np.maximum(value**2, terms) + scale**2 * self.inherited(right))
