@@ -99,8 +99,8 @@ class Case:
 
     def arguments(self, name: str, **changed: object) -> dict[str, object]:
         """Returns an operator's arguments in their order: those of the case, or `changed`."""
-        known = {**DEFAULTS, **vars(self), **changed}
-        arguments = {argument.name: known[argument.name] for argument in SCHEMAS[name].arguments}
+        values = {**DEFAULTS, **vars(self), **changed}
+        arguments = {argument.name: values[argument.name] for argument in SCHEMAS[name].arguments}
         if self.dtype == torch.bfloat16 and arguments.get("weight") is not None:
             # On a CPU with AMX, torch 2.13 multiplies what is between bfloat16 rows as well.
             for operand in arguments.keys() & {"x", "weight", "g", "dx"}:
