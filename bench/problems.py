@@ -228,7 +228,6 @@ class Problem:
         return tuple(torch.cat(outcomes, 1)[:, order.argsort()])
 
     def order(self, part: str) -> Tensor:
-        """Returns the order in which items are measured."""
         return torch.arange(len(self.parts[part][0]))
 
 

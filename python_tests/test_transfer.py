@@ -12,8 +12,7 @@ from helpers import relative
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bench import common, donors, transfer
-from bench.donors import Form
+from bench import common, donors, forms, transfer
 from bench.problems import TASKS, Written
 
 
@@ -42,16 +41,17 @@ def test_a_pair_spans_the_leading_directions_of_its_group(group_by: str, members
 
 def test_random_pairs_are_of_the_seed_and_shared_by_the_group() -> None:
     shapes = {"layers.0.q_proj": (8, 6), "layers.1.q_proj": (8, 6)}
-    by_shape = Form.of("random/shape/10/diagonal/b:o,down")
-    first = donors.random_pairs(shapes, by_shape, 0)
+    first = donors.random_pairs(shapes, "shape", (10, 10), 0)
     A, B = first["layers.0.q_proj"]
     assert [factor.shape for factor in (A, B)] == [(6, 10), (8, 10)]
     assert first["layers.1.q_proj"][0] is A
     assert not A[:, 6:].any()  # only six directions exist
-    assert torch.equal(donors.random_pairs(shapes, by_shape, 0)["layers.0.q_proj"][0], A)
-    assert not torch.equal(donors.random_pairs(shapes, by_shape, 1)["layers.0.q_proj"][0], A)
+    again = donors.random_pairs(shapes, "shape", (10, 10), 0)
+    assert torch.equal(again["layers.0.q_proj"][0], A)
+    other_seed = donors.random_pairs(shapes, "shape", (10, 10), 1)
+    assert not torch.equal(other_seed["layers.0.q_proj"][0], A)
     shapes["layers.0.v_proj"] = (4, 6)
-    by_width = donors.random_pairs(shapes, Form.of("random/width/2x5/dense"), 0)
+    by_width = donors.random_pairs(shapes, "width", (2, 5), 0)
     assert by_width["layers.0.v_proj"][0] is by_width["layers.0.q_proj"][0]
     assert [factor.shape for factor in by_width["layers.0.v_proj"]] == [(6, 2), (4, 5)]
 
@@ -62,7 +62,7 @@ def test_a_layer_with_vectors_computes_its_equation(with_b: bool) -> None:
     base = nn.Linear(6, 8).double()
     A = torch.randn(6, 4).double()
     B = torch.randn(8, 4).double()
-    layer = transfer.Vectors(base, A, B, with_b, 2.0).double()
+    layer = forms.Vectors(base, A, B, with_b, 2.0).double()
     x = torch.randn(3, 6).double()
     assert torch.equal(layer(x), base(x))  # the model's function starts unchanged
     trained = [layer.d, layer.b] if with_b else [layer.d]
@@ -78,7 +78,7 @@ class Counting(Written):
     """A text that counts in steps, for the zoo's Llama."""
 
     def __init__(self, name: str) -> None:
-        self.task = TASKS[donors.MODEL]
+        self.task = TASKS[donors.BASE_TASK]
         step = 1 + donors.DONORS.index(name)
         rows = torch.arange(40)[:, None] + step * torch.arange(12)
         self.parts = {"training": (rows % zoo.VOCABULARY,)}
@@ -110,7 +110,7 @@ def test_pairs_that_the_donors_train(
     small = {"CACHE": tmp_path, "DONORS": donors.DONORS[:3], "LORA_RANK": 1, "problem": Counting}
     for name, value in small.items():
         monkeypatch.setattr(donors, name, value)
-    pairs = donors.fixed_pairs(Form.of(f"{source}/layer/3/dense"), donors.DONORS[0], 0)
+    pairs = forms.Form.of(f"{source}/layer/3/dense").pairs(donors.DONORS[0], 0)
     assert len(pairs) == 14
     for factor in [factor for pair in pairs.values() for factor in pair]:
         assert relative(factor.mT @ factor, torch.eye(3)) < 1e-5
