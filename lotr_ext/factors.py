@@ -232,9 +232,8 @@ class LoTRFactors(nn.Module):
         # from nn.Module's dictionary, here and in the layers.
         A_value = A._parameters.get("value")
         B_value = B._parameters.get("value")
-        is_computed = A_value is None or B_value is None  # by parametrize
-        # FSDP2 and ZeRO-3 gather in such hooks.
-        if is_computed or A._forward_pre_hooks or B._forward_pre_hooks:
+        # Not there: one that parametrize computes. FSDP2 and ZeRO-3 gather in the hooks.
+        if A_value is None or B_value is None or A._forward_pre_hooks or B._forward_pre_hooks:
             return A(lambda value: B(partial(operation, value)))
         return operation(A_value, B_value)
 

@@ -116,7 +116,6 @@ def plans(m: int, k: int, n: int, r: int) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command."""
     parser = argparse.ArgumentParser(
         prog="python -m lotr_ext.info", description="What was built, and what runs here."
     )

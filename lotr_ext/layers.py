@@ -100,7 +100,8 @@ class LoTRLayer(nn.Module):
             ValueError: If the factors have other sizes, or an argument has a wrong value.
         """
         # Adapting freezes all parameters inside, and another adapter would stop training.
-        if not cls.adapts(linear) or _contains_adapter(linear):
+        adapter_types = (LoTRLayer, LoTRFactors, LoTRFactor)
+        if not cls.adapts(linear) or any(isinstance(m, adapter_types) for m in linear.modules()):
             raise TypeError(
                 f"linear: expected a linear layer that {cls.__name__} adapts, got "
                 f"{type(linear).__name__}"
@@ -219,11 +220,10 @@ class LoTRLayer(nn.Module):
     ) -> Tensor:
         """Runs the adapter with the base product of weight and bias, or onto `base_output`."""
         factors = self.factors
-        scaling = self.scaling
-        dropout = self.dropout if self.training else 0.0
+        p = self.dropout if self.training else 0.0
 
         def compute(A: Tensor, B: Tensor) -> Tensor:
-            call = LayerCall(x, weight, bias, A, B, core, scaling, dropout, base_output, choice)
+            call = LayerCall(x, weight, bias, A, B, core, self.scaling, p, base_output, choice)
             return dispatch.linear(call, factors.caches, self)
 
         return factors.read(compute)
@@ -235,8 +235,10 @@ class LoTRLayer(nn.Module):
             return y
         A = self.factors.A.start
         B = self.factors.B.start
-        call = LayerCall(x, None, None, A, B, self.start_core, self.scaling, base_output=y)
-        return fallback.layer(call)  # fast enough, because it is rarely used
+        # Fast enough, because it is rarely used.
+        return fallback.layer(
+            LayerCall(x, None, None, A, B, self.start_core, self.scaling, base_output=y)
+        )
 
     def compute_base(self, x: Tensor) -> Tensor:
         """Computes the layer without its adapter, with the current weight."""
@@ -602,10 +604,6 @@ def _kind_of(core: object) -> str:
     if not isinstance(core, Tensor):
         return type(core).__name__
     return f"tensor {list(core.shape)}, {core.dtype}, on {core.device}"
-
-
-def _contains_adapter(module: nn.Module) -> bool:
-    return any(isinstance(m, (LoTRLayer, LoTRFactors, LoTRFactor)) for m in module.modules())
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -256,6 +256,9 @@ def test_explain_says_what_runs_and_why(x: Tensor, model: nn.Module) -> None:
     assert lines == [f"2 x LoTRLinear {sizes} {what}" for sizes in ("16 -> 24", "24 -> 16")]
     with torch.autocast("cpu", torch.bfloat16):
         assert "bfloat16" in explain(model, x)
+        assert "float64" in explain(
+            LoTRLinear(4, 4, dtype=torch.float64), torch.zeros(2, 4).double()
+        )
     with disabled(model):
         assert explain(model, x).count("disabled") == 2
     TaskBank(model, 2).add()

@@ -69,8 +69,7 @@ def linear(call: LayerCall, caches: Caches | None = None, layer: object = None) 
         # An exported program has only operators of PyTorch, so that it runs without lotr_ext.
         if torch.compiler.is_exporting():
             return fallback.layer(call)
-        choice = call.choice or RowChoice(None)
-        return lotr.linear.default(*call[:-1], *choice, VERSION)
+        return lotr.linear.default(*call[:-1], *(call.choice or RowChoice(None)), VERSION)
     if fallback_reason(call) is not None:
         if call.base_output is None and type(call.weight) in PLAIN_TYPES:
             _check_base_product(call.x, call.weight)
@@ -154,15 +153,11 @@ def fallback_reason(call: LayerCall) -> str | None:
     if not {type(x), type(weight), type(A), type(B), type(core), type(base_output)} <= PLAIN_TYPES:
         return "a tensor is of a subclass"
     base = weight if base_output is None else base_output
-    if not _share_device(x, base, A, B, core):
+    # `is_cpu` is faster than a comparison of devices.
+    on_cpu = x.is_cpu and base.is_cpu and A.is_cpu and B.is_cpu and core.is_cpu
+    if not on_cpu and not x.device == base.device == A.device == B.device == core.device:
         return "the tensors are on several devices"
     return _dtype_obstacle(x.dtype, base.dtype, A.dtype, B.dtype, core.dtype, core.shape, x.device)
-
-
-def _share_device(x: Tensor, base: Tensor, A: Tensor, B: Tensor, core: Tensor) -> bool:
-    if x.is_cpu:  # faster than a comparison of devices
-        return base.is_cpu and A.is_cpu and B.is_cpu and core.is_cpu
-    return x.device == base.device == A.device == B.device == core.device
 
 
 @functools.cache
