@@ -17,8 +17,7 @@ ARGS ?=
 DOCS_ARGS ?=
 
 # A change in any of these files rebuilds the extension. ninja compiles only what changed.
-NATIVE := $(shell find csrc -type f -not -path 'csrc/simt/*' \
-          \( -name '*.h' -o -name '*.def' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' \)) \
+NATIVE := $(shell find csrc -type f -not -path 'csrc/simt/*' -not -name README.md) \
           CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(shell find csrc docs/teaching -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -101,17 +100,13 @@ serve-test: $(STAMPS)/need-test $(STAMPS)/vllm $(STAMPS)/data
 bench: $(STAMPS)/need-bench $(STAMPS)/build $(STAMPS)/data
 	@$(PY) -m bench $(ARGS)
 
-# Installs nothing, because a machine with a GPU may have no network. Uses the Python that has torch:
-# PYTHON, the one of .venv, or python3.
-GPU_PY = $(or $(PYTHON),$(if $(wildcard $(PY)),$(PY),python3))
+# Installs nothing, because a machine with a GPU may have no network.
 gpu:
-	@$(GPU_PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' \
-	  || { echo "make gpu: expected a Python that has torch, got $(GPU_PY). Name it: make gpu PYTHON=/path/to/python" >&2; exit 1; }
-	@$(GPU_PY) -m bench.gpu $(ARGS)
+	@python=$$(sh .ci/python_with_torch $(VENV) $(PYTHON)) && $$python -m bench.gpu $(ARGS)
 
 # mkdocs --quiet would hide warnings from --strict
 docs: $(STAMPS)/need-docs $(STAMPS)/build
-	@log=$$(NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(DOCS_ARGS) 2>&1) || { echo "$$log" | grep -v '^INFO' >&2; false; }
+	@NO_MKDOCS_2_WARNING=1 sh .ci/quiet '/^INFO/!p' $(PY) -m mkdocs build --strict $(DOCS_ARGS)
 	@echo "docs: open build-docs/index.html; its search needs a server: python3 -m http.server -d build-docs"
 
 LAYOUT_DIFFERS := { echo "lint: make format corrects the layout" >&2; false; }
@@ -120,7 +115,7 @@ lint: $(STAMPS)/need-lint
 	@$(PY) -m ruff format --check --quiet . || $(LAYOUT_DIFFERS)
 	@$(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES) </dev/null || $(LAYOUT_DIFFERS)
 	@$(PY) .ci/check_includes.py
-	@log=$$($(VENV)/bin/lint-imports --no-cache) || { echo "$$log" | sed -n '/^Broken contracts/,$$p' >&2; false; }
+	@sh .ci/quiet '/^Broken contracts/,$$p' $(VENV)/bin/lint-imports --no-cache
 	@echo "lint: clean"
 
 format: $(STAMPS)/need-lint

@@ -41,8 +41,7 @@ def _prefer_installed() -> None:
     root = Path(__file__).resolve().parents[1]
     if list((root / "lotr_ext").glob("_C*.so")):
         return
-    elsewhere = [entry for entry in sys.path if Path(entry).resolve() != root]
-    sys.path[:] = [*elsewhere, str(root)]
+    sys.path[:] = [*(entry for entry in sys.path if Path(entry).resolve() != root), str(root)]
 
 
 _prefer_installed()

@@ -69,8 +69,6 @@ Variant = tuple[str, int]  # a method and a rank
 
 
 class Run(NamedTuple):
-    """One training run."""
-
     task: str
     method: str
     rank: int
@@ -80,8 +78,10 @@ class Run(NamedTuple):
     batch: int
 
 
-MEASURED = ("scaling", "parameters", "validation", "loss", "accuracy", "items", "lr_run")
-COLUMNS = (*Run._fields, *MEASURED)
+COLUMNS = (
+    *Run._fields,
+    *("scaling", "parameters", "validation", "loss", "accuracy", "items", "lr_run"),
+)
 
 
 def name_of(method: str, rank: int) -> str:
@@ -242,8 +242,10 @@ def points_of(recorded: pd.DataFrame, task: str) -> list[Point]:
     runs = runs.assign(lr=runs["lr"].fillna(runs["lr_run"]))
     unadapted = runs[runs["method"].isin(("base", "head"))]["validation"].min()
     runs = runs[runs["items"].notna() & ~(runs["validation"] > DIVERGED * unadapted)]
-    variants = runs.groupby(["method", "rank"], sort=False)
-    at_rate = {variant: at_best_rate(of_variant) for variant, of_variant in variants}
+    at_rate = {
+        variant: at_best_rate(of_variant)
+        for variant, of_variant in runs.groupby(["method", "rank"], sort=False)
+    }
     count = max(map(len, at_rate.values()), default=0)
     points = []
     for (method, rank), of_variant in at_rate.items():
@@ -259,21 +261,21 @@ def at_best_rate(runs: pd.DataFrame) -> pd.DataFrame:
     seeds = runs.groupby("lr")["seed"].nunique()
     of_most = runs[runs["lr"].map(seeds) == seeds.max()]
     lr = of_most.loc[of_most["validation"].idxmin(), "lr"]
-    at_rate = runs[runs["lr"] == lr].drop_duplicates("seed", keep="last")
-    return at_rate.set_index("seed").sort_index()
+    at_rate = runs[runs["lr"] == lr]
+    return at_rate.drop_duplicates("seed", keep="last").set_index("seed").sort_index()
 
 
 def point_of(method: str, rank: int, runs: pd.DataFrame) -> Point:
     """Returns the point of runs at one rate, each with another seed."""
     return Point(
-        method,
-        rank,
-        int(runs["parameters"].iloc[0]),
-        runs["lr"].iloc[0],
-        runs["validation"].mean(),
-        runs["loss"].to_numpy(),
-        np.mean([unpacked(text) for text in runs["items"]], 0),
-        runs["accuracy"].mean(),
+        method=method,
+        rank=rank,
+        parameters=int(runs["parameters"].iloc[0]),
+        lr=runs["lr"].iloc[0],
+        validation=runs["validation"].mean(),
+        seeds=runs["loss"].to_numpy(),
+        items=np.mean([unpacked(text) for text in runs["items"]], 0),
+        accuracy=runs["accuracy"].mean(),
     )
 
 

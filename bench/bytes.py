@@ -30,14 +30,17 @@ from csrc.simt import build
 from .common import NAMES, RESULTS, commit, parser_of, replace_rows, show, sizes
 from .rivals import LAYERS, Tensors
 
-FOLDER = RESULTS / "simt-executor"
 SHAPES = "8192x4096x4096x16"
 KEY = ("m", "k", "n", "r")
 MULTIPROCESSORS = 132  # of an H100; 108: A100, 128: RTX 4090, 148: B200
 OPTIONS: dict[str, dict[str, Any]] = {
     "shapes": {"type": sizes(*KEY), "default": SHAPES, "help": f"MxKxNxR, some ({SHAPES})"},
     "multiprocessors": {"type": int, "default": MULTIPROCESSORS, "help": f"({MULTIPROCESSORS})"},
-    "results": {"type": Path, "default": FOLDER, "help": "folder for the results"},
+    "results": {
+        "type": Path,
+        "default": RESULTS / "simt-executor",
+        "help": "folder for the results",
+    },
 }
 ELEMENT = 2  # bytes of bfloat16
 RIVALS = ("lotr-eager", "lora-eager", "lora-in-place", "lora-beta")
@@ -240,29 +243,33 @@ def _megabytes(value: float) -> str:
 def tables(rows: list[dict[str, Any]], shape: dict[str, int], multiprocessors: int) -> None:
     frame = pd.DataFrame(rows)
     kernels, layers = (frame[frame["stage"] == stage] for stage in ("kernel", "layer"))
-    shown = pd.DataFrame(
-        {
-            "kernel": kernels.apply("{rival} {m} x {n}".format_map, axis=1),
-            "counted": kernels["bytes"].map(_megabytes),
-            "every operand once": kernels["least_bytes"].map(_megabytes),
-            "the large matrix moves": kernels["large_times"].map("{:.3f} times".format),
-            "32-byte sectors used": kernels["sectors_used"].map("{:.1%}".format),
-            "bank conflicts": kernels["bank_conflicts"].map("{:.3f}".format),
-        }
-    )
     text = "{m} x {k} x {n}, r {r}, bf16".format(**shape)
     planned = f"planned for {multiprocessors} multiprocessors (SIMT executor, no GPU)"
-    show(f"Counted bytes, {planned}: {text}", shown)
-    shown = pd.DataFrame(
-        {
-            "a layer, beyond the frozen one": layers["rival"],
-            "forward": layers["forward_bytes"].map(_megabytes),
-            "backward": layers["backward_bytes"].map(_megabytes),
-            "both": layers["bytes"].map(_megabytes),
-            "of the least": (layers["bytes"] / layers["bytes"].min()).map("{:.1f}".format),
-        }
+    show(
+        f"Counted bytes, {planned}: {text}",
+        pd.DataFrame(
+            {
+                "kernel": kernels.apply("{rival} {m} x {n}".format_map, axis=1),
+                "counted": kernels["bytes"].map(_megabytes),
+                "every operand once": kernels["least_bytes"].map(_megabytes),
+                "the large matrix moves": kernels["large_times"].map("{:.3f} times".format),
+                "32-byte sectors used": kernels["sectors_used"].map("{:.1%}".format),
+                "bank conflicts": kernels["bank_conflicts"].map("{:.3f}".format),
+            }
+        ),
     )
-    show(f"Bytes of a layer, {text}: our kernels counted, operators of torch at their least", shown)
+    show(
+        f"Bytes of a layer, {text}: our kernels counted, operators of torch at their least",
+        pd.DataFrame(
+            {
+                "a layer, beyond the frozen one": layers["rival"],
+                "forward": layers["forward_bytes"].map(_megabytes),
+                "backward": layers["backward_bytes"].map(_megabytes),
+                "both": layers["bytes"].map(_megabytes),
+                "of the least": (layers["bytes"] / layers["bytes"].min()).map("{:.1f}".format),
+            }
+        ),
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -194,12 +194,12 @@ def replace_rows(path: Path, rows: list[dict[str, Any]], key: Sequence[str]) -> 
 
 # ---- tables --------------------------------------------------------------------------------------
 
-# Columns of every row that no table of a case repeats.
-ABOUT = {
+# Columns that the table of a case does not show as facts: times, and what all its rows share.
+NOT_FACTS = {
+    *("rival", "stage", "seconds", "over", "over_low", "over_high"),
     *("machine", "date", "commit", "load", "torch", "peft", "transformers", "clock", "rounds"),
     *("gpu", "sm_mhz", "memory_mhz", "gpu_celsius", "gpu_watts", "interval"),
 }
-TIMES = {"rival", "stage", "seconds", "over", "over_low", "over_high"}
 
 
 def seconds_text(seconds: float) -> str:
@@ -239,7 +239,7 @@ def case_table(frame: pd.DataFrame, floor: str, key: Sequence[str]) -> pd.DataFr
         key: Columns that are in the title.
     """
     last = frame["stage"].iloc[-1]
-    hidden = {*ABOUT, *TIMES, *key}
+    hidden = {*NOT_FACTS, *key}
     columns = [name for name in frame if name not in hidden and frame[name].notna().any()]
     rows = []
     for rival, stages in frame.groupby("rival", sort=False):
@@ -306,9 +306,8 @@ def sizes(*names: str) -> Callable[[str], list[Case]]:
     return convert
 
 
-def some_of(valid: Iterable[str]) -> Callable[[str], list[str]]:
+def some_of(valid: Collection[str]) -> Callable[[str], list[str]]:
     """Returns a converter for an option: names from `valid`, in its order."""
-    valid = list(valid)
 
     def convert(text: str) -> list[str]:
         names = text.split(",")

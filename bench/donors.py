@@ -1,9 +1,21 @@
-"""The donors of bench.transfer: their texts, their gradients, and pairs of factors from them.
+"""Pairs of factors that are fixed before a task is trained, and the texts that they are made from.
 
-Donors are texts that no target has. They are read in place: Python's library (PSF license), torch's
-C++ headers (BSD), the system's message catalogs (PostgreSQL and GNU licenses) and license texts,
-Perl's modules (Artistic), and rated snippets (MIT). Texts, gradients and pairs are made once, and
-stored in demo_results/transfer.
+A task in a bank trains only its cores: its factors A [k, r] and B [n, r] were made before. In
+bench.transfer the text of the task is the target, and donors are texts that no target has. A source
+makes an orthonormal pair for each layer in one of three ways:
+
+    random                     without any text
+    svd, own, donors, known    as the r leading directions of matrices [n, k]: those that hold most
+                               of their squared norm, on the left for B and on the right for A. The
+                               matrices are the base model's weights, the gradient of the target,
+                               of six donors, or of the target and the donors
+    loras, mixed               by training on the donors: a LoRA for each, which loras_to_bank
+                               makes a bank of, or one adapter with a task for each
+
+The donors are read in place: Python's library (PSF license), torch's C++ headers (BSD), the
+system's message catalogs (PostgreSQL and GNU licenses) and license texts, Perl's modules
+(Artistic), and rated snippets (MIT). Texts, gradients and pairs are made once, and stored in
+demo_results/transfer.
 """
 
 import gettext
@@ -11,8 +23,9 @@ import os
 import re
 import sysconfig
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +44,7 @@ from .common import ROOT
 from .problems import DATA, TASKS, Problem, adapt, decay, fit, problem_of
 
 CACHE = ROOT / "demo_results" / "transfer"
-MODEL = "smollm2-kjv"  # the task whose model and layers all have
+BASE_TASK = "smollm2-kjv"  # targets and donors have its model, layers and sizes
 MOST_CHARACTERS = 600_000  # of a donor's text
 GRADIENT_BATCHES = 8
 GRADIENT_NORM = 1000.0  # of all weights' gradients: float16 has no room for small numbers
@@ -46,34 +59,10 @@ MIXED_RATE = 4e-3
 A_SIDE = 1
 B_SIDE = 0
 Pairs = dict[str, tuple[Tensor, Tensor]]  # orthonormal A [k, r] and B [n, r] by layer
+Shapes = dict[str, tuple[int, int]]  # [n, k] of the weight by layer
 
 
-class Form(NamedTuple):
-    """What a task trains; the docstring of transfer.py has the parts."""
-
-    pair: str
-    group: str
-    rank: tuple[int, int]  # of A and of B
-    core: str
-    only: str = ""
-    b: str = ""
-    norm: str = ""
-
-    @staticmethod
-    def of(text: str) -> "Form":
-        pair, group, rank, core, *words = text.split("/")
-        r_in, _, r_out = rank.partition("x")
-        ranks = (int(r_in), int(r_out or r_in))
-        return Form(pair, group, ranks, core, **dict(word.split(":") for word in words))
-
-    @property
-    def is_trained(self) -> bool:
-        return self.pair.startswith("trained")
-
-    @property
-    def source(self) -> str:
-        """What the fixed pair, or the start of a trained one, is made from; "" for neither."""
-        return re.sub("^(trained|peft)-?", "", self.pair)
+# ---- what is made once ---------------------------------------------------------------------------
 
 
 def made_once(name: str, write: Callable[[Path], object]) -> Path:
@@ -85,6 +74,12 @@ def made_once(name: str, write: Callable[[Path], object]) -> Path:
         write(temporary)
         temporary.rename(path)
     return path
+
+
+def cached(name: str, make: Callable[[], Any]) -> Any:
+    """Returns what `make` returned in this or an earlier process, tensors in a file of CACHE."""
+    path = made_once(f"{name}.pt", lambda file: torch.save(make(), file))
+    return torch.load(path, weights_only=True)
 
 
 # ---- texts ---------------------------------------------------------------------------------------
@@ -146,16 +141,10 @@ def problem(name: str) -> Problem:
     if name in TASKS:
         return problem_of(TASKS[name])
     path = made_once(f"{name}.txt", lambda file: file.write_text(donor_text(name), "utf-8"))
-    return problem_of(TASKS[MODEL]._replace(source=str(path)))
+    return problem_of(TASKS[BASE_TASK]._replace(source=str(path)))
 
 
-# ---- gradients and pairs -------------------------------------------------------------------------
-
-
-def cached(name: str, make: Callable[[], Any]) -> Any:
-    """What `make` returned in this or an earlier process."""
-    path = made_once(f"{name}.pt", lambda file: torch.save(make(), file))
-    return torch.load(path, weights_only=True)
+# ---- layers and gradients ------------------------------------------------------------------------
 
 
 def layers_named(kinds: str) -> str:
@@ -165,8 +154,14 @@ def layers_named(kinds: str) -> str:
 
 def layers_of(model: nn.Module) -> dict[str, nn.Linear]:
     """Returns the adapted layers by name."""
-    pattern = re.compile(layers_named(""))
-    return {name: module for name, module in model.named_modules() if pattern.fullmatch(name)}
+    return {
+        name: layer for name, layer in model.named_modules() if re.fullmatch(layers_named(""), name)
+    }
+
+
+def base_weights(name: str) -> dict[str, Tensor]:
+    """Returns the adapted weights of the base model of a target or a donor."""
+    return {layer: m.weight.detach() for layer, m in layers_of(problem(name).base).items()}
 
 
 def gradients(name: str) -> dict[str, Tensor]:
@@ -187,13 +182,16 @@ def gradients(name: str) -> dict[str, Tensor]:
     return cached(f"gradient-{name}-{GRADIENT_BATCHES}", make)
 
 
+# ---- pairs ---------------------------------------------------------------------------------------
+
+
 def shared_factors(
-    shapes: dict[str, tuple[int, int]], group_by: str, make: Callable[[list[str], int], Tensor]
+    shapes: Shapes, group_by: str, make: Callable[[list[str], int], Tensor]
 ) -> Pairs:
     """Returns the pair of each layer.
 
     Args:
-        shapes: [n, k] by layer.
+        shapes: (in_features, out_features) of the layers.
         group_by: One of the groupings of LoTRConfig.
         make: (the layers that share a factor, its side) -> the factor.
     """
@@ -201,8 +199,12 @@ def shared_factors(
     for side in (A_SIDE, B_SIDE):
         groups: dict[tuple, list[str]] = {}
         for name, shape in shapes.items():
-            block = re.match(r".*?\.\d+", name)[0]
-            keys = {"layer": name, "block": (block, shape), "shape": shape, "width": shape[side]}
+            keys = {
+                "layer": name,
+                "block": (re.match(r".*?\.\d+", name)[0], shape),
+                "shape": shape,
+                "width": shape[side],
+            }
             groups.setdefault(keys[group_by], []).append(name)
         for names in groups.values():
             factors |= dict.fromkeys([(name, side) for name in names], make(names, side))
@@ -210,7 +212,7 @@ def shared_factors(
 
 
 def leading_pairs(matrices: list[dict[str, Tensor]], group_by: str, rank: int) -> Pairs:
-    """Returns the leading directions of all matrices [n, k] of a group, next to each other."""
+    """Returns each group's pair: the leading directions of its matrices [n, k], side by side."""
     shapes = {name: tuple(matrix.shape) for name, matrix in matrices[0].items()}
 
     def make(names: list[str], side: int) -> Tensor:
@@ -223,20 +225,20 @@ def leading_pairs(matrices: list[dict[str, Tensor]], group_by: str, rank: int) -
     return shared_factors(shapes, group_by, make)
 
 
-def random_pairs(shapes: dict[str, tuple[int, int]], form: Form, seed: int) -> Pairs:
+def random_pairs(shapes: Shapes, group_by: str, ranks: tuple[int, int], seed: int) -> Pairs:
     generator = torch.Generator().manual_seed(1000 + seed)
 
     def make(names: list[str], side: int) -> Tensor:
-        rank = form.rank[0 if side == A_SIDE else 1]
+        rank = ranks[0 if side == A_SIDE else 1]
         columns = torch.randn(shapes[names[0]][side], rank, generator=generator)
         return at_rank(torch.linalg.qr(columns).Q, rank)
 
-    return shared_factors(shapes, form.group, make)
+    return shared_factors(shapes, group_by, make)
 
 
 def at_rank(vectors: Tensor, rank: int) -> Tensor:
-    """Returns the first columns, and zeros where there are fewer."""
-    return nn.functional.pad(vectors, (0, rank - vectors.shape[1]))
+    """Returns the first `rank` columns, with zeros where there are fewer."""
+    return nn.functional.pad(vectors, (0, rank - vectors.shape[1]))  # a negative pad cuts
 
 
 def lora_of(name: str) -> Path:
@@ -244,10 +246,9 @@ def lora_of(name: str) -> Path:
     folder = CACHE / "loras" / name
     if not folder.exists():
         text = problem(name)
-        text.task = text.task._replace(steps=LORA_STEPS)
-        model = text.model(0)
+        text.task = text.task._replace(steps=LORA_STEPS)  # `fit` reads it
         torch.manual_seed(0)
-        model = adapt(model, TASKS[MODEL], "lora", LORA_RANK)
+        model = adapt(text.model(0), TASKS[BASE_TASK], "lora", LORA_RANK)
         fit(model, "lora", LORA_RATE, 0, text)
         model.save_pretrained(folder)
     return folder
@@ -285,37 +286,50 @@ def orthonormal_pairs(model: nn.Module) -> Pairs:
     """Returns the pairs of an adapted model as orthonormal columns."""
     pairs = {}
     for name, layer in layers_of(model).items():
-        factors = (layer.factors.A.value.detach(), layer.factors.B.value.detach())
-        pairs[name] = tuple(torch.linalg.qr(factor.float()).Q for factor in factors)
+        pairs[name] = tuple(
+            torch.linalg.qr(factor.value.detach().float()).Q
+            for factor in (layer.factors.A, layer.factors.B)
+        )
     return pairs
 
 
-def fixed_pairs(form: Form, target: str, seed: int) -> Pairs:
-    """Returns the form's fixed pair of each layer. Only random ones depend on the seed."""
-    if not form.source:
-        return {}
-    weights = {n: m.weight.detach() for n, m in layers_of(problem(target).base).items()}
-    if form.source == "random":
-        return random_pairs({n: tuple(w.shape) for n, w in weights.items()}, form, seed)
-    makers: dict[str, Callable[[int], Pairs]] = {
-        "svd": lambda rank: leading_pairs([weights], form.group, rank),
-        "own": lambda rank: leading_pairs([gradients(target)], form.group, rank),
-        "donors": lambda rank: leading_pairs([gradients(d) for d in DONORS], form.group, rank),
-        "known": lambda rank: leading_pairs(
-            [gradients(d) for d in (*DONORS, target)], form.group, rank
-        ),
-        "loras": lambda rank: lora_pairs(form.group, rank),
-        "mixed": lambda rank: mixed_pairs(form.group, rank),
-    }
-    most = max(form.rank)
-    # Only loras and mixed depend on the rank. The others are cut from rank 16, 64 or 256.
-    if form.source not in ("loras", "mixed"):
-        most = next(rank for rank in (16, 64, 256) if most <= rank)
-    about = target if form.source in ("own", "known") else "all"
-    name = f"pair-{form.source}-{about}-{form.group}-{most}"
-    pairs = cached(name, lambda: makers[form.source](most))
-    r_in, r_out = form.rank
-    return {n: (at_rank(A, r_in), at_rank(B, r_out)) for n, (A, B) in pairs.items()}
+TRAINED_SOURCES = {"loras": lora_pairs, "mixed": mixed_pairs}
+STORED_RANKS = (16, 64, 256)
+
+
+def pairs_of(source: str, target: str, group_by: str, rank: int) -> Pairs:
+    """Makes the pairs of a source that reads the model or texts."""
+    if source in TRAINED_SOURCES:
+        return TRAINED_SOURCES[source](group_by, rank)
+    if source == "svd":
+        return leading_pairs([base_weights(target)], group_by, rank)
+    texts = {"own": (target,), "donors": DONORS, "known": (*DONORS, target)}[source]
+    return leading_pairs([gradients(text) for text in texts], group_by, rank)
+
+
+def fixed_pairs(
+    source: str, group_by: str, ranks: tuple[int, int], target: str, seed: int
+) -> Pairs:
+    """Returns the pair of each layer that a source makes.
+
+    Args:
+        source: One of those in this file's docstring.
+        group_by: Which layers share a factor, as in LoTRConfig.
+        ranks: Of A and of B. Where the source has fewer directions, the other columns are zeros.
+        target: The task that will be trained.
+        seed: Of the task's run. Only random pairs depend on it.
+    """
+    if source == "random":
+        shapes = {name: tuple(weight.shape) for name, weight in base_weights(target).items()}
+        return random_pairs(shapes, group_by, ranks, seed)
+    rank = max(ranks)
+    if source not in TRAINED_SOURCES:  # fewer leading directions are cut from stored ones
+        rank = next(stored for stored in STORED_RANKS if rank <= stored)
+    about = target if source in ("own", "known") else "all"
+    name = f"pair-{source}-{about}-{group_by}-{rank}"
+    pairs = cached(name, partial(pairs_of, source, target, group_by, rank))
+    r_in, r_out = ranks
+    return {layer: (at_rank(A, r_in), at_rank(B, r_out)) for layer, (A, B) in pairs.items()}
 
 
 def captured(pairs: Pairs, target: str) -> float:

@@ -94,8 +94,9 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
     def bench(name: str, weight: float, *words: str, **fields: tuple[str, ...]) -> Part:
         usual = ("--dtypes", "bf16", "--require-kernels", *results, *device)
         amount = ("--quick",) if options.quick else words
-        command = (*PYTHON, f"bench.{name}", *usual, *amount)
-        return Part(name, weight, command, restarts=True, **fields)
+        return Part(
+            name, weight, (*PYTHON, f"bench.{name}", *usual, *amount), restarts=True, **fields
+        )
 
     def tests(name: str) -> Part:
         has_timeout = importlib.util.find_spec("pytest_timeout") is not None
@@ -104,15 +105,20 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
         command = (*PYTHON, "pytest", *selected, *reports, *["--timeout=60"] * has_timeout)
         # Launches that wait name the kernel that failed. test_device is about those that do not.
         environment = {} if name == "device" else {"CUDA_LAUNCH_BLOCKING": "1"}
-        return Part(f"test_{name}", 2.0, command, ("pytest",), environment=environment)
+        return Part(f"test_{name}", 2.0, command, needs=("pytest",), environment=environment)
 
     def sanitizer(tool: str) -> Part:
         words = ("--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=lotr", *PYTHON)
         smoke = ("bench.smoke", "--in-process", "--dtypes", "bf16", "--shapes", "3", *device)
-        command = ("compute-sanitizer", *words, *smoke)
         # Memcheck checks against allocations, so each tensor must be one.
         uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return Part(tool, 1.5, command, ("compute-sanitizer",), environment=uncached)
+        return Part(
+            tool,
+            1.5,
+            ("compute-sanitizer", *words, *smoke),
+            needs=("compute-sanitizer",),
+            environment=uncached,
+        )
 
     build = Part(
         "build",
@@ -156,9 +162,8 @@ def missing(names: tuple[str, ...]) -> list[str]:
     """The programs and packages of these names that are not installed."""
 
     def is_there(name: str) -> bool:
-        module = name.replace("-", "_")
         is_program = shutil.which(name) or (CUDA_PROGRAMS / name).exists()
-        return bool(is_program or importlib.util.find_spec(module))
+        return bool(is_program or importlib.util.find_spec(name.replace("-", "_")))
 
     return [name for name in names if not is_there(name)]
 
@@ -168,14 +173,13 @@ def missing(names: tuple[str, ...]) -> list[str]:
 
 def environment_of(part: Part) -> dict[str, str]:
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    usual = {"MAX_JOBS": str(os.cpu_count() or 1)}
     fixed = {
         "LOTR_BUILD_DIR": str(FOLDER / "cmake"),
         "PATH": os.pathsep.join([os.environ["PATH"], str(CUDA_PROGRAMS)]),
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONUNBUFFERED": "1",
     }
-    return {**usual, **os.environ, **fixed, **part.environment}
+    return {"MAX_JOBS": str(os.cpu_count() or 1), **os.environ, **fixed, **part.environment}
 
 
 def run(part: Part, log: Path, limit_s: float) -> str:

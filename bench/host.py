@@ -55,8 +55,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         facts: dict[str, float] = {}
         if name.startswith("lotr"):
             facts["error"] = check_stack(model, truth, x, g, TOLERANCE[case["dtype"]])
-        leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
-        step = training(lambda: model(x), g, leaves, layers=layers, facts=facts)
+        step = training(lambda: model(x), g, [x, *model.parameters()], layers=layers, facts=facts)
         if options.device == "cpu":
             facts["allocated_bytes"] = allocated_bytes(step)
         return step

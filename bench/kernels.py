@@ -176,8 +176,10 @@ def build(case: Case, options: argparse.Namespace) -> Group:
 
     def step_of(name: str) -> Step:
         rival_operands = copied(operands)
-        stages = {"step": lambda _: calls[name](**rival_operands)}
-        return Step(stages, facts=facts if name == "lotr_ext" else {})
+        return Step(
+            {"step": lambda _: calls[name](**rival_operands)},
+            facts=facts if name == "lotr_ext" else {},
+        )
 
     return Group(options.rivals or calls, step_of)
 

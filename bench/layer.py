@@ -36,8 +36,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         rival = LAYERS[name](tensors)
         facts = {"error": check_layer(rival, tensors, x, g, TOLERANCE[case["dtype"]])}
         i = names.index(name)
-        leaves = [*copies, *rival.parameters()]
-        return training(lambda: rival(copies[i]), g, leaves, facts=facts)
+        return training(lambda: rival(copies[i]), g, [*copies, *rival.parameters()], facts=facts)
 
     return Group(names, step_of, deal=lambda draw: draw.shuffle(copies))
 

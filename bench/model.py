@@ -242,7 +242,7 @@ def adapted_model(method: str, base: nn.Module, targets: list[str], rank: int) -
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    names = options.models or (["tiny-lm"] if options.quick else USUAL[options.device])
+    usual = ["tiny-lm"] if options.quick else USUAL[options.device]
     return [
         {
             "model": name,
@@ -251,7 +251,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
             "sequence": options.sequence or MODELS[name].sequence,
             "r": options.rank,
         }
-        for name in names
+        for name in options.models or usual
     ]
 
 
@@ -273,8 +273,9 @@ def gradient_error(model: nn.Module, case: Case, loss_of: Callable[[nn.Module], 
     expected = core_gradients(model, loss_of)
     for layer in lotr_layers(model):
         del layer.forward
-    error = error_of(gradients, expected)
-    return check_error("gradients of the cores", error, TOLERANCE[case["dtype"]])
+    return check_error(
+        "gradients of the cores", error_of(gradients, expected), TOLERANCE[case["dtype"]]
+    )
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:

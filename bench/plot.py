@@ -38,17 +38,18 @@ ACCURACY_TASKS = ("minilm-movies", "smollm2-kjv", "smollm2-wycliffe", "smollm2-v
 
 
 def layer(rows: pd.DataFrame, path: Path) -> None:
-    """Draws the time of square layers over the frozen one: a group of bars per case."""
-    shown = rows[rows["threads"] == rows["threads"].min()]
-    shown = shown.query("stage == 'step' and k == n and m >= 512")
-    labels = ["{m} x {k}\nr {r}, {dtype}".format(**row) for row in shown.to_dict("records")]
-    percent = 100 * shown[["over", "over_low", "over_high"]]
-    table = percent.assign(label=labels, rival=shown["rival"])
-    wide = table.pivot(index="label", columns="rival").loc[list(dict.fromkeys(labels))]
-    rivals = [rival for rival in RIVALS if rival in wide["over"]]
+    """Draws the time over the frozen layer: a group of bars per case of at least 512 tokens."""
+    fewest_threads = rows[rows["threads"] == rows["threads"].min()]
+    shown = fewest_threads.query("stage == 'step' and m >= 512")
+    labels = ["{m} x {k} x {n}\nr {r}, {dtype}".format(**row) for row in shown.to_dict("records")]
+    by_rival = shown.assign(label=labels).pivot(
+        index="label", columns="rival", values=["over", "over_low", "over_high"]
+    )
+    percent = 100 * by_rival.loc[list(dict.fromkeys(labels))]  # cases in the order of the file
+    rivals = [rival for rival in RIVALS if rival in percent["over"]]
     if not rivals:  # a quick run measures one case, which this picture may not show
         return
-    height, low, high = (wide[column][rivals] for column in ("over", "over_low", "over_high"))
+    height, low, high = (percent[column][rivals] for column in ("over", "over_low", "over_high"))
     figure, ax = plt.subplots(figsize=(10, 4), layout="constrained")
     height.rename(columns=named).plot.bar(
         ax=ax,
@@ -87,8 +88,13 @@ def accuracy(rows: pd.DataFrame, path: Path) -> None:
             )
         full = [point for point in points if METHODS[point.method].family == "full"]
         if full:
-            style = {"color": "0.5", "linestyle": "--", "linewidth": 1}
-            ax.axhline(full[0].seeds.mean(), label="full fine-tuning", **style)
+            ax.axhline(
+                full[0].seeds.mean(),
+                label="full fine-tuning",
+                color="0.5",
+                linestyle="--",
+                linewidth=1,
+            )
         ax.set(
             xscale="log",
             title=f"{task}, {TASKS[task].steps} steps",
@@ -96,8 +102,13 @@ def accuracy(rows: pd.DataFrame, path: Path) -> None:
         )
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("held-out loss")
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5,
+        fontsize=9,
+        frameon=False,
+    )
     figure.savefig(path, dpi=110)
 
 

@@ -20,7 +20,7 @@ from lotr_ext import LoTRConfig, apply_lotr, init_from_gradient
 
 from .common import ROOT
 
-# `common` and `data` here are those of the examples, which import each other by name.
+# `common` and `data` here are modules of the examples, which import each other by name.
 sys.path.append(str(ROOT / "examples"))
 from common import TextClassifier, minilm_classifier, rated_texts, tokenized
 from data import DATA, MINILM, SMOLLM2
@@ -228,7 +228,6 @@ class Problem:
         return tuple(torch.cat(outcomes, 1)[:, order.argsort()])
 
     def order(self, part: str) -> Tensor:
-        """Returns the order in which items are measured."""
         return torch.arange(len(self.parts[part][0]))
 
 

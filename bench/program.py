@@ -237,8 +237,7 @@ class Measurement:
     def run(self, cases: Sequence[Case]) -> int:
         """Measures the cases, and prints their tables. Returns the exit status."""
         keep_memory()
-        numbered = list(enumerate(cases, 1))
-        for number, case in numbered[self.options.first - 1 :]:
+        for number, case in list(enumerate(cases, 1))[self.options.first - 1 :]:
             title = self.program.title(case)
             print(f"[{number}/{len(cases)}] {title}", file=sys.stderr, flush=True)
             try:
@@ -260,14 +259,13 @@ class Measurement:
 
     def measure(self, case: Case) -> None:
         """Measures one case. Its rows are in the file every WRITE_EVERY_S seconds."""
-        program = self.program
         options = self.options
         torch.set_num_threads(case["threads"])
-        is_short = options.quick or options.rounds < 5
+        slice_s = 0.0 if options.quick or options.rounds < 5 else self.program.slice_s
         clock = Clock(options.device, options.clock)
-        rounds = Rounds(program.build(case, options), clock, 0.0 if is_short else program.slice_s)
+        rounds = Rounds(self.program.build(case, options), clock, slice_s)
         for name, reason in rounds.failures.items():
-            self.fail(f"{program.title(case)}, {named(name)}: {reason}")
+            self.fail(f"{self.program.title(case)}, {named(name)}: {reason}")
         if not rounds.steps:
             return
         times: list[Times] = []
@@ -328,14 +326,8 @@ class Worker:
             f"sys.path[0] = {str(ROOT)!r}; "
             f"from bench.program import work; work({name!r}, {argv!r}, {other_end.fileno()})"
         )
-        # PYTHONPATH may name this tree, and so may the working folder.
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=environment,
-            cwd="/",
-            pass_fds=[other_end.fileno()],
-        )
+        command = [sys.executable, "-c", code]
+        self.process = subprocess.Popen(command, pass_fds=[other_end.fileno()])
         other_end.close()  # so that `recv` raises when the process has ended
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:

@@ -398,8 +398,10 @@ def stack_values(count: int, k: int, rank: int, dtype: torch.dtype, device: str)
     They are scaled so that values do not grow through many layers.
     """
     tensors = [Tensors.random(k, k, rank, dtype, device, seed) for seed in range(count)]
-    pair = {"A": tensors[0].A, "B": tensors[0].B}
-    return [replace(t, **pair, weight=t.weight * 0.5, core=t.core * 0.1) for t in tensors]
+    return [
+        replace(t, weight=t.weight * 0.5, A=tensors[0].A, B=tensors[0].B, core=t.core * 0.1)
+        for t in tensors
+    ]
 
 
 def stack(rival: str, tensors: list[Tensors], wiring: str) -> Chain:

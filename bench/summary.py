@@ -104,7 +104,9 @@ def _details(name: str, outcome: str, log: Path, smoke: list[dict]) -> str:
     """Returns what a row of the table says of a part besides its outcome."""
     details = ""
     if name == "smoke":
-        details = _smoke_counts(smoke)
+        kinds = [row["outcome"].partition(":")[0] for row in smoke]
+        not_run = smoke[0]["planned"] - len(smoke) if smoke else 0
+        details = counted(kinds + ["not run"] * not_run)
     elif name.startswith("test_"):  # lines of a verbose pytest, also of one that was stopped
         words = re.findall(r" (PASSED|FAILED|ERROR|SKIPPED)\b", text_of(log))
         details = counted(word.lower() for word in words)
@@ -118,12 +120,6 @@ def _details(name: str, outcome: str, log: Path, smoke: list[dict]) -> str:
 def counted(words: Iterable[str]) -> str:
     """Returns "312 passed, 2 failed"."""
     return ", ".join(f"{count} {word}" for word, count in Counter(words).items())
-
-
-def _smoke_counts(rows: list[dict]) -> str:
-    kinds = [row["outcome"].partition(":")[0] for row in rows]
-    not_run = rows[0]["planned"] - len(rows) if rows else 0
-    return counted(kinds + ["not run"] * not_run)
 
 
 def _smoke(rows: list[dict]) -> str:

@@ -147,11 +147,10 @@ def check_moved(cores: list[nn.Parameter], batch: Batch) -> None:
 
 def build(case: Case, options: argparse.Namespace) -> Group:
     batch = Batch(case, options.device)
-    dtype = dtype_of(case)
 
     def step_of(rival: str) -> Step:
         make = peft_model if rival.startswith("lora") else our_model
-        adapted = make(rival, case, batch, dtype)
+        adapted = make(rival, case, batch, dtype_of(case))
         facts = {"task_bytes": adapted.task_bytes}
         if case["mode"] == "serve":
             return Step({"forward": torch.no_grad()(lambda _: adapted.run())}, facts=facts)

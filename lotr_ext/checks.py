@@ -11,9 +11,6 @@ from torch import Tensor
 
 from .core.operators import DTYPES
 
-# Beyond it, torch would fail in its allocator, in words that name no argument.
-_LARGEST_DIMENSION = 2**31 - 1
-
 
 def check_floating(name: str, tensor: object) -> None:
     """Checks that tensor is a tensor of a floating dtype."""
@@ -41,8 +38,8 @@ def check_dimension(name: str, value: object) -> int:
     # bool is a subclass of int, and True would be a rank of 1.
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
-    if not 1 <= value <= _LARGEST_DIMENSION:
-        raise ValueError(f"{name}: expected an int from 1 to {_LARGEST_DIMENSION}, got {value}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an int of at least 1, got {value}")
     return value
 
 

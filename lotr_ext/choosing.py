@@ -9,6 +9,7 @@
 The rank is the largest one with at most this number of parameters.
 """
 
+import math
 import re
 from typing import Any
 
@@ -18,10 +19,13 @@ from .checks import check_dimension
 from .config import LoTRConfig
 from .targets import Selection, select
 
-# Where the recipe changes its form, in ranks of a LoRA: between the sizes that were measured
-# (docs/choosing.md), 1 and 4 at their geometric mean.
-_DIAGONAL_FROM = 0.1
-_BLOCKS_FROM = 2.0
+# The forms of the table: (the rank of a LoRA below whose size it is used, the form). The ranks are
+# between those that were measured (docs/choosing.md), 1 and 4 at their geometric mean.
+_FORMS = (
+    (0.1, {"group_by": "shape", "core": "dense"}),
+    (2.0, {"group_by": "shape", "core": "diagonal"}),
+    (math.inf, {"group_by": "block", "core": "dense"}),
+)
 
 
 def rank_for(
@@ -62,12 +66,7 @@ def rank_for(
         budget = int(match[1]) * lora_rank_1
     else:
         raise ValueError(f'like: expected "lora:<rank>", such as "lora:1", got {like!r}')
-    if budget < _DIAGONAL_FROM * lora_rank_1:
-        form = {"group_by": "shape", "core": "dense"}
-    elif budget < _BLOCKS_FROM * lora_rank_1:
-        form = {"group_by": "shape", "core": "diagonal"}
-    else:
-        form = {"group_by": "block", "core": "dense"}
+    form = next(form for limit, form in _FORMS if budget < limit * lora_rank_1)
     # Another group_by may have other groups of the same layers.
     selection = select(model, LoTRConfig(**settings, **form))
     rank = 0

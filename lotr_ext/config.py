@@ -163,8 +163,8 @@ class LoTRConfig:
         check_choice("core_init", self.core_init, CORE_INITS)
         check_choice("adapter_dtype", self.adapter_dtype, DTYPES.values())
         check_choice("task_type", self.task_type, (*TASKS, None))
-        # Normalized (a list and a tuple of names become one type), so that equal settings compare
-        # equal. Not by assignments, because the dataclass is frozen.
+        # Normalized, so that equal settings compare equal: names are a tuple or None, a pair of
+        # ranks is a tuple, parts are in one order. By update, because the dataclass is frozen.
         vars(self).update(
             rank=self.rank if isinstance(self.rank, int) else self.ranks,
             group_by=dict(self.group_by) if isinstance(self.group_by, Mapping) else self.group_by,
@@ -172,15 +172,13 @@ class LoTRConfig:
             exclude_modules=_pattern("exclude_modules", self.exclude_modules),
             modules_to_save=_names("modules_to_save", self.modules_to_save),
             target_parameters=_names("target_parameters", self.target_parameters),
-            train=_names("train", self.train),
+            train=tuple(sorted(set(_names("train", self.train) or ()))),
         )
         self._check_combinations()
-        # After the check, which names unknown parts. In one order, so equal settings are equal.
-        vars(self)["train"] = tuple(part for part in PARTS if part in self.train)
 
     def _check_combinations(self) -> None:
         svd = self.init == "svd"
-        trained = set(self.train or ())
+        trained = set(self.train)
         # At the start, one part has a gradient: with zero cores the core, with identity cores B.
         needed = {"zero": "core", "identity": "B"}[self.core_init]
         if not trained or not trained <= set(PARTS) or not (svd or needed in trained):

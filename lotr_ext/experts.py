@@ -10,7 +10,6 @@ Not here: the experts classes of transformers (transformers_experts.py) and the 
 (core/grouped.py, core/dispatch.py).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,26 +74,28 @@ class Routing:
         index = torch.where(has_core, task * experts + expert, -1)
         return RowChoice(index, None, self.reads), cores.flatten(0, 1)
 
-    def without_unread_rows(self, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns y = compute(x) with zeros for the rows that no expert reads.
+    def zero_unread_rows(self, x: Tensor) -> Tensor:
+        """Returns x with zeros in the rows that no expert reads.
 
-        They may hold anything, also NaN, which dA = x^T du and dB = g^T h would spread: zero times
-        NaN is NaN. So unread rows of x become zero, and past the last end the gradient of y does.
+        They may hold anything, also NaN, which dA = x^T du would spread: zero times NaN is NaN.
         """
-        rows = len(x) if self.reads is None else len(self.reads)
-        # A mask and not a slice: the last end is on the GPU, and reading it would wait.
-        is_past_end = torch.arange(rows, device=self.offs.device) >= self.offs[-1]
-        y = compute(_with_zeros(x, self._is_unread(len(x), is_past_end)))
-        return _with_zeros(y, is_past_end)
-
-    def _is_unread(self, x_rows: int, is_past_end: Tensor) -> Tensor:
-        """Returns which rows of x no expert reads [x_rows]."""
         if self.reads is None:
-            return is_past_end
+            return self.zero_past_end(x)
         # A row past the last end marks one more row than x has.
-        marked = self.reads.masked_fill(is_past_end, x_rows)
-        is_unread = torch.ones(x_rows + 1, dtype=torch.bool, device=marked.device)
-        return is_unread.index_fill(0, marked, False)[:x_rows]
+        marked = self.reads.masked_fill(self._is_past_end(self.reads), len(x))
+        is_unread = torch.ones(len(x) + 1, dtype=torch.bool, device=marked.device)
+        return _with_zeros(x, is_unread.index_fill(0, marked, False)[: len(x)])
+
+    def zero_past_end(self, rows: Tensor) -> Tensor:
+        """Returns rows with zeros past the last end, where their gradient then is zero as well.
+
+        A gradient of NaN there would spread in dB = g^T h.
+        """
+        return _with_zeros(rows, self._is_past_end(rows))
+
+    def _is_past_end(self, rows: Tensor) -> Tensor:
+        # A mask and not a slice: the last end is on the GPU, and reading it would wait.
+        return torch.arange(len(rows), device=self.offs.device) >= self.offs[-1]
 
 
 def _with_zeros(x: Tensor, is_zero: Tensor) -> Tensor:
@@ -169,12 +170,9 @@ def lotr_grouped_linear(
         tasks = core_index.to(x.device)
     routing = Routing(offs, reads=tokens, tokens=tokens)
     choice, flat_cores = routing.choice(cores, tasks)
-
-    def compute(x_read: Tensor) -> Tensor:
-        call = LayerCall(x_read, weight, bias, A, B, flat_cores, float(scaling), choice=choice)
-        return dispatch.grouped_linear(call, offs)
-
-    return routing.without_unread_rows(x, compute)
+    x = routing.zero_unread_rows(x)
+    call = LayerCall(x, weight, bias, A, B, flat_cores, float(scaling), choice=choice)
+    return routing.zero_past_end(dispatch.grouped_linear(call, offs))
 
 
 def _check_routing(x: Tensor, experts: int, in_features: int, offs: object, tokens: object) -> None:
@@ -258,10 +256,9 @@ class LoTRExperts(LoTRLayer):
         _check_routing(x, self.num_experts, self.in_features, offs, tokens)
         routing = Routing(offs, reads=tokens, tokens=tokens)
 
-        def compute(x_read: Tensor) -> Tensor:
-            return self.routed(x_read, self.weight, self.bias, routing, request_input=x)
-
-        return routing.without_unread_rows(x, compute)
+        x_read = routing.zero_unread_rows(x)
+        y = self.routed(x_read, self.weight, self.bias, routing, request_input=x)
+        return routing.zero_past_end(y)
 
     def routed(
         self,

@@ -1,5 +1,12 @@
 """save_adapter, load_adapter and push_to_hub: adapters between models, folders and hubs.
 
+    save_adapter    a model -> `adapter_of`: an AdapterState -> its file
+    load_adapter    the file -> an AdapterState -> `load_state`: adapts a plain model as the saved
+                    one was, checks that the adapter fits, and only then copies its values
+
+With init "svd" a layer has a start, which was subtracted from its base weight: A, B and a core. The
+file has these three tensors next to the trained ones, so that a load can move the weight, too.
+
 Not here: an adapter's file (adapter_state.py), what identifies a base model (base_model.py), models
 in several processes (sharded.py).
 """
@@ -17,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .adapted import Model, adapted_layers, expect_unmerged, layers_in
+from .adapted import Model, adapted_layers, layers_in, unmerged_layers
 from .adapter_state import AdapterState, LayerEntry
 from .base_model import BaseModel, Gather, parameters_in_file, refuse_or_warn
 from .config import LoTRConfig
@@ -173,30 +180,34 @@ def adapter_of(model: nn.Module, gather: Gather = expect_full) -> AdapterState:
         # Computed cores are in the file by value, too: conversions and vLLM need no form for them.
         if f"{name}.core" not in tensors:
             tensors[f"{name}.core"] = _full_core(layer, gather)
+        if layer.start_core is not None:
+            starts = (layer.factors.A.start, layer.factors.B.start, layer.start_core)
+            tensors |= zip(_start_keys(name, entries[name]), map(gather, starts))
     config = getattr(model, "lotr_config", None)
     dtypes = {layer.factors.A.value.dtype for layer in layers.values()}
     if config is not None and len(dtypes) == 1:
         # model.to(dtype) has not changed the configuration.
         config = replace(config, adapter_dtype=dtypes.pop())
-    saved = saved_in(model)
     return AdapterState(
-        config,
-        entries,
-        tuple(saved),
-        BaseModel.of(model, gather),
-        tensors,
-        _tied_to(model, saved),
+        config=config,
+        layers=entries,
+        modules_to_save=tuple(saved_in(model)),
+        base=BaseModel.of(model, gather),
+        tensors=tensors,
+        tied=_tied_to_saved(model),
     )
 
 
-def _tied_to(model: nn.Module, saved: Mapping[str, nn.Module]) -> tuple[str, ...]:
+def _tied_to_saved(model: nn.Module) -> tuple[str, ...]:
     """Returns the names of parameters that share memory with one of modules_to_save."""
     tied = tied_names(model)
-    names: set[str] = set()
-    for module in saved.values():
-        for child in module.modules():
-            names.update(tied.get(id(child), ()))
-    return tuple(sorted(names))
+    children = [child for module in saved_in(model).values() for child in module.modules()]
+    return tuple(sorted({name for child in children for name in tied.get(child, ())}))
+
+
+def _start_keys(name: str, entry: LayerEntry) -> tuple[str, str, str]:
+    """Returns the names of A, B and the core with which a layer started by init "svd"."""
+    return start_key(entry.A), start_key(entry.B), f"{name}.start_core"
 
 
 def _entries_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[str, LayerEntry]:
@@ -214,19 +225,17 @@ def _entries_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[str, 
 
 
 def _tensors_of(model: nn.Module, entries: Mapping[str, LayerEntry]) -> dict[str, Tensor]:
-    """Returns the tensors of the adapter and of modules_to_save, which may be sharded, by name.
+    """Returns the tensors that a file has of a model and that a load replaces, by name.
 
-    A core that a module computes is absent.
+    They may be sharded. A core that a module computes is absent, and so are starts.
     """
-    tensors: dict[str, Tensor | None] = {}
+    tensors: dict[str, object] = {}
     modules: dict[str, nn.Module] = {}  # all of whose tensors belong to the adapter
     for name, layer in layers_in(model).items():
-        entry = entries[name]
-        for key, factor in ((entry.A, layer.factors.A), (entry.B, layer.factors.B)):
-            tensors |= {key: factor.value, start_key(key): factor.start}
+        tensors[entries[name].A] = layer.factors.A.value
+        tensors[entries[name].B] = layer.factors.B.value
         if layer.core_source() is None:
             tensors[f"{name}.core"] = layer.core
-        tensors[f"{name}.start_core"] = layer.start_core
         if "core_form" in layer._modules:
             modules[f"{name}.core_form"] = layer.core_form
     if hasattr(model, "lotr_cores"):
@@ -234,8 +243,7 @@ def _tensors_of(model: nn.Module, entries: Mapping[str, LayerEntry]) -> dict[str
     modules |= saved_in(model)
     for name, module in modules.items():
         tensors |= module.state_dict(prefix=f"{name}.", keep_vars=True)
-    # A tied tensor keeps only its first name. Starts that are None, and a module's extra state, are
-    # not tensors.
+    # A tied tensor keeps only its first name. A module's extra state is not a tensor.
     first_names: dict[Tensor, str] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor):
@@ -384,13 +392,14 @@ def _matching_tensors(model: nn.Module, state: AdapterState, cast: bool) -> dict
     Returns:
         The parameters and buffers of the model by the names of the adapter's tensors.
     """
-    layers = adapted_layers(model)
+    layers = unmerged_layers(model, "load_adapter")
     _check_can_load(model, layers)
-    _check_structure(model, layers, state)
+    expect_names("layers", layers, state.layers)
+    _check_order(model, layers, state)
     _check_sharing(layers, state)
+    _check_ties(model, state)
     # By the names in the file, where factors may have other names than in the model.
-    tensors = _tensors_of(model, state.layers).items()
-    model_tensors = {k: t for k, t in tensors if not k.endswith((".start", ".start_core"))}
+    model_tensors = _tensors_of(model, state.layers)
     expected = model_tensors | _expected_starts(state, layers)
     # A file has the value of every core, also where the model computes it from parameters.
     names = expected.keys() | {f"{name}.core" for name in layers}
@@ -402,7 +411,6 @@ def _matching_tensors(model: nn.Module, state: AdapterState, cast: bool) -> dict
 
 def _check_can_load(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
     """Checks that the values of an adapted model may be replaced."""
-    expect_unmerged(layers, "load_adapter")
     # A task is only cores. With other factors it would compute something else.
     if hasattr(model, "lotr_tasks"):
         raise RuntimeError(
@@ -419,29 +427,13 @@ def _check_can_load(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
             )
 
 
-def _check_structure(
-    model: nn.Module, layers: Mapping[str, LoTRLayer], state: AdapterState
-) -> None:
-    """Checks that the model has the adapter's layers, and ties modules_to_save as it did."""
+def _check_order(model: nn.Module, layers: Mapping[str, LoTRLayer], state: AdapterState) -> None:
     config = getattr(model, "lotr_config", None)
-    expect_names("layers", layers, state.layers)
     has_computed_cores = config is not None and config.core != "dense"
     if has_computed_cores and list(state.layers) != list(layers):
         raise ValueError(
             "layers: expected the model's order, on which computed cores depend, got another "
             "one in the adapter"
-        )
-    if state.tied is None:
-        return
-    tied = _tied_to(model, saved_in(model))
-    present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    saved_tied = sorted(name for name in present if name in state.tied)
-    if saved_tied != list(tied):
-        # Of two tied parameters only one is in the file. The other would keep the base's value.
-        raise ValueError(
-            f"modules_to_save: expected parameters tied as in the model, to "
-            f"{', '.join(tied) or 'no other'}, got {', '.join(saved_tied) or 'no other'} in the "
-            f"adapter. Load it into the base model that it was trained on."
         )
 
 
@@ -461,24 +453,35 @@ def _check_sharing(layers: Mapping[str, LoTRLayer], state: AdapterState) -> None
         )
 
 
+def _check_ties(model: nn.Module, state: AdapterState) -> None:
+    """Checks that the model ties parameters of modules_to_save as the saved one did."""
+    if state.tied is None:
+        return
+    tied = _tied_to_saved(model)
+    present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    saved_tied = sorted(name for name in present if name in state.tied)
+    if saved_tied != list(tied):
+        # Of two tied parameters only one is in the file. The other would keep the base's value.
+        raise ValueError(
+            f"modules_to_save: expected parameters tied as in the model, to "
+            f"{', '.join(tied) or 'no other'}, got {', '.join(saved_tied) or 'no other'} in the "
+            f"adapter. Load it into the base model that it was trained on."
+        )
+
+
 def _expected_starts(state: AdapterState, layers: Mapping[str, LoTRLayer]) -> dict[str, Tensor]:
     """Returns for each start of init "svd" a tensor of the model with its shape and dtype."""
     starts: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        entry = state.layers[name]
-        like = {
-            start_key(entry.A): layer.factors.A.value,
-            start_key(entry.B): layer.factors.B.value,
-            f"{name}.start_core": layer._parameters.get("core"),
-        }
-        if not like.keys().isdisjoint(state.tensors):
-            if like[f"{name}.start_core"] is None:
-                raise ValueError(
-                    f"{name}: expected a computed core, got one that starts by init 'svd'"
-                )
-            # Raises here, before anything changes, if the start cannot be subtracted from it.
-            layer._weight_to_write("load_adapter")
-            starts.update(like)
+        keys = _start_keys(name, state.layers[name])
+        if state.tensors.keys().isdisjoint(keys):
+            continue
+        core = layer._parameters.get("core")
+        if core is None:
+            raise ValueError(f"{name}: expected a computed core, got one that starts by init 'svd'")
+        # Raises here, before anything changes, if the start cannot be subtracted from it.
+        layer._weight_to_write("load_adapter")
+        starts |= zip(keys, (layer.factors.A.value, layer.factors.B.value, core))
     return starts
 
 
@@ -512,9 +515,9 @@ def _copy_to(model: nn.Module, state: AdapterState, model_tensors: Mapping[str, 
         layer.dropout = entry.dropout
         layer.factors.A.start = None
         layer.factors.B.start = None
-        if start_key(entry.A) in state.tensors:
-            keys = (start_key(entry.A), start_key(entry.B), f"{name}.start_core")
-            set_start(layer, *(state.tensors[key] for key in keys))
+        start_keys = _start_keys(name, entry)
+        if start_keys[0] in state.tensors:
+            set_start(layer, *(state.tensors[key] for key in start_keys))
     for key, tensor in model_tensors.items():
         copy_full(tensor, state.tensors[key])
     config = getattr(model, "lotr_config", None)

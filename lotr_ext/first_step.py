@@ -1,6 +1,7 @@
 """Warns at an optimizer step that trains an adapted model in a way that cannot be intended.
 
-    watch(model)      looks at the steps of all optimizers, until one of them is right or wrong
+    watch(model)      looks at the steps of all optimizers, until one is a mistake, and is reported,
+                      or has trained the adapter
 
 torch calls a hook for the steps of all optimizers of the process. It is registered with the first
 model that is watched, so importing lotr_ext changes nothing.
@@ -16,9 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .adapted import Attachment, layers_in
-
-_NO_MISTAKE = ""  # the answer for a step that trains the adapter
+from .adapted import attached_parameters, layers_in
 
 _watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -43,15 +42,14 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     # A copy, because a model that has its answer is removed.
     for model in list(_watched):
         mistake = _mistake(model, optimized)
-        if mistake is None:
-            continue
-        _watched.discard(model)
-        if mistake != _NO_MISTAKE:
+        if mistake is not None or _has_trained(model, optimized):
+            _watched.discard(model)
+        if mistake is not None:
             warnings.warn(f"lotr_ext: {mistake}", stacklevel=3)
 
 
 def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
-    """Returns what is wrong with a step, `_NO_MISTAKE`, or None if the step shows nothing yet.
+    """Returns what is wrong with a step, None if nothing is.
 
     Args:
         model: An adapted model.
@@ -59,8 +57,7 @@ def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
     """
     layers = layers_in(model)
     adapter = {p for layer in layers.values() for p in layer.adapter_parameters()}
-    attached = [module for module in model.modules() if isinstance(module, Attachment)]
-    tasks = {p for bank in attached for p in bank.parameters() if p.requires_grad}
+    tasks = {p for p in attached_parameters(model) if p.requires_grad}
     if optimized.isdisjoint(adapter | tasks):
         # It may be for another model, or for a head: those parameters are not frozen.
         if all(p.requires_grad for p in optimized.intersection(model.parameters())):
@@ -78,17 +75,17 @@ def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
                 f"the adapter is merged into the weights, so it gets no gradient, such as in "
                 f"{name!r}. Call unmerge(model) before training."
             )
-    if all(p.grad is None for p in adapter | tasks):
+    with_gradient = {p for p in adapter | tasks if p.grad is not None}
+    if not with_gradient:
         return None  # a step without a backward
-    trained_tasks = tasks & optimized
-    if trained_tasks and all(p.grad is None for p in trained_tasks):
+    if tasks & optimized and not tasks & optimized & with_gradient:
         return (
             "the optimizer has the tasks of the bank, but no forward has used them, so only the "
             "model's adapter has a gradient. Call the model inside use_tasks(model, index)."
         )
     cores = {name: trained.intersection(layer.core_parameters()) for name, layer in layers.items()}
     # A core has a gradient as soon as a forward and a backward have passed its layer.
-    called = {name for name in cores if any(p.grad is not None for p in cores[name])}
+    called = [name for name in cores if cores[name] & with_gradient]
     idle = [name for name in cores if cores[name] and name not in called]
     if called and idle:
         return (
@@ -96,7 +93,15 @@ def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
             f"as {idle[0]!r}, before an optimizer step, so their adapters have no effect. Leave "
             f"them out with exclude_modules."
         )
-    # This optimizer has no task and no core with a gradient: the step of another one decides.
-    if not trained_tasks and (tasks or not called):
-        return None
-    return _NO_MISTAKE
+    return None
+
+
+def _has_trained(model: nn.Module, optimized: set[nn.Parameter]) -> bool:
+    """Whether the step has trained what the model trains: tasks if there are some, else cores.
+
+    If not, the step of another optimizer may.
+    """
+    tasks = {p for p in attached_parameters(model) if p.requires_grad}
+    cores = {p for layer in layers_in(model).values() for p in layer.core_parameters()}
+    trained = tasks or {p for p in cores if p.requires_grad}
+    return any(p.grad is not None for p in trained & optimized)

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as nnf
 
 from .checks import check_input, check_probability
 from .core import dispatch, fallback
@@ -241,7 +240,7 @@ class LoTRLayer(nn.Module):
 
     def compute_base(self, x: Tensor) -> Tensor:
         """Computes the layer without its adapter, with the current weight."""
-        return nnf.linear(x, self.weight_matrix(), self.bias)
+        return nn.functional.linear(x, self.weight_matrix(), self.bias)
 
     def called_module(self) -> nn.Module:
         """Returns the module whose forward computes this layer."""

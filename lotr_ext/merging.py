@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from .adapted import Model, adapted_layers, expect_unmerged
+from .adapted import Model, adapted_layers, unmerged_layers
 from .first_step import watch
 from .layers import LoTRLayer
 from .targets import tied_names
@@ -46,9 +46,8 @@ def merge(
         RuntimeError: If the model has no adapter, is merged already, or is on the meta device; or
             if a weight is tied to another module.
     """
-    layers = adapted_layers(model)
     # Merged again, the adapter would be in the weights twice.
-    expect_unmerged(layers, "merge")
+    layers = unmerged_layers(model, "merge")
     merge_layers(model, layers, safe=safe, dequantize=dequantize)
     # Only now: until the last layer is merged, the copies undo the others.
     if not keep_backup:
@@ -101,7 +100,7 @@ def _check_weights(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
             )
         # What else uses a tied weight, such as an embedding, would change as well.
         base = getattr(layer, "base_layer", None)  # of a LoTRWrapped: it owns the weight
-        other_names = tied.get(id(layer)) or tied.get(id(base))
+        other_names = tied.get(layer) or tied.get(base)
         if other_names:
             raise RuntimeError(
                 f"merge: expected a weight that no other module uses, got {name!r}, tied to "

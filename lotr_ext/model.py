@@ -24,8 +24,8 @@ from .adapted import (
     adapted_layers,
     attach,
     detach_all,
-    expect_unmerged,
     layers_in,
+    unmerged_layers,
 )
 from .bypasses import block_bypasses, restore_bypasses
 from .config import GroupBy, LoTRConfig, place_of
@@ -198,11 +198,12 @@ def _adapt_target(
     model: nn.Module, target: Target, factors: LoTRFactors, cores: Cores | None, config: LoTRConfig
 ) -> LoTRLayer:
     """Puts an adapted layer, with its first core, into all places of a target."""
-    settings = {"scaling": config.s, "dropout": config.dropout}
     if target.parameter is not None:
-        layer = adapt_parameter(target.module, target.parameter, factors, **settings)
+        layer = adapt_parameter(
+            target.module, target.parameter, factors, scaling=config.s, dropout=config.dropout
+        )
     else:
-        layer = adapt(target.module, factors, **settings)
+        layer = adapt(target.module, factors, scaling=config.s, dropout=config.dropout)
         for name in target.names:
             model.set_submodule(name, layer)
     # `install` registers the factors once, with the model.
@@ -270,11 +271,10 @@ def _svd_starts(selection: Selection) -> dict[str, tuple[Tensor, Tensor, Tensor]
     starts = {}
     for targets in selection.groups.values():
         weights = [matrix_of(target.module) for target in targets]
-        A_basis, B_basis, cores = tucker2(weights, config.ranks)
-        A = INIT_GAIN * A_basis
-        B = INIT_GAIN * B_basis
+        A, B, cores = tucker2(weights, config.ranks)
+        pair = (INIT_GAIN * A, INIT_GAIN * B)
         for target, core in zip(targets, cores):
-            starts[target.name] = (A, B, core / (INIT_GAIN**2 * config.s))
+            starts[target.name] = (*pair, core / (INIT_GAIN**2 * config.s))
     return starts
 
 
@@ -315,8 +315,7 @@ def disabled(model: Model) -> Iterator[Model]:
     Raises:
         RuntimeError: If the model has no adapter, or a merged one.
     """
-    layers = adapted_layers(model)
-    expect_unmerged(layers, "disabled")
+    layers = unmerged_layers(model, "disabled")
     with open_request(dict.fromkeys(layers.values(), ADAPTER_OFF)):
         yield model
 
@@ -347,8 +346,7 @@ def init_from_gradient(
             adapted layer; or if the gradients are not finite, or all zero.
         RuntimeError: If the model has no adapter, or a merged one; or if the loss is not a scalar.
     """
-    layers = adapted_layers(model)
-    expect_unmerged(layers, "init_from_gradient")
+    layers = unmerged_layers(model, "init_from_gradient")
     # At zero cores, the gradient of W is the one at which training starts.
     for name, layer in layers.items():
         if layer.num_experts:
@@ -405,12 +403,12 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
 
 def without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
     """Puts the plain layers back: the part of `unload` that cannot fail."""
-    # By id, because one layer may have several names.
-    bases = {id(layer): layer.to_base() for layer in layers.values()}
+    # By layer, because one layer may have several names.
+    bases = {layer: layer.to_base() for layer in layers.values()}
     restore_bypasses(model)
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if name and isinstance(layer, LoTRLayer):
-            model.set_submodule(name, bases[id(layer)])
+            model.set_submodule(name, bases[layer])
     detach_all(model)
     # If the model is an adapted layer itself, there is no place to put the plain one.
-    return bases.get(id(model), model)
+    return bases.get(model, model)

@@ -9,7 +9,7 @@ Version 1 is of lotr_ext 0.1.0. This file turns both versions into the present o
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def remove(directory: Path) -> None:
     """Removes an adapter of an older version, after a new one was written."""
-    paths = [path for path in directory.iterdir() if _TENSORS.fullmatch(path.name)]
-    for path in (directory / JSON_NAME, *paths):
-        if path.is_file():
+    for path in directory.iterdir():
+        is_old = path.name == JSON_NAME or _TENSORS.fullmatch(path.name)
+        if is_old and path.is_file():
             # Another process may save at the same time, and remove it first.
             path.unlink(missing_ok=True)
 
@@ -70,6 +70,17 @@ def start_key(key: str) -> str:
     """Returns the name of a factor's start. In version 1 one module had the starts of A and B."""
     owner, _, name = key.rpartition(".")
     return f"{owner}.start" if name == "value" else f"{owner}.start_{name}"
+
+
+def factor_names(factors: str | Sequence[str]) -> tuple[str, str]:
+    """Returns the names of A and B among the tensors, of an entry `factors` of a layer.
+
+    The entry has the names of two modules, or in version 1 of the one that had both tensors.
+    """
+    if isinstance(factors, str):
+        return f"{factors}.A", f"{factors}.B"
+    A, B = factors
+    return f"{A}.value", f"{B}.value"
 
 
 def config_of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,11 +113,7 @@ def _document_of_version_1(document: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a document of version 1 as one of the present version. Other checks follow it."""
     entries = {}
     for name, entry in document["layers"].items():
-        factors = entry["factors"]
-        if isinstance(factors, str):  # a pair in one module
-            A, B = (f"{factors}.{part}" for part in "AB")
-        else:
-            A, B = (f"{module}.value" for module in factors)
+        A, B = factor_names(entry["factors"])
         entries[name] = {
             "A": A,
             "B": B,

@@ -11,10 +11,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from .adapted import Attachment, adapted_layers
+from .adapted import adapted_layers, attached_parameters
 from .core import dispatch
 from .core.call import LayerCall
 from .core.request import ADAPTER_OFF, state_of
@@ -48,11 +47,7 @@ def _adapter_parts(model: nn.Module) -> dict[nn.Parameter, str]:
         for layer in adapted_layers(model).values()
         for part, parameter in layer.parts()
     }
-    # Not only of the model itself: an adapted model with a bank may be inside it.
-    for module in model.modules():
-        if isinstance(module, Attachment):
-            parts.update(dict.fromkeys(module.parameters(), "core"))
-    return parts
+    return parts | dict.fromkeys(attached_parameters(model), "core")
 
 
 def parameter_groups(
@@ -73,17 +68,16 @@ def parameter_groups(
         RuntimeError: If the model has no adapter.
     """
     parts = _adapter_parts(model)
-    members: dict[str, list[nn.Parameter]] = {"cores": [], "factors": [], "other": []}
+    rates = {"cores": lr, "factors": lr, "other": lr if other_lr is None else other_lr}
+    groups: dict[str, dict[str, Any]] = {}
+    for name, rate in rates.items():
+        groups[name] = {"params": [], "name": name}
+        if rate is not None:  # without "lr", the optimizer's rate is used
+            groups[name]["lr"] = rate
     for p in model.parameters():
         if p.requires_grad:
-            members[_GROUPS.get(parts.get(p), "other")].append(p)
-    groups = [{"params": members[name], "name": name} for name in members if members[name]]
-    rates = {"cores": lr, "factors": lr, "other": lr if other_lr is None else other_lr}
-    for group in groups:
-        rate = rates[group["name"]]
-        if rate is not None:  # without "lr", the optimizer's rate is used
-            group["lr"] = rate
-    return groups
+            groups[_GROUPS.get(parts.get(p), "other")]["params"].append(p)
+    return [group for group in groups.values() if group["params"]]
 
 
 # ---- counts --------------------------------------------------------------------------------------
@@ -113,10 +107,10 @@ class TrainableSummary(NamedTuple):
 
     def __str__(self) -> str:
         pairs = "pair" if self.groups == 1 else "pairs"
-        share = self.trained / self.total
         lines = [
             f"LoTR: {self.layers} layers, {self.groups} {pairs} of factors, {self.adapter:,} "
-            f"adapter parameters; trained {self.trained:,} of {self.total:,} ({share:.4%})",
+            f"adapter parameters; trained {self.trained:,} of {self.total:,} "
+            f"({self.trained / self.total:.4%})",
             f"trained: {_shortened(self.parts, 5) or 'nothing'}; all else is frozen",
         ]
         for reason, names in self.left_out.items():
@@ -149,11 +143,10 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     ]
     # A part that is frozen in some layers counts as trained.
     trained_parts = {part for parameter, part in adapter.items() if parameter.requires_grad}
-    parameters = list(model.parameters())
     return TrainableSummary(
         adapter=sum(p.numel() for p in adapter),
-        trained=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in model.parameters()),
         layers=len(layers),
         groups=len({(layer.factors.A, layer.factors.B) for layer in layers}),
         parts=(*sorted(trained_parts), *dict.fromkeys(other_modules)),
@@ -182,18 +175,14 @@ def explain(model: nn.Module, x: Tensor) -> str:
 
 
 def _line(layer: LoTRLayer, x: Tensor) -> str:
-    device = x.device.type
-    # As in the layer's forward: autocast decides, and token ids become the weight's dtype.
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    elif x.is_floating_point():
-        dtype = x.dtype
-    else:
-        dtype = layer.weight.dtype
+    # As in the model: token ids become the weight's dtype. As in the layer: autocast decides.
+    dtype = x.dtype if x.is_floating_point() else layer.weight.dtype
+    input = x.new_empty(0, dtype=dtype)
+    cast = input.to(dispatch.autocast_dtype(input) or dtype)
     return (
         f"{type(layer).__name__} {layer.in_features} -> {layer.out_features} at rank "
-        f"{layer.factors.rank}: {_what_runs(layer, x.new_empty(0, dtype=dtype))} "
-        f"({str(dtype).removeprefix('torch.')} on {device})"
+        f"{layer.factors.rank}: {_what_runs(layer, cast)} "
+        f"({str(cast.dtype).removeprefix('torch.')} on {x.device.type})"
     )
 
 

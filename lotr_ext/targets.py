@@ -91,7 +91,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     _check_patterns(model, config)
     saved = saved_modules(model, config)
     # These train fully, so an adapter inside them would have no purpose.
-    inside_saved = {id(child) for module in saved.values() for child in module.modules()}
+    inside_saved = {child for module in saved.values() for child in module.modules()}
     targets, left_out = _linear_targets(model, config, inside_saved)
     targets += _expert_targets(model, config, inside_saved)
     if not targets:
@@ -105,14 +105,14 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     return Selection(config, targets, saved, in_groups(targets), left_out)
 
 
-def modules_with_names(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """Returns each module inside the model once, with all its names."""
-    modules: dict[int, tuple[nn.Module, list[str]]] = {}
+def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Returns all names of each module inside the model."""
+    names_of: dict[nn.Module, list[str]] = {}
     # A layer in several places has to be replaced in all of them.
     for name, module in model.named_modules(remove_duplicate=False):
         if name:
-            modules.setdefault(id(module), (module, []))[1].append(name)
-    return list(modules.values())
+            names_of.setdefault(module, []).append(name)
+    return names_of
 
 
 # ---- names ---------------------------------------------------------------------------------------
@@ -132,14 +132,14 @@ def name_matches(name: str, pattern: Iterable[str] | str | None) -> bool:
 
 
 def _linear_targets(
-    model: nn.Module, config: LoTRConfig, inside_saved: set[int]
+    model: nn.Module, config: LoTRConfig, inside_saved: set[nn.Module]
 ) -> tuple[list[Target], dict[str, list[str]]]:
     """Returns the linear layers that config adapts, and those that it leaves out.
 
     Args:
         model: The model.
         config: The configuration.
-        inside_saved: The ids of modules in modules_to_save.
+        inside_saved: The modules in modules_to_save.
 
     Returns:
         The targets, and as `Selection.left_out` the names of the others by the reason.
@@ -148,7 +148,7 @@ def _linear_targets(
     outputs = output_layers(model) if config.everything else {}
     targets = []
     left_out: dict[str, list[str]] = {}
-    for module, names in modules_with_names(model):
+    for module, names in names_of_modules(model).items():
         has_experts = any(expert_obstacle(module, p) is None for p in module._parameters)
         # "all-linear" selects no parameter, but whoever adapts a mixture should learn of these.
         if config.everything and has_experts:
@@ -157,13 +157,13 @@ def _linear_targets(
             continue
         obstacle = linear_obstacle(model, module, names, tied)
         reason = None
-        if id(module) in inside_saved:
+        if module in inside_saved:
             reason = "fully trained: modules_to_save"
         elif any(name_matches(name, config.exclude_modules) for name in names):
             reason = "exclude_modules"
         elif config.everything:
             # A layer that the user names is refused instead, see `linear_target`.
-            reason = obstacle or outputs.get(id(module))
+            reason = obstacle or outputs.get(module)
         if reason is None:
             targets.append(linear_target(names, module, obstacle, config.group_by))
         else:
@@ -184,7 +184,7 @@ def _is_selected(module: nn.Module, names: Sequence[str], config: LoTRConfig) ->
 
 
 def linear_obstacle(
-    model: nn.Module, module: nn.Module, names: Sequence[str], tied: Mapping[int, list[str]]
+    model: nn.Module, module: nn.Module, names: Sequence[str], tied: Mapping[nn.Module, list[str]]
 ) -> str | None:
     """Returns why an adapter of a layer would be wrong or have no effect, None if it has one.
 
@@ -199,8 +199,8 @@ def linear_obstacle(
         obstacle = call_obstacle(model.get_submodule(parent), child)
         if obstacle is not None:
             return obstacle
-    if id(module) in tied:
-        return f"its weight is tied to {tied[id(module)][0]}"
+    if module in tied:
+        return f"its weight is tied to {tied[module][0]}"
     # Its output would be replaced by x W^T plus the adapter.
     has_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     if has_forward and has_plain_weight(module) and not _returns_rows(module):
@@ -259,8 +259,8 @@ def linear_target(
     return Target(tuple(names), module, sizes, group_of(name, module, sizes, group_by))
 
 
-def tied_names(model: nn.Module) -> dict[int, list[str]]:
-    """Returns, by id(module), the names of other modules' parameters that share its memory."""
+def tied_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Returns, by module, the names of other modules' parameters that share its memory."""
     owners: dict[object, list[tuple[nn.Module, str]]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         key: object = id(p)
@@ -269,12 +269,12 @@ def tied_names(model: nn.Module) -> dict[int, list[str]]:
             key = (p.device, p.data_ptr())
         module = model.get_submodule(name.rpartition(".")[0])
         owners.setdefault(key, []).append((module, name))
-    tied: dict[int, list[str]] = {}
+    tied: dict[nn.Module, list[str]] = {}
     for sharing in owners.values():
         for module, _ in sharing:
             others = [name for other, name in sharing if other is not module]
             if others:
-                tied.setdefault(id(module), []).extend(others)
+                tied.setdefault(module, []).extend(others)
     return tied
 
 
@@ -295,10 +295,10 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
     return known_heads
 
 
-def output_layers(model: nn.Module) -> dict[int, str]:
-    """Returns the layers that "all-linear" leaves out, as in PEFT, by id(module).
+def output_layers(model: nn.Module) -> dict[nn.Module, str]:
+    """Returns the layers that "all-linear" leaves out, as in PEFT, with the reason.
 
-    The output layers and heads of transformers' and timm's models. The values are the reasons.
+    The output layers and heads of transformers' and timm's models.
     """
     outputs = list(heads(model).values())
     for module in model.modules():
@@ -310,7 +310,7 @@ def output_layers(model: nn.Module) -> dict[int, str]:
                 outputs += [m for m in candidates if isinstance(m, nn.Module)]
     reason = "the output layer or a head: name it to adapt it, or to train it, in modules_to_save"
     # A classifier may be a block of several layers.
-    return {id(child): reason for output in outputs for child in output.modules()}
+    return {child: reason for output in outputs for child in output.modules()}
 
 
 def _with_heads(model: nn.Module, config: LoTRConfig) -> LoTRConfig:
@@ -366,14 +366,16 @@ def saved_in(model: nn.Module) -> dict[str, nn.Module]:
 # ---- experts -------------------------------------------------------------------------------------
 
 
-def _expert_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]) -> list[Target]:
+def _expert_targets(
+    model: nn.Module, config: LoTRConfig, inside_saved: set[nn.Module]
+) -> list[Target]:
     """Returns the parameters of experts that config adapts.
 
     They are matched as in PEFT, by full dotted parts at the end of the name.
     """
     targets = []
     for name, module in model.named_modules():
-        if id(module) in inside_saved or name_matches(name, config.exclude_modules):
+        if module in inside_saved or name_matches(name, config.exclude_modules):
             continue
         for full_name, _ in module.named_parameters(name, recurse=False):
             if not name_matches(full_name, config.target_parameters):
@@ -402,8 +404,6 @@ def parameter_name(layer_name: str) -> str:
 
 
 def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     # DDP reduces the gradients of those parameters that the model had when it was wrapped.
     # `_orig_mod` is torch.compile's.
     if isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):

@@ -12,7 +12,7 @@ Not here: the bank (tasks.py) and how files are written (storage.py).
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +34,16 @@ class TaskFormat:
     Attributes:
         shapes: The shape of each core, by `<layer>.core` in the order of the layers.
         scalings: s of each layer.
-        factors: ("A" or "B", value) of each factor, from `factors_in_order`.
+        pairs: The values of A and B by layer. Layers that share a factor have the same tensor
+            object.
+        group_by: As in the configuration, "shape" if there is none. Not a callable, which is saved
+            as its mapping.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     scalings: tuple[float, ...]
-    factors: Iterable[tuple[str, Tensor]]
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    group_by: GroupBy
 
     def check(self, tensors: Mapping[str, Tensor], where: str) -> None:
         """Checks that tensors are the cores of a task: names, shapes and kind.
@@ -91,48 +95,37 @@ class TaskFormat:
     def metadata(self) -> dict[str, str]:
         """Returns the metadata of the file of such a task."""
         # One number if all layers have it, as after `apply_lotr`.
-        scaling = json.dumps(list(self.scalings))
-        if len(set(self.scalings)) == 1:
-            scaling = repr(self.scalings[0])
+        is_one = len(set(self.scalings)) == 1
         return {
             "format": "lotr_task",
             "version": "1",
-            "scaling": scaling,
-            "factors": checksum(self.factors),
+            "scaling": repr(self.scalings[0]) if is_one else json.dumps(self.scalings),
+            "factors": checksum(self._factors()),
         }
+
+    def _factors(self) -> list[tuple[str, Tensor]]:
+        """Returns ("A" or "B", value) of each factor once, in the order of the groups' names.
+
+        So it is the same for a model, for its copy with layers in another order, and for a file.
+        """
+        factors: dict[int, tuple[str, str, Tensor]] = {}  # (owner, part, value) by id(value)
+        for name, (A, B) in self.pairs.items():
+            # Without the layer's module, which only a callable group_by would read.
+            group = group_of(name, None, (len(A), len(B)), self.group_by)
+            for part, value in (("A", A), ("B", B)):
+                owner = f"{part}_{len(value)}" if self.group_by == "width" else group
+                factors.setdefault(id(value), (owner, part, value))
+        in_order = sorted(factors.values(), key=lambda factor: factor[:2])
+        return [(part, value) for _, part, value in in_order]
 
 
 def task_format_of(adapter: AdapterState) -> TaskFormat:
     """Returns what a task over the factors of an adapter consists of."""
     tensors = adapter.tensors
-    layers = adapter.layers.items()
-    pairs = {name: (tensors[entry.A], tensors[entry.B]) for name, entry in layers}
-    group_by = "shape" if adapter.config is None else adapter.config.group_by
+    layers = adapter.layers
     return TaskFormat(
-        shapes={f"{name}.core": tuple(tensors[f"{name}.core"].shape) for name in pairs},
-        scalings=tuple(entry.scaling for _, entry in layers),
-        factors=factors_in_order(pairs, group_by),
+        shapes={f"{name}.core": tuple(tensors[f"{name}.core"].shape) for name in layers},
+        scalings=tuple(entry.scaling for entry in layers.values()),
+        pairs={name: (tensors[entry.A], tensors[entry.B]) for name, entry in layers.items()},
+        group_by="shape" if adapter.config is None else adapter.config.group_by,
     )
-
-
-def factors_in_order(
-    pairs: Mapping[str, tuple[Tensor, Tensor]], group_by: GroupBy
-) -> list[tuple[str, Tensor]]:
-    """Returns ("A" or "B", value) of each factor once, in the order of the names of the groups.
-
-    This order is the same for a model, for its copy with layers in another order, and for a file.
-
-    Args:
-        pairs: (A, B) of each layer. Layers that share a factor have the same tensor object.
-        group_by: As in the configuration, or "shape" if there is none. Not a callable.
-    """
-    entries: dict[int, tuple[str, str, Tensor]] = {}  # (owner, part, factor) by the factor's id
-    for name, (A, B) in pairs.items():
-        # The layers themselves are not needed: a callable group_by is saved as its mapping.
-        group = group_of(name, None, (A.shape[0], B.shape[0]), group_by)
-        for part, factor in (("A", A), ("B", B)):
-            owner = f"{part}_{factor.shape[0]}" if group_by == "width" else group
-            entries.setdefault(id(factor), (owner, part, factor))
-    # By owner and part, which do not depend on the order of the layers.
-    in_order = sorted(entries.values(), key=lambda entry: entry[:2])
-    return [(part, factor) for _, part, factor in in_order]

@@ -27,14 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .adapted import Attachment, Model, adapted_layers, attach, expect_unmerged, layers_in
+from .adapted import Attachment, Model, adapted_layers, attach, layers_in, unmerged_layers
 from .checks import check_dimension, check_index
 from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
 from .first_step import watch
 from .layers import LoTRLayer
 from .storage import put_tensors
-from .task_files import TaskFormat, factors_in_order
+from .task_files import TaskFormat
 
 Source = Mapping[str, Tensor] | str | PathLike[str]
 
@@ -72,7 +72,7 @@ class TaskBank(Attachment):
 
     def __init__(self, model: nn.Module, tasks: int):
         super().__init__()
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[RemovableHandle] = []  # first: `__del__` runs after an error below, too
         layers = adapted_layers(model)
         if hasattr(model, "lotr_tasks"):
             raise RuntimeError(
@@ -93,20 +93,23 @@ class TaskBank(Attachment):
         )
         # On the CPU, where an index is checked without waiting for a GPU.
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
-        # In a dictionary, because the model has registered the layers already.
-        self._layers = {**layers}
+        # A dictionary does not register the layers, which the model has registered already.
+        self._layers = layers
         self._group_by = getattr(getattr(model, "lotr_config", None), "group_by", "shape")
         attach(model, "lotr_tasks", self)
+        self._add_hooks(model)
+        watch(model)
+
+    def _add_hooks(self, model: nn.Module) -> None:
         # Two adapters of experts have one host, which is called.
-        for module in dict.fromkeys(layer.called_module() for layer in layers.values()):
+        for module in {layer.called_module() for layer in self._layers.values()}:
             self._hooks.append(module.register_forward_pre_hook(_refuse_without_request))
         self._hooks += [
             model.register_forward_pre_hook(
                 partial(_before_forward, self._hooks), with_kwargs=True
             ),
-            model.register_forward_hook(_forget_cached_tokens, always_call=True),
+            model.register_forward_hook(_after_forward, always_call=True),
         ]
-        watch(model)
 
     def on_detach(self) -> None:
         """Removes the bank's hooks from the model."""
@@ -163,9 +166,8 @@ class TaskBank(Attachment):
         Raises:
             ValueError: If there is no such task.
         """
-        cores = self._checked_cores(None)
         with _changes:
-            self._write(self._slot(task), cores, taken=False)
+            self._write(self._slot(task), self._checked_cores(None), taken=False)
 
     def cores_of(self, task: int) -> dict[str, Tensor]:
         """Returns the cores of a task by `<layer>.core`, as views of the bank.
@@ -185,10 +187,8 @@ class TaskBank(Attachment):
             TypeError, ValueError: If path is not a path, or there is no such task.
             OSError: If the disk refuses.
         """
-        target = Path(path)
         with _changes:
-            cores = self.cores_of(task)
-            put_tensors(target, cores, self._format().metadata())
+            put_tensors(Path(path), self.cores_of(task), self._format().metadata())
 
     # ---- slots and cores -------------------------------------------------------------------------
 
@@ -229,15 +229,13 @@ class TaskBank(Attachment):
         """Returns what a task of the adapter consists of, with the current values of A and B."""
         pairs = [layer.factors for layer in self._layers.values()]
         # Each is read once, because a parametrized value is a new tensor each time.
-        values = {factor: factor.value for pair in pairs for factor in (pair.A, pair.B)}
-        values_of_layers = {
-            name: (values[pair.A], values[pair.B]) for name, pair in zip(self._layers, pairs)
-        }
-        shapes = {
-            f"{name}.core": tuple(cores.shape[1:]) for name, cores in zip(self._layers, self.cores)
-        }
-        scalings = tuple(float(layer.scaling) for layer in self._layers.values())
-        return TaskFormat(shapes, scalings, factors_in_order(values_of_layers, self._group_by))
+        values = {factor: factor.value for factor in {p.A for p in pairs} | {p.B for p in pairs}}
+        return TaskFormat(
+            shapes={f"{n}.core": tuple(c.shape[1:]) for n, c in zip(self._layers, self.cores)},
+            scalings=tuple(float(layer.scaling) for layer in self._layers.values()),
+            pairs={name: (values[p.A], values[p.B]) for name, p in zip(self._layers, pairs)},
+            group_by=self._group_by,
+        )
 
 
 # ---- requests ------------------------------------------------------------------------------------
@@ -274,13 +272,12 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
             not.
     """
     bank = getattr(model, "lotr_tasks", None)
-    layers = adapted_layers(model)
+    layers = unmerged_layers(model, "use_tasks")
     if not isinstance(bank, TaskBank):
         raise RuntimeError(
             "use_tasks: expected a model with a TaskBank, got one without. Create "
             "TaskBank(model, tasks) first."
         )
-    expect_unmerged(layers, "use_tasks")
     _check_tasks(model, bank, index)
     if model.training and torch.is_grad_enabled() and _trains_only_factors(bank, layers):
         warnings.warn(
@@ -289,9 +286,8 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
             stacklevel=3,
         )
     has_experts = any(layer.num_experts for layer in layers.values())
-    # Not in each layer, where a copy to a GPU would wait.
-    tasks = index.to(bank.cores[0].device)
-    request = _Request(tasks, running=tasks, flat=flat or has_experts)
+    # Moved here, and not in each layer, where a copy to a GPU would wait.
+    request = _Request(index.to(bank.cores[0].device), flat=flat or has_experts)
     # For the hooks. A model that is one adapted layer has the layer's state instead.
     states: dict[nn.Module, Any] = {model: request}
     for layer, cores in zip(layers.values(), bank.cores, strict=True):
@@ -308,8 +304,8 @@ def _check_tasks(model: nn.Module, bank: TaskBank, index: object) -> None:
             f"index: expected shape [b], one task per row, or [b, tokens], one per token, got "
             f"shape {tuple(index.shape)}"
         )
-    config = getattr(model, "config", None)
-    if index.dim() == 2 and getattr(config, "is_encoder_decoder", False):
+    has_encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if index.dim() == 2 and has_encoder:
         raise ValueError(
             f"index: expected shape [b] for a model with an encoder and a decoder, which have "
             f"different tokens, got {tuple(index.shape)}"
@@ -334,18 +330,26 @@ def _trains_only_factors(bank: TaskBank, layers: Mapping[str, LoTRLayer]) -> boo
 
 @dataclass
 class _Request:
-    """The state of the model in one open `use_tasks`, shared by all its layers.
+    """Which task computes which row, or token, in one open `use_tasks`. All layers share it.
+
+    The columns of an index per token are the tokens of a sequence. A forward with a cache of keys
+    and values gets the columns of those tokens that follow the cached ones:
+
+        index                            [[0, 1, 2]]
+        3 tokens, no cache               [[0, 1, 2]]
+        2 tokens after 1 in the cache       [[1, 2]]
+        1 token after 3 in the cache           [[2]]    the last column goes on
 
     Attributes:
-        index: [b], or [b, tokens].
-        running: The index of the tokens of the running forward. Without a cache, the index itself.
+        index: The tasks of the rows [b], or of the tokens [b, tokens].
         flat: Whether an input [m, k] has the tokens of all rows.
+        after_cache: These columns, while a forward with a cache runs and index is per token.
         had_cache: Whether any forward in this context had a cache.
     """
 
     index: Tensor
-    running: Tensor
     flat: bool
+    after_cache: Tensor | None = None
     had_cache: bool = False
 
     def index_of(self, x: Tensor) -> Tensor:
@@ -357,36 +361,32 @@ class _Request:
         Returns:
             [b], [b, tokens] or [m].
         """
-        index = self.running.to(x.device)  # copies only if the bank is on another device
         # Whatever x is: a recomputation does not say which forward of the context it repeats, one
         # with a cache or one without.
-        if self.had_cache and self.running is self.index and current_backward() >= 0:
+        if self.had_cache and self.after_cache is None and current_backward() >= 0:
             raise RuntimeError(
                 "use_tasks: expected no cache of keys and values in a context whose forward is "
                 "recomputed by a checkpoint, got one. Pass an index of one task per row, or open "
                 "one context for the forward with a cache and another one for this forward."
             )
-        b = len(index)
-        is_flat = self.flat and x.dim() == 2
-        if is_flat:
-            tokens, rest = divmod(len(x), max(b, 1))
-            if rest:
-                raise ValueError(
-                    f"x: expected the tokens of a batch of {b} rows of equal length, got {len(x)}"
-                )
-        elif x.dim() <= index.dim() or x.shape[0] != b:
+        index = self.index if self.after_cache is None else self.after_cache
+        index = index.to(x.device)  # copies only if the bank is on another device
+        rows = len(index)
+        lead = x.shape[:-1]
+        is_flat = self.flat and len(lead) == 1
+        if is_flat and rows and len(x) % rows == 0:
+            lead = (rows, len(x) // rows)
+        if len(lead) < index.dim() or lead[0] != rows:
             raise ValueError(
-                f"x: expected a batch of {b} rows, one for each row of the index "
-                f"{list(index.shape)} of tasks, got shape {list(x.shape)}. If it has the tokens of "
-                f"all rows, row after row, pass use_tasks(.., flat=True). For beam search, or "
-                f"several sequences per prompt, pass index.repeat_interleave(num_beams)."
+                f"x: expected a batch of {rows} rows of equal length, one for each row of the "
+                f"index {list(index.shape)} of tasks, got shape {list(x.shape)}. If it has the "
+                f"tokens of all rows, row after row, pass use_tasks(.., flat=True). For beam "
+                f"search, or several sequences per prompt, pass index.repeat_interleave(num_beams)."
             )
-        else:
-            tokens = x.shape[1]
-        if index.dim() == 2 and tokens != index.shape[1]:
+        if index.dim() == 2 and lead[1] != index.shape[1]:
             raise ValueError(
                 f"x: expected {index.shape[1]} tokens per row, as in the index of tasks or in the "
-                f"call of the model, got {tokens}. Pass an index [b] of one task per row. Steps "
+                f"call of the model, got {lead[1]}. Pass an index [b] of one task per row. Steps "
                 f"after the index need a cache that the model's own forward gets."
             )
         if is_flat:  # an entry is for one token, or for the tokens of a row
@@ -410,7 +410,7 @@ _CACHE_NAMES = ("past_key_values", "cache", "cache_params", "past_key_value", "l
 def _before_forward(
     hooks: list[RemovableHandle], model: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> None:
-    """Finds the index of the tokens of the model's forward, which depends on those in the cache.
+    """Finds the columns of an index per token that a forward of the model runs.
 
     After `del model.lotr_tasks`, it removes the hooks of the bank.
     """
@@ -419,22 +419,24 @@ def _before_forward(
             hook.remove()
     request = state_of(model)
     if isinstance(request, _Request) and request.index.dim() == 2:
-        request.running = _running_index(request.index, model, args, kwargs)
+        request.after_cache = _after_cache(request.index, model, args, kwargs)
         # Kept after the forward, for a checkpoint that recomputes in backward.
-        request.had_cache = request.had_cache or request.running is not request.index
+        request.had_cache = request.had_cache or request.after_cache is not None
 
 
-def _forget_cached_tokens(model: nn.Module, args: tuple, output: object) -> None:
+def _after_forward(model: nn.Module, args: tuple, output: object) -> None:
     # A layer that is called outside of the model's forward has no cache.
     request = state_of(model)
     if isinstance(request, _Request):
-        request.running = request.index
+        request.after_cache = None
 
 
-def _running_index(index: Tensor, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """Returns the index of the tokens of a call of the model: the index itself without a cache.
+def _after_cache(
+    index: Tensor, model: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """Returns the columns of an index for a call of the model, None if it has no cache.
 
-    With a cache, columns count from its first token, and later tokens use the last column.
+    Tokens after the last column have its task.
 
     Args:
         index: [b, columns].
@@ -453,7 +455,7 @@ def _running_index(index: Tensor, model: nn.Module, args: tuple, kwargs: dict[st
         if value is not None and (name in _CACHE_NAMES or hasattr(value, "get_seq_length"))
     ]
     if not caches:
-        return index
+        return None
     tokens = arguments.get("inputs_embeds")
     if tokens is None:
         tokens = arguments.get("input_ids")

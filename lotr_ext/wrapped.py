@@ -9,7 +9,6 @@ Not here: layers that compute x W^T themselves (layers.py), and merging of model
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as nnf
 
 from .core.call import RowChoice
 from .core.operators import accumulate_dtype
@@ -108,7 +107,7 @@ def mergeable_weight(base: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
     y = base(x)
-    expected = nnf.linear(x, weight, base.bias)
+    expected = nn.functional.linear(x, weight, base.bias)
     # Two products of one matrix may round differently, for example one that a hook has split.
     bound = max(1e-4, 4 * torch.finfo(weight.dtype).eps) * expected.abs().max().item()
     is_same = (
@@ -309,8 +308,6 @@ def adapt(
     Raises:
         TypeError, ValueError: As `LoTRLinear.from_linear`.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
     return layer_class(module).from_linear(
         module, factors, alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout
     )

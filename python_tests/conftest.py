@@ -56,9 +56,3 @@ def model() -> torch.nn.Module:
 @pytest.fixture
 def x() -> torch.Tensor:
     return zoo.inputs("mlp")
-
-
-@pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes siblings share u = x A for any size of x."""
-    monkeypatch.setattr(dispatch, "LITTLE_WORK", 0)

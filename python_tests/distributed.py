@@ -133,12 +133,6 @@ def training(wrap: Wrap, bound: float = 1e-10, **settings: Any) -> None:
     check_equal(actual, train(build(**settings), [0, 1]), bound)
 
 
-def fsdp2_in_bfloat16(core: str) -> None:
-    """FSDP2 that computes in bfloat16, against one process in float32."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    training(partial(shard, mp_policy=policy), bound=0.1, core=core, dtype="float32")
-
-
 def gradient_start() -> None:
     """`init_from_gradient` with one batch per process: A, B and the captured shares."""
 
@@ -296,6 +290,8 @@ def recomputed_and_resharded(net: nn.Module) -> nn.Module:
 
 
 RESHARDED = partial(shard, reshard=True)
+BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+IN_BFLOAT16 = partial(shard, mp_policy=BFLOAT16)  # compared with one process in float32
 FINDS_UNUSED = partial(DDP, find_unused_parameters=True)
 STATIC = partial(DDP, static_graph=True)
 CHECKS: dict[str, Callable[[], None]] = {
@@ -338,7 +334,9 @@ for form in FORMS:
         f"fsdp2, {form}": partial(training, shard, core=form),
         f"fsdp2, {form}, checkpoints": partial(training, recomputed_and_resharded, core=form),
         f"fsdp2, {form}, saved": partial(saved_and_loaded, shard, core=form),
-        f"fsdp2, {form}, bfloat16": partial(fsdp2_in_bfloat16, form),
+        f"fsdp2, {form}, bfloat16": partial(
+            training, IN_BFLOAT16, bound=0.1, core=form, dtype="float32"
+        ),
         f"zero 3, {form}": partial(zero, 3, core=form),
     }
 

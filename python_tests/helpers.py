@@ -1,4 +1,4 @@
-"""Shared by the tests: comparisons, tensors surrounded by NaN, good arguments of operators."""
+"""Shared by the tests: comparisons, tensors surrounded by NaN, errors that name an argument."""
 
 import math
 import re
@@ -6,14 +6,18 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parents[1]
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES, torch.float64)
-BETA = 1  # a strategy of the operators of layers; the other one on a CPU is 0
+# The dtypes of x and of the factors, with which an operator computes.
+DTYPE_PAIRS = [*((t, t) for t in DTYPES), *((t, torch.float32) for t in HALVES)]
 
 # The unit roundoff of a result.
 ROUNDOFF = {
@@ -63,24 +67,32 @@ def worst(actual: Iterable[Tensor | None], expected: Iterable[Tensor | None]) ->
     return max((relative(a, b) for a, b in pairs), default=0.0)
 
 
-def within(actual: Tensor, truth: Tensor, size: Tensor, roundings: int = 1) -> str | None:
-    """Compares each element with the truth, up to rounding.
+class Exact(NamedTuple):
+    """A result in float64."""
+
+    value: Tensor
+    size: Tensor  # of each element, the sum of its absolute products
+
+
+def within(actual: Tensor, exact: Exact, roundings: int = 1) -> str | None:
+    """Compares each element with the exact one, up to rounding.
 
     Args:
         actual: The result.
-        truth: In float64.
-        size: The sum of the absolute products of each element, in float64.
+        exact: What it must be.
         roundings: How often values on the way to an element, itself included, were rounded to its
-            dtype. 1: only the element, so that its error is relative to the truth, else to `size`.
+            dtype. 1: only the element, so that its error is relative to its value, else to its
+            size.
 
     Returns:
         What is wrong, None if nothing is.
     """
+    truth = exact.value
     if actual.shape != truth.shape:
         return f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
-    scale = truth.abs() if roundings == 1 else size
+    scale = truth.abs() if roundings == 1 else exact.size
     allowed = 1.001 * roundings * ROUNDOFF[actual.dtype] * scale
-    allowed = allowed + OF_SUMS[sums_dtype(actual.dtype)] * size + 1e-300
+    allowed = allowed + OF_SUMS[sums_dtype(actual.dtype)] * exact.size + 1e-300
     if actual.dtype == torch.float16:
         allowed = allowed + 2.0**-25  # below the smallest normal number
     is_wrong = ~((actual.double() - truth).abs() <= allowed)  # also if it is NaN
@@ -126,7 +138,6 @@ def untouched(view: Tensor) -> bool:
 
 
 def copy64(t: Tensor) -> Tensor:
-    """Returns a copy in float64."""
     return t.detach().to(torch.float64, copy=True)
 
 
@@ -139,116 +150,6 @@ def new_memory_is_nan() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-# ---- operators -----------------------------------------------------------------------------------
-
-M = 6  # tokens
-K = 5  # in_features
-N = 4  # out_features
-R = 3  # r_in
-Q = 2  # r_out
-SCHEMAS = {
-    schema.name.removeprefix("lotr::"): schema
-    for schema in torch._C._jit_get_all_schemas()
-    if schema.name.startswith("lotr::")
-}
-NO_NUMBERS = {"info", "cuda_versions", "cuda_plans", "gemm_lotr_refusal"}
-OPERATORS = sorted(set(SCHEMAS) - NO_NUMBERS)
-
-
-def operator(name: str) -> torch._ops.OpOverload:
-    return getattr(torch.ops.lotr, name).default
-
-
-def arguments(name: str, dtype: torch.dtype = torch.float32, R: int = R, Q: int = Q) -> list[tuple]:
-    """Good arguments of an operator, one tuple for each form that it has.
-
-    Optional arguments are given where they go together. A new operator without an entry here fails
-    every test that walks over the schemas.
-
-    Args:
-        R: r_in.
-        Q: r_out.
-    """
-    seed = torch.tensor([7])
-    offs = torch.tensor([2, M], dtype=torch.int32)
-    index = torch.tensor([0, 1, -1, 1, 0, 1])
-    tokens = torch.tensor([5, 4, 3, 2, 1, 0])
-
-    def t(*size: int) -> Tensor:
-        return torch.randn(*size).to(dtype)
-
-    def acc(*size: int) -> Tensor:
-        return torch.randn(*size).to(sums_dtype(dtype))
-
-    x = t(M, K)
-    weight = t(N, K)
-    bias = t(N)
-    A = t(K, R)
-    F = t(N, R)
-    g = t(M, N)
-    x_of_two = t(3, 2, K)  # leading dimensions
-    g_of_two = t(3, 2, N)
-    u = t(M, R)
-    du = t(M, R)
-    dx = t(M, K)
-    core_part = t(N, Q), t(R, Q), 0.7  # B, core, scaling
-    return {
-        "shrink": [(t(M, K), t(K, R), 0.5, seed), (t(0, K), t(K, R), 0.0, None)],
-        "expand_add_": [(t(M, N), t(M, R), t(N, R), 0.5, seed)],
-        "fold": [(t(N, Q), t(R, Q), 0.7, dtype)],
-        "expand": [(t(M, N), t(M, R), t(N, R)), (t(3, 2, N), t(M, R), t(N, R))],
-        "layer_forward": [
-            (x, weight, bias, A, *core_part, 0, 0.5, seed),
-            (x_of_two, weight, None, A, *core_part, BETA, 0.0, None),
-        ],
-        "layer_forward_few_tokens": [
-            (x, weight, bias, A, *core_part, 0),
-            (x_of_two, weight, None, A, *core_part, BETA),
-        ],
-        "layer_forward_projected": [
-            (x, weight, bias, u, *core_part, BETA),
-            (x_of_two, weight, None, u, *core_part, 0),
-        ],
-        "layer_forward_rows": [
-            (x, weight, bias, u, F, BETA),
-            (x_of_two, weight, None, u, F, 0),
-        ],
-        "layer_backward_": [
-            (g, weight, x, u, A, F, *core_part, BETA, acc(K, R), acc(N, Q), True, True, 0.5, seed),
-            (g_of_two, weight, x, u, A, F, *core_part, 0, None, None, True, True, 0.0, None),
-            (g, None, None, u, A, F, *core_part, 0, None, None, False, True, 0.0, None),
-        ],
-        "layer_backward_few_tokens_": [
-            (g, weight, x, u, A, *core_part, BETA, acc(K, R), acc(N, Q), True, True),
-            (g_of_two, weight, x, u, A, *core_part, 0, None, None, True, True),
-        ],
-        "layer_backward_projected_": [
-            (g, weight, u, F, *core_part, du, dx, acc(N, Q), True, True),
-            (g_of_two, weight, u, F, *core_part, None, None, None, True, True),
-            (g, None, u, None, *core_part, None, None, None, True, False),
-        ],
-        "layer_backward_rows_": [
-            (g, weight, u, F, dx, acc(N, R), True, True),
-            (g_of_two, weight, u, F, None, None, True, True),
-            (g, None, u, F, None, None, False, True),
-        ],
-        "shrink_backward_": [
-            (t(M, R), t(M, K), t(M, K), t(K, R), acc(K, R), 0.5, seed),
-            (t(M, R), None, t(M, K), None, None, 0.0, None),
-        ],
-        "row_core": [
-            (t(M, R), t(2, R, Q), index, None, tokens, 0.7),
-            (t(M, R), t(2, R, Q), None, offs, None, 0.7),
-        ],
-        "row_core_backward": [(t(M, Q), t(M, R), t(2, R, Q), None, offs, tokens, 0.7, True, True)],
-        "grouped_mm": [(t(M, K), t(2, N, K), offs)],
-        "grouped_outer": [(t(M, N), t(M, K), offs)],
-        "dropout_mask": [(M, N, 0.5, seed, dtype)],
-        # The last ones are p, y, index, offs, tokens, and the version of the formulas.
-        "linear": [(x, weight, bias, A, *core_part, 0.0, None, None, None, None, "1")],
-    }[name]
 
 
 # ---- errors --------------------------------------------------------------------------------------

@@ -1,13 +1,18 @@
 """Small networks of adapted layers for the tests, and the truth about each of them.
 
 `Net(kind)` is a module. Its truth is a copy in float64 that computes each layer in plain PyTorch.
-`Side` is what a test compares: the net or its truth, each with an input.
+`Side` is what a test compares: the net or its truth, each with an input. For example
+
+    def twice(side):  # a context: the same code runs on both sides
+        return side.grad(loss(side() + side()))
+
+    agree(Net("siblings"), twice, inputs(6))
 """
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from helpers import CLOSE, sums_dtype, worst
@@ -39,12 +44,12 @@ SCALING = 0.7
 class Conv1D(nn.Module):
     """A copy of transformers' Conv1D, with a weight of shape [in, out]."""
 
-    def __init__(self) -> None:
+    def __init__(self, nx: int, nf: int):
         super().__init__()
-        self.nf = K
-        self.nx = K
-        self.weight = nn.Parameter(torch.randn(K, K) / K**0.5)
-        self.bias = nn.Parameter(torch.randn(K))
+        self.nx = nx
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
+        self.bias = nn.Parameter(torch.randn(nf))
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight + self.bias
@@ -55,15 +60,6 @@ class Scaled(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
-
-
-def layer_classes(kind: str) -> tuple[Callable[[], nn.Module], type]:
-    """Returns what builds a base layer, and the class of the adapted layer."""
-    if kind == "conv1d":
-        return Conv1D, LoTRConv1D
-    if "wrapped" in kind:
-        return partial(Scaled, K, K), LoTRWrapped
-    return partial(nn.Linear, K, K), LoTRLinear
 
 
 # ---- networks ------------------------------------------------------------------------------------
@@ -84,23 +80,43 @@ def again(call: Call, x: Tensor) -> Tensor:
     return call(0, call(0, x)) * call(1, x)
 
 
-# kind: (number of layers, how they are wired). In the name of a kind,
-# - "wrapped": the base has a custom forward;
-# - "trained ..": the base, or its bias, requires a gradient;
-# - "rows ..": one task per row. `lotr_linear` computes "rows" itself, a request the other ones.
-KINDS: dict[str, tuple[int, Callable[[Call, Tensor], Tensor]]] = {
-    "linear": (1, single),
-    "siblings": (4, siblings),
-    "again": (2, again),
-    "two Bs": (4, siblings),  # two pairs of factors with the same A
-    "conv1d": (2, again),
-    "wrapped": (4, siblings),
-    "function": (2, again),
-    "trained base": (4, siblings),
-    "trained bias": (1, single),
-    "rows": (2, again),
-    "rows of siblings": (4, siblings),
-    "rows, wrapped": (4, siblings),
+class Kind(NamedTuple):
+    """What a net consists of.
+
+    Attributes:
+        layers: Their number.
+        wire: Calls the layers one after another.
+        base: The class of the base layers.
+        adapted: The class of the adapted layers.
+        pairs: The number of pairs of factors. All have the same A.
+        trained: The parameters of the base that require a gradient.
+        has_tasks: Whether each row of x has a task. The tasks are in a request.
+        by_function: Whether `lotr_linear` computes the layers, on their tensors.
+    """
+
+    layers: int
+    wire: Callable[[Call, Tensor], Tensor]
+    base: type[nn.Module] = nn.Linear
+    adapted: type[nn.Module] = LoTRLinear
+    pairs: int = 1
+    trained: tuple[str, ...] = ()
+    has_tasks: bool = False
+    by_function: bool = False
+
+
+KINDS = {
+    "linear": Kind(1, single),
+    "siblings": Kind(4, siblings),
+    "again": Kind(2, again),
+    "two Bs": Kind(4, siblings, pairs=2),
+    "conv1d": Kind(2, again, Conv1D, LoTRConv1D),
+    "wrapped": Kind(4, siblings, Scaled, LoTRWrapped),
+    "function": Kind(2, again, by_function=True),
+    "trained base": Kind(4, siblings, trained=("weight", "bias")),
+    "trained bias": Kind(1, single, trained=("bias",)),
+    "rows": Kind(2, again, has_tasks=True, by_function=True),
+    "rows of siblings": Kind(4, siblings, has_tasks=True),
+    "rows, wrapped": Kind(4, siblings, Scaled, LoTRWrapped, has_tasks=True),
 }
 
 
@@ -128,37 +144,33 @@ class Net(nn.Module):
     ):
         super().__init__()
         torch.manual_seed(0)
-        self.kind = kind
-        self.rows = kind.startswith("rows")
-        count, self.wire = KINDS[kind]
+        self.kind = KINDS[kind]
+        self.wire = self.kind.wire
         adapter_dtype = factors or dtype
 
-        first = LoTRFactors(K, K, (R, R + 1), dtype=adapter_dtype)
-        pairs = [first] * count
-        if kind == "two Bs":
-            other = LoTRFactors.of(first.A, LoTRFactor(K, R + 1, dtype=adapter_dtype))
-            pairs = [first, other, first, other]
+        pairs = [LoTRFactors(K, K, (R, R + 1), dtype=adapter_dtype)]
+        for _ in range(self.kind.pairs - 1):
+            B = LoTRFactor(K, R + 1, dtype=adapter_dtype)
+            pairs.append(LoTRFactors.of(pairs[0].A, B))
 
-        make_base, adapted = layer_classes(kind)
         self.layers = nn.ModuleList()
-        for i, pair in enumerate(pairs):
-            base = make_base().to(dtype)
-            scaling = SCALING - 0.1 * i  # another one for each layer
-            self.layers.append(adapted.from_linear(base, pair, scaling=scaling, dropout=dropout))
+        for i in range(self.kind.layers):
+            base = self.kind.base(K, K).to(dtype)
+            settings = {"scaling": SCALING - 0.1 * i, "dropout": dropout}
+            layer = self.kind.adapted.from_linear(base, pairs[i % len(pairs)], **settings)
+            for name in self.kind.trained:
+                getattr(layer, name).requires_grad_()
+            self.layers.append(layer)
 
         self.cores = None
-        if self.rows:
-            task_cores = [torch.randn(3, R, R + 1).to(adapter_dtype) for _ in range(count)]
+        if self.kind.has_tasks:
+            task_cores = [torch.randn(3, R, R + 1).to(adapter_dtype) for _ in self.layers]
             self.cores = nn.ParameterList(map(nn.Parameter, task_cores))
 
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if "factors" in name or name.endswith("core"):
                     parameter.normal_(0, parameter.shape[0] ** -0.5)
-        if kind.startswith("trained"):
-            for layer in self.layers:
-                layer.weight.requires_grad_(kind == "trained base")
-                layer.bias.requires_grad_()
 
     def index(self, x: Tensor) -> Tensor:
         """Returns the task of each row.
@@ -167,12 +179,12 @@ class Net(nn.Module):
         """
         repeats = -(-x.shape[0] // len(INDEX))
         row_tasks = INDEX.repeat(repeats)[: x.shape[0]]
-        if x.dim() < 3 or self.kind == "rows":
+        if x.dim() < 3 or self.kind.by_function:
             return row_tasks
         return (row_tasks[:, None] + torch.arange(x.shape[1])) % 4 - 1
 
     def parts(self, i: int) -> dict[str, Tensor]:
-        """Returns the parameters of a layer. The core of a net of rows is the layer's cores."""
+        """Returns the parameters of a layer. With tasks, its cores stand for its core."""
         layer = self.layers[i]
         return {
             "weight": layer.weight,
@@ -186,31 +198,30 @@ class Net(nn.Module):
         return self.wire(self.call, x)
 
     def call(self, i: int, x: Tensor) -> Tensor:
-        """Computes a layer: by its formula, its module, or `lotr_linear` on its tensors."""
+        """Computes a layer: by its formula, by `lotr_linear` on its tensors, or by its module."""
         if self.exact:
             return self.plain(i, x)
         layer = self.layers[i]
-        if self.rows and self.kind != "rows":
-            # A request (lotr_ext/core/request.py). An inner one, for no layer, changes nothing.
-            tasks = SimpleNamespace(cores=self.cores[i], index_of=self.index)
-            with open_request({layer: tasks}), open_request({}):
-                return layer(x)
-        if self.kind not in ("function", "rows"):
+        if self.kind.by_function:
+            return lotr_linear(
+                x,
+                **self.parts(i),
+                scaling=layer.scaling,
+                core_index=self.index(x) if self.kind.has_tasks else None,
+                dropout_p=layer.dropout,
+                training=self.training,
+            )
+        if not self.kind.has_tasks:
             return layer(x)
-        # The function, on the tensors of the layer.
-        return lotr_linear(
-            x,
-            **self.parts(i),
-            scaling=layer.scaling,
-            core_index=self.index(x) if self.rows else None,
-            dropout_p=layer.dropout,
-            training=self.training,
-        )
+        # A request (lotr_ext/core/request.py). An inner one, for no layer, changes nothing.
+        tasks = SimpleNamespace(cores=self.cores[i], index_of=self.index)
+        with open_request({layer: tasks}), open_request({}):
+            return layer(x)
 
     def plain(self, i: int, x: Tensor) -> Tensor:
         """Computes a layer by its formula, with its core or the core of each row's task."""
         core = self.parts(i)["core"]
-        if self.rows:
+        if self.kind.has_tasks:
             index = self.index(x)
             core = cores_of_rows(
                 core, index.view(*index.shape, *(1,) * (x.dim() - 1 - index.dim()))
@@ -224,10 +235,9 @@ class Net(nn.Module):
         return self.plain_base(W, bias, x) + self.layers[i].scaling * update
 
     def plain_base(self, W: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-        """Computes the base layer."""
-        if "wrapped" in self.kind:
+        if self.kind.base is Scaled:
             return nnf.linear(x, 2 * W, 2 * bias)
-        if self.kind == "conv1d":
+        if self.kind.base is Conv1D:
             return nnf.linear(x, W.T, bias)
         return nnf.linear(x, W, bias)
 

@@ -66,7 +66,6 @@ def moved(model: nn.Module, seed: int = 7) -> nn.Module:
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns a copy of the model's state_dict."""
     return {name: t.clone() for name, t in model.state_dict().items()}
 
 

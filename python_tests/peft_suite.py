@@ -3,8 +3,11 @@
     python python_tests/peft_suite.py [pytest's arguments]
 
 The tests come from the source distribution of the installed version, which is unpacked in
-build/peft-<version>. This file is also the pytest plugin that gives each of PEFT's tables of cases
-our cases instead.
+build/peft-<version>. This file is also the pytest plugin that runs them with LoTR. It
+
+    replaces PEFT's tables of cases by ours: TABLES
+    keeps only the tests that have a LoTR configuration and are not in LEFT_OUT
+    starts cores at random values where PEFT's tests expect an adapter with an effect: STARTED
 """
 
 import importlib.util
@@ -31,44 +34,44 @@ for module in ("datasets", "diffusers"):  # imported by PEFT's tests, and not us
     if module not in sys.modules and importlib.util.find_spec(module) is None:
         sys.modules[module] = mock.MagicMock()
 
-# A field that LoTR does not use. Cores of such a configuration start at random values.
+# In a field that LoTR does not use.
 STARTED = {"revision": "started"}
 CONFIG = ours.LoTRPeftConfig
-_SMALL = {"scaling": 0.2}  # PEFT compares to 1e-5 at inputs up to 90, and sets the learning rates
+SMALL = {"scaling": 0.2}  # PEFT compares to 1e-5 at inputs up to 90, and sets the learning rates
 CASES = [
-    ("names", "MLP", CONFIG, {"target_modules": ["lin0"], **_SMALL}),
+    ("names", "MLP", CONFIG, {"target_modules": ["lin0"], **SMALL}),
     ("a regular expression", "MLP", CONFIG, {"target_modules": "lin0", "alpha": 2.0}),
-    ("both layers", "MLP", CONFIG, {"target_modules": ["lin0", "lin1"], "rank": (2, 3), **_SMALL}),
+    ("both layers", "MLP", CONFIG, {"target_modules": ["lin0", "lin1"], "rank": (2, 3), **SMALL}),
     (
         "modules_to_save",
         "MLP",
         CONFIG,
-        {"target_modules": ["lin0"], "modules_to_save": ["lin1"], **_SMALL},
+        {"target_modules": ["lin0"], "modules_to_save": ["lin1"], **SMALL},
     ),
     (
         "by width",
         "MLP",
         CONFIG,
-        {"target_modules": ["lin0", "lin1"], "group_by": "width", "rank": 2, **_SMALL},
+        {"target_modules": ["lin0", "lin1"], "group_by": "width", "rank": 2, **SMALL},
     ),
     (
         "diagonal cores",
         "MLP",
         CONFIG,
-        {"target_modules": ["lin0", "lin1"], "core": "diagonal", "rank": 2, **_SMALL},
+        {"target_modules": ["lin0", "lin1"], "core": "diagonal", "rank": 2, **SMALL},
     ),
-    ("Conv1D", "EmbConv1D", CONFIG, {"target_modules": ["conv1d"], "rank": 2, **_SMALL}),
+    ("Conv1D", "EmbConv1D", CONFIG, {"target_modules": ["conv1d"], "rank": 2, **SMALL}),
 ]
-_ONE, _OTHER = ({"target_modules": [name], **_SMALL, **STARTED} for name in ("lin0", "lin1"))
+ON_LIN0 = {"target_modules": ["lin0"], **SMALL, **STARTED}
 TABLES = {
     "test_name, model_id, config_cls, config_kwargs": CASES,
     "config_cls": [CONFIG],
     "config_class, mandatory_kwargs": [(CONFIG, {})],
     "test_name, tuner_method, config_cls, config_kwargs_1, config_kwargs_2": [
-        ("LoTR Same", "lotr", CONFIG, _ONE, _ONE),
-        ("LoTR Different", "lotr", CONFIG, _ONE, _OTHER),
+        ("LoTR Same", "lotr", CONFIG, ON_LIN0, ON_LIN0),
+        ("LoTR Different", "lotr", CONFIG, ON_LIN0, {**ON_LIN0, "target_modules": ["lin1"]}),
     ],
-    "test_name, config0, config1": [("LoTR mixed", CONFIG(**_ONE), CONFIG(rank=3, **_ONE))],
+    "test_name, config0, config1": [("LoTR mixed", CONFIG(**ON_LIN0), CONFIG(rank=3, **ON_LIN0))],
 }
 # PEFT's tests that are left out, with the reason.
 LEFT_OUT = {

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import bad_calls
 import pytest
 import torch
-from helpers import DTYPES, HALVES, OPERATORS, SCHEMAS, arguments, operator, refused
+from helpers import DTYPES, HALVES, refused
 from models import unchanged
+from operands import KERNELS, SCHEMAS, good_arguments, operator
 from torch import Tensor, nn
 
 from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped, adapt
@@ -41,9 +42,6 @@ def test_a_refused_layer_keeps_its_trained_parameters(
 
 # ---- operators: a walk over the schemas ----------------------------------------------------------
 
-# Written in Python. Users do not call them.
-PYTHON_OPERATORS = {"linear", "dropout_mask", "grouped_mm", "grouped_outer"}
-KERNELS = [name for name in OPERATORS if name not in PYTHON_OPERATORS]
 ALL_DTYPES = {
     *DTYPES,
     torch.bool,
@@ -57,27 +55,26 @@ ALL_DTYPES = {
 MIXED = {("shrink", "x"), ("row_core", "u")}
 
 
-def places(written: bool = False) -> list[object]:
-    """Returns (operator, which of its good arguments, place) of each tensor with elements.
+def tensor_arguments(is_written: bool = False) -> list[object]:
+    """Returns (operator, which of its good arguments, argument) of each tensor with elements.
 
     Args:
-        written: Only arguments that the operator writes.
+        is_written: Only arguments that the operator writes.
     """
-    torch.manual_seed(0)
     params = []
     for name in KERNELS:
-        for sample, values in enumerate(arguments(name)):
-            for i, (argument, value) in enumerate(zip(SCHEMAS[name].arguments, values)):
-                is_written = argument.alias_info is not None and argument.alias_info.is_write
+        for form, values in enumerate(good_arguments(name)):
+            for argument in SCHEMAS[name].arguments:
+                value = values[argument.name]
                 has_elements = isinstance(value, Tensor) and value.numel() > 0
-                if has_elements and (is_written or not written):
-                    test_id = f"{name}-{sample}-{argument.name}"
-                    params.append(pytest.param(name, sample, i, id=test_id))
+                if has_elements and (argument.alias_info is not None or not is_written):
+                    test_id = f"{name}-{form}-{argument.name}"
+                    params.append(pytest.param(name, form, argument.name, id=test_id))
     return params
 
 
-EACH = pytest.mark.parametrize("name, sample, i", places())
-WRITTEN = pytest.mark.parametrize("name, sample, i", places(written=True))
+EACH = pytest.mark.parametrize("name, form, argument", tensor_arguments())
+WRITTEN = pytest.mark.parametrize("name, form, argument", tensor_arguments(is_written=True))
 
 
 def has_its_memory(t: Tensor) -> bool:
@@ -91,72 +88,71 @@ def bits_of(t: Tensor) -> Tensor:
     return t.resolve_neg().contiguous().view(torch.uint8)
 
 
-def refused_operator(name: str, values: list, words: str) -> None:
+def check_refused(name: str, arguments: dict[str, object], words: str) -> None:
     """Expects that an operator raises an error with these words, and changes nothing."""
-    before = [
-        value.clone() if isinstance(value, Tensor) and has_its_memory(value) else None
-        for value in values
-    ]
+    before = {
+        argument: value.clone()
+        for argument, value in arguments.items()
+        if isinstance(value, Tensor) and has_its_memory(value)
+    }
     with pytest.raises((RuntimeError, TypeError)) as raised:
-        operator(name)(*values)
+        operator(name)(*arguments.values())
     assert re.search(words, str(raised.value)), raised.value
-    for value, copy in zip(values, before):
-        assert copy is None or torch.equal(bits_of(value), bits_of(copy))
-
-
-def start_of_message(name: str, i: int) -> str:
-    return rf"lotr::\w+: {SCHEMAS[name].arguments[i].name}: expected"
+    for argument, copy in before.items():
+        assert torch.equal(bits_of(arguments[argument]), bits_of(copy))
 
 
 @EACH
 @pytest.mark.parametrize("is_freed", [True, False], ids=["freed", "short"])
 def test_operator_refuses_freed_and_short_memory(
-    name: str, sample: int, i: int, is_freed: bool
+    name: str, form: int, argument: str, is_freed: bool
 ) -> None:
-    values = list(arguments(name)[sample])
+    good = good_arguments(name)[form]
     # A view that does not start at the beginning of its storage.
-    elements = values[i].flatten()
-    values[i] = torch.cat([elements[:1], elements])[1:].view_as(values[i])
-    storage = values[i].untyped_storage()
-    storage.resize_(0 if is_freed else storage.nbytes() - values[i].element_size())
-    refused_operator(name, values, start_of_message(name, i))
+    elements = good[argument].flatten()
+    view = torch.cat([elements[:1], elements])[1:].view_as(good[argument])
+    storage = view.untyped_storage()
+    storage.resize_(0 if is_freed else storage.nbytes() - view.element_size())
+    check_refused(name, {**good, argument: view}, rf"lotr::\w+: {argument}: expected")
 
 
 @EACH
-def test_operator_refuses_other_dtypes(name: str, sample: int, i: int) -> None:
-    good = arguments(name)[sample]
-    allowed = {good[i].dtype}
-    if (name, SCHEMAS[name].arguments[i].name) in MIXED:
+def test_operator_refuses_other_dtypes(name: str, form: int, argument: str) -> None:
+    good = good_arguments(name)[form]
+    allowed = {good[argument].dtype}
+    if (name, argument) in MIXED:
         allowed |= {*HALVES}
     for dtype in ALL_DTYPES - allowed:
-        values = [*good[:i], torch.zeros_like(good[i]).to(dtype), *good[i + 1 :]]
-        refused_operator(name, values, r"lotr::\w+: \w+: expected .*dtype")
+        wrong = torch.zeros_like(good[argument]).to(dtype)
+        check_refused(name, {**good, argument: wrong}, r"lotr::\w+: \w+: expected .*dtype")
 
 
 @EACH
-def test_operator_refuses_none_and_another_device(name: str, sample: int, i: int) -> None:
-    values = list(arguments(name)[sample])
-    values[i] = values[i].to("meta")
-    refused_operator(name, values, r"lotr::\w+: .*expected .* device\b.*, got (meta|cpu)")
-    is_optional = str(SCHEMAS[name].arguments[i].type) != "Tensor"
-    if not is_optional:
-        values[i] = None
-        refused_operator(name, values, start_of_message(name, i) + " a tensor, got None")
+def test_operator_refuses_none_and_another_device(name: str, form: int, argument: str) -> None:
+    good = good_arguments(name)[form]
+    on_meta = {**good, argument: good[argument].to("meta")}
+    check_refused(name, on_meta, r"lotr::\w+: .*expected .* device\b.*, got (meta|cpu)")
+    types = {declared.name: str(declared.type) for declared in SCHEMAS[name].arguments}
+    if types[argument] == "Tensor":  # not optional
+        expected = rf"lotr::\w+: {argument}: expected a tensor, got None"
+        check_refused(name, {**good, argument: None}, expected)
 
 
 @WRITTEN
-def test_operator_refuses_outputs_that_it_cannot_write(name: str, sample: int, i: int) -> None:
+def test_operator_refuses_outputs_that_it_cannot_write(name: str, form: int, argument: str) -> None:
     """Refuses repeated elements, and memory that another argument shares."""
-    good = list(arguments(name)[sample])
-    values = [*good[:i], good[i][:1].expand_as(good[i]), *good[i + 1 :]]
-    expected = start_of_message(name, i) + " a tensor without repeated elements"
-    refused_operator(name, values, expected)
-    for j, other in enumerate(good):
-        if j == i or not isinstance(other, Tensor):
+    good = good_arguments(name)[form]
+    output = good[argument]
+    repeated = {**good, argument: output[:1].expand_as(output)}
+    expected = rf"lotr::\w+: {argument}: expected a tensor without repeated elements"
+    check_refused(name, repeated, expected)
+    for other, value in good.items():
+        if other == argument or not isinstance(value, Tensor):
             continue
         memory = torch.empty(4096, dtype=torch.uint8).untyped_storage()
-        values = list(good)
-        values[j] = torch.empty(0, dtype=other.dtype).set_(memory, 0, other.shape).copy_(other)
-        values[i] = torch.empty(0).set_(memory, 0, good[i].shape)
-        either = rf"({SCHEMAS[name].arguments[i].name}|{SCHEMAS[name].arguments[j].name})"
-        refused_operator(name, values, rf"lotr::\w+: {either}: expected memory of its own")
+        shared = {
+            other: torch.empty(0, dtype=value.dtype).set_(memory, 0, value.shape).copy_(value),
+            argument: torch.empty(0).set_(memory, 0, output.shape),
+        }
+        either = rf"lotr::\w+: ({argument}|{other}): expected memory of its own"
+        check_refused(name, {**good, **shared}, either)

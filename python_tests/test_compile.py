@@ -58,7 +58,8 @@ def test_compile(kind: str) -> None:
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def test_compiled_graphs_contain_our_operators(shared: None) -> None:
+@pytest.mark.parametrize("form", ["shared"], indirect=True)
+def test_compiled_graphs_contain_our_operators(form: str) -> None:
     backend = AotEagerAndRecordGraphs()
     net = torch.compile(Net("siblings"), fullgraph=True, backend=backend)
     loss(net(inputs(6))).backward()
@@ -85,8 +86,9 @@ def test_compile_and_checkpoint(where: str) -> None:
     agree(net, once if where == "inside" else checkpointed, inputs(6))
 
 
+@pytest.mark.parametrize("form", ["shared"], indirect=True)
 @pytest.mark.parametrize("kind", ["siblings", "rows of siblings"])
-def test_compiled_autograd(kind: str, shared: None) -> None:
+def test_compiled_autograd(kind: str, form: str) -> None:
     """Dynamo traces the backward, which then runs as the PyTorch fallback."""
     ours, truth = sides(Net(kind), inputs(6))
     y = ours()
@@ -119,7 +121,6 @@ def test_a_compiled_model_can_be_disabled() -> None:
 
 @pytest.mark.parametrize("kind", ["siblings", "wrapped"])
 def test_export(kind: str) -> None:
-    """An exported program contains none of our operators."""
     net = Net(kind)
     program = torch.export.export(net, (inputs(6),))
     assert "lotr" not in str(program.graph)

@@ -13,37 +13,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_python
-
-ROOT = Path(__file__).resolve().parents[1]
-INFO = "import torch, lotr_ext; print(torch.ops.lotr.info())"
-ops = torch.ops.lotr
+from helpers import ROOT, run_python
 
 
-def run_program(program: str, isa: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs a Python program with LOTR_CPU_ISA set to isa, or not set."""
-    environment = {name: value for name, value in os.environ.items() if name != "LOTR_CPU_ISA"}
-    if isa is not None:
-        environment["LOTR_CPU_ISA"] = isa
-    return run_python("-c", program, env=environment)
+def run_info(preparation: str = "", isa: str = "") -> subprocess.CompletedProcess[str]:
+    """Prints `info` in a new process, after other statements.
+
+    Args:
+        preparation: The statements.
+        isa: LOTR_CPU_ISA. "" is as if it were not set.
+    """
+    program = f"{preparation}\nimport torch, lotr_ext; print(torch.ops.lotr.info())"
+    return run_python("-c", program, env=os.environ | {"LOTR_CPU_ISA": isa})
 
 
-def isa_of(process: subprocess.CompletedProcess[str]) -> str:
-    return json.loads(process.stdout)["cpu"]["isa"]
+def isa_in(info: str) -> str:
+    return json.loads(info)["cpu"]["isa"]
 
 
 def test_bfloat16_instructions_flush_subnormal_numbers() -> None:
     subnormal = torch.full((16, 32), 2.0**-133, dtype=torch.bfloat16)
     ones = torch.ones(32, 1, dtype=torch.bfloat16)
-    is_flushed = json.loads(ops.info())["cpu"]["isa"] in ("avx512_bf16", "amx_bf16")
-    assert (ops.shrink(subnormal, ones) == (0.0 if is_flushed else 32 * 2.0**-133)).all()
+    is_flushed = isa_in(torch.ops.lotr.info()) in ("avx512_bf16", "amx_bf16")
+    expected = 0.0 if is_flushed else 32 * 2.0**-133
+    assert (torch.ops.lotr.shrink(subnormal, ones) == expected).all()
 
 
 def test_tiles_that_the_system_refuses_are_not_used() -> None:
     """Linux refuses tiles to a process with a signal stack that is too small for them."""
-    if isa_of(run_program(INFO)) != "amx_bf16":
+    if isa_in(run_info().stdout) != "amx_bf16":
         pytest.skip("this CPU has no amx_bf16")
-    program = """
+    small_signal_stack = """
 import ctypes
 class Stack(ctypes.Structure):
     _fields_ = [("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
@@ -51,9 +51,9 @@ memory = ctypes.create_string_buffer(4096)
 stack = Stack(ctypes.addressof(memory), 0, 4096)
 assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
 """
-    assert isa_of(run_program(program + INFO)) == "avx512_bf16"
+    assert isa_in(run_info(small_signal_stack).stdout) == "avx512_bf16"
     # If it is set by name, it is an error, as on a CPU without tiles.
-    process = run_program(program + INFO, "amx_bf16")
+    process = run_info(small_signal_stack, isa="amx_bf16")
     assert process.returncode != 0
     message = r"LOTR_CPU_ISA: expected one of .+ \(what this CPU runs\), got amx_bf16"
     assert re.search(message, process.stderr)
@@ -69,7 +69,7 @@ def configured(folder: Path, isas: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_a_build_contains_the_requested_sets(tmp_path: Path) -> None:
-    for isas, expected in (("native", isa_of(run_program(INFO))), ("generic", "generic")):
+    for isas, expected in (("native", isa_in(run_info().stdout)), ("generic", "generic")):
         assert configured(tmp_path / isas, isas).returncode == 0
         sets = (tmp_path / isas / "cpu_sets.def").read_text()
         assert re.findall(r"LOTR_SET\((\w+)", sets) == [expected]

@@ -5,9 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import run_python
+from helpers import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
 MINILM = ROOT / "data" / "all-minilm-l6-v2"
 QUICK = {  # program: (arguments, words in its output)
     "custom_model": ("", ["parameters are trained", "the same outputs"]),

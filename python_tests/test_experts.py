@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import zoo
-from helpers import HALVES, copy64, relative, run_python, worst
+from helpers import DTYPE_PAIRS, copy64, relative, run_python, worst
 from models import adapter_parameters, moved, trained, written_out
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -113,7 +113,6 @@ def check(
 
 by_tasks = pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
 by_tokens = pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
-DTYPE_PAIRS = [*((dtype, dtype) for dtype in BOUNDS), *((half, torch.float32) for half in HALVES)]
 
 
 @pytest.mark.parametrize("dtype, factors", DTYPE_PAIRS, ids=str)
@@ -395,6 +394,16 @@ def test_experts_of_transformers(layout: str, ending: str) -> None:
         for output in (y, expected)
     ]
     assert worst(*results) < 1e-12
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_choice_of_no_expert_adds_nothing(layout: str) -> None:
+    """Under expert parallelism, an index of E stands for the experts of another process."""
+    model = adapted(experts_of(layout))
+    hidden, index, weights = routed()
+    expected = model["experts"](hidden, index, weights * (index != 0))
+    y = model["experts"](hidden, torch.where(index == 0, E, index), weights)
+    assert relative(y, expected) < 1e-12
 
 
 def test_experts_of_transformers_take_hidden_states_of_another_dtype() -> None:

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 from distributed import CHECKS, run_in_two_processes
-from helpers import run_python
+from helpers import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
 FRAMEWORKS = Path(sys.prefix) / "frameworks"
 pytestmark = [
     pytest.mark.slow,

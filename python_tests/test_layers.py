@@ -226,7 +226,7 @@ def functional_gradients(side: Side) -> Results:
     jacobian = torch.func.jacrev(lambda x: side(x).sum(-1))(x)
     batch = torch.vmap(side)(torch.stack([x, 2 * x]))
     results = [batch, tangent, jacobian, *gradient(leaves, x).values()]
-    if not side.net.rows:
+    if not side.net.kind.has_tasks:
         examples = x[:1].expand(3, 1, -1)
         results += torch.vmap(gradient, (None, 0))(leaves, examples).values()
     return results
@@ -737,10 +737,9 @@ def test_autograd_sees_one_gradient_per_factor(kind: str, form: str) -> None:
     assert all(hook.called for name, hook in hooks.items() if "factors" in name)
 
 
+@pytest.mark.parametrize("form", ["shared"], indirect=True)
 @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["plain", "checkpoint"])
-def test_many_small_gradients_of_half_precision_factors(
-    is_checkpointed: bool, shared: None
-) -> None:
+def test_many_small_gradients_of_half_precision_factors(is_checkpointed: bool, form: str) -> None:
     """A sum of equal bfloat16 numbers would stop growing at 256 of them.
 
     The tensors that a checkpoint recomputes have another graph, but there is still one sum.
@@ -846,7 +845,8 @@ def test_siblings(context: Context, form: str) -> None:
     agree(Net("siblings"), context, inputs(6))
 
 
-def test_a_computed_factor_changes_in_place_between_siblings(shared: None) -> None:
+@pytest.mark.parametrize("form", ["shared"], indirect=True)
+def test_a_computed_factor_changes_in_place_between_siblings(form: str) -> None:
     agree(Net("siblings"), a_computed_factor_changes, inputs(6))
 
 

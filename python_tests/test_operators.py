@@ -1,37 +1,52 @@
 """Every operator with numbers x dtype x shape x layout against float64.
 
-Each operand has NaN around it in memory. A check is (what, result, truth, size, roundings), as
-`helpers.within` accepts it. Each entry of TABLE makes the checks of one operator for one Case.
+An entry of TABLE is a formula in float64, which has the operator's name, the forms in which the
+operator is called, and how often its results are rounded. Formula and operator take the same
+arguments and return the same results, both by the names of the schema. For example
+
+    shrink(Tensor x, Tensor A, float p=0.0, Tensor? seed=None) -> Tensor u     the schema
+    def shrink(x, A, drop, **_): return {"u": drop(x) @ A}                     the formula
+    "shrink": Entry(shrink)                                                    called in one form
+
+Each operand has NaN around it in memory, and `helpers.within` compares each element of a result.
 LOTR_CPU_ISA chooses the instruction set; `test_lower_instruction_sets` runs the table with each.
 """
 
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
 import torch
 from helpers import (
-    BETA,
+    DTYPE_PAIRS,
     DTYPES,
     HALVES,
     LAYOUTS,
-    OPERATORS,
-    SCHEMAS,
-    arguments,
+    Exact,
     copy64,
-    laid_out,
     new_memory_is_nan,
-    operator,
     relative,
     run_python,
     sums_dtype,
     untouched,
     within,
     worst,
+)
+from operands import (
+    BETA,
+    KERNELS,
+    OPERATORS,
+    SCHEMAS,
+    Case,
+    S,
+    good_arguments,
+    operator,
+    results_by_name,
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -44,14 +59,6 @@ from lotr_ext.core.call import RowChoice
 from lotr_ext.core.kernel_support import trial_obstacle
 
 ops = torch.ops.lotr
-Check = tuple[str, Tensor, Tensor, Tensor, int]
-# How often values on the way to an element are rounded, see `helpers.within`.
-ONCE = 1  # the element
-ROUNDED_SUM = 5  # up to four operands and the sum
-ROUNDED_Y = 5  # u, F, the base product, the factors and y
-ROUNDED_DX = 6  # g, du, F, A, the base product and dx
-S = 0.37
-SEED = -(2**61) + 12345678901
 # M, K, N, r_in: full blocks of each kernel, their remainders, panels that are cut short. r_out is
 # r_in + 1, up to 256.
 SHAPES = [
@@ -68,410 +75,373 @@ SHAPES = [
     (33, 300, 129, 255),
     (3, 600, 5, 5),
 ]
-# x's dtype, the factors'
-DTYPE_PAIRS = [(t, t) for t in DTYPES] + [(t, torch.float32) for t in HALVES]
 each_dtype_pair = pytest.mark.parametrize(
     "dtype, factors", DTYPE_PAIRS, ids=lambda t: str(t).removeprefix("torch.")
 )
 
-
-class Case:
-    """Operands of one shape, dtype and layout, of about 1 in size."""
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int, int],
-        dtype: torch.dtype,
-        factors: torch.dtype,
-        layout: str = "contiguous",
-        p: float = 0.0,
-    ):
-        self.m, self.k, self.n, self.r = shape
-        self.r_out = self.r + 1
-        self.dtype = dtype
-        self.factors = factors
-        self.layout = layout
-        self.acc = sums_dtype(dtype)
-        self.p = p
-        self.seed = torch.tensor([SEED]) if p else None
-        self.generator = torch.Generator().manual_seed(sum(shape))
-        self.x = self.make(self.m, self.k)
-        self.g = self.make(self.m, self.n)
-        self.u = self.make(self.m, self.r)
-        self.weight = self.make(self.n, self.k)
-        self.bias = self.make(1, self.n)[0]
-        self.A = self.factor(self.k, self.r)
-        self.F = self.factor(self.n, self.r)
-        self.B = self.factor(self.n, self.r_out)
-        self.cores = self.factor(2, self.r, self.r_out)
-        self.core = self.cores[0]
-
-    def make(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-        values = torch.randn(*size, generator=self.generator, dtype=torch.float64)
-        values /= size[-1] ** 0.25
-        return laid_out(values.to(dtype or self.dtype), self.layout)
-
-    def factor(self, *size: int) -> Tensor:
-        return self.make(*size, dtype=self.factors)
-
-    def sums(self, *size: int) -> Tensor:
-        return self.make(*size, dtype=self.acc)
-
-    def wide(self, *tensors: Tensor) -> list[Tensor]:
-        """In float64, as the products see them: factors rounded to x's dtype."""
-        return [copy64(t.to(self.dtype) if t.dtype == self.factors else t) for t in tensors]
-
-    def B_and_core(self) -> tuple[Tensor, Tensor]:
-        """Returns B and G in float64. Operators fold them before they round to x's dtype."""
-        return self.B.double(), self.core.double()
-
-    def mask(self, columns: int) -> Tensor:
-        """The dropout mask [m, columns] in float64."""
-        return reference.dropout_mask(self.m, columns, self.p, SEED)
-
-    def dense_if_bfloat16(self, *tensors: Tensor) -> list[Tensor]:
-        """Operands of the library's product.
-
-        On a CPU with AMX, torch 2.13 multiplies what is between bfloat16 rows as well.
-        """
-        return [t.contiguous() if self.dtype == torch.bfloat16 else t for t in tensors]
-
-
 # ---- formulas in float64 -------------------------------------------------------------------------
 
-
-def both(formula: Callable, *operands: Tensor | float | None) -> tuple:
-    """Returns the value of a formula, and the sum of the absolute products in it.
-
-    Formulas only add and multiply, so the sum is the value for the absolute operands.
-    """
-    sizes = [None if operand is None else abs(operand) for operand in operands]
-    return formula(*operands), formula(*sizes)
+# A formula takes the operator's arguments, with zero for a sum that is absent, and `drop`, the
+# dropout. Arguments that do not change the numbers, like the strategy, go to `**_`. It returns the
+# operator's results: those that the operator returns, and those that it adds to a sum in place.
+# Formulas only add and multiply, see `exact_results`.
+Results = dict[str, Tensor]
+Drop = Callable[[Tensor], Tensor]
 
 
-def plus_product(y: Tensor, u: Tensor, F: Tensor, mask: Tensor | float = 1.0) -> Tensor:
-    return y + mask * (u @ F.mT)
+def shrink(x: Tensor, A: Tensor, drop: Drop, **_: object) -> Results:
+    return {"u": drop(x) @ A}
 
 
-def layer_of_u(
-    x: Tensor, W: Tensor, bias: Tensor | None, u: Tensor, B: Tensor, G: Tensor, s: float
-) -> Tensor:
-    y = x @ W.mT + u @ reference.fold(B, G, s).mT
-    return y if bias is None else y + bias
+def expand_add_(y: Tensor, u: Tensor, F: Tensor, drop: Drop, **_: object) -> Results:
+    return {"y": y + drop(u @ F.mT)}
 
 
-def layer_gradients(
+def expand(y: Tensor, u: Tensor, F: Tensor, **_: object) -> Results:
+    return {"sum": y + u @ F.mT}
+
+
+def fold(B: Tensor, core: Tensor, scaling: float, **_: object) -> Results:
+    return {"F": reference.fold(B, core, scaling)}
+
+
+def rows_of(
+    rows: int, index: Tensor | None, offs: Tensor | None, tokens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns the core, -1 for none, and the token of each row."""
+    if tokens is None:
+        tokens = torch.arange(rows)
+    if index is None:
+        index = torch.bucketize(torch.arange(len(tokens)), offs.long(), right=True)
+        index[index == len(offs)] = -1
+    return index, tokens
+
+
+def row_core(
+    u: Tensor,
+    cores: Tensor,
+    index: Tensor | None,
+    offs: Tensor | None,
+    tokens: Tensor | None,
+    scaling: float,
+    **_: object,
+) -> Results:
+    """h_i = s u_t(i) G_c(i), zero where c(i) is -1."""
+    core_of_row, token_of_row = rows_of(len(u), index, offs, tokens)
+    core_rows = cores[core_of_row.clamp(min=0)] * (core_of_row >= 0)[:, None, None]
+    return {"h": (scaling * u[token_of_row].unsqueeze(1) @ core_rows).squeeze(1)}
+
+
+def row_core_backward(g: Tensor, u: Tensor, cores: Tensor, **rows: object) -> Results:
+    leaves = {"u": u.detach().requires_grad_(), "cores": cores.detach().requires_grad_()}
+    h = row_core(**leaves, **rows)["h"]
+    du, dcores = torch.autograd.grad(h, list(leaves.values()), g)
+    return {"du": du, "dcores": dcores}
+
+
+def layer_forward_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, **_: object
+) -> Results:
+    y = x @ weight.mT + h @ B.mT
+    return {"y": y if bias is None else y + bias}
+
+
+def layer_forward_projected(
+    u: Tensor, B: Tensor, core: Tensor, scaling: float, **operands: object
+) -> Results:
+    F = reference.fold(B, core, scaling)
+    return {"F": F, **layer_forward_rows(h=u, B=F, **operands)}
+
+
+def layer_forward(x: Tensor, A: Tensor, drop: Drop, **operands: object) -> Results:
+    u = drop(x) @ A
+    return {"u": u, **layer_forward_projected(x=x, u=u, **operands)}
+
+
+def layer_forward_few_tokens(**operands: object) -> Results:
+    results = layer_forward(**operands)
+    return {"y": results["y"], "u": results["u"]}
+
+
+def layer_backward_(
     g: Tensor,
-    W: Tensor,
+    weight: Tensor,
     x: Tensor,
     u: Tensor,
     A: Tensor,
     B: Tensor,
-    G: Tensor,
-    mask: Tensor,
+    core: Tensor,
+    scaling: float,
     dA: Tensor,
     dB: Tensor,
-) -> tuple[Tensor, ...]:
-    """(dx, dA, dB, dG), the gradients of the factors added to dA and dB."""
-    du = g @ reference.fold(B, G, S)
+    drop: Drop,
+    **_: object,
+) -> Results:
+    du = g @ reference.fold(B, core, scaling)
     Q = g.mT @ u
-    dx = g @ W + mask * (du @ A.mT)
-    return dx, dA + (x * mask).mT @ du, dB + S * Q @ G, S * Q.mT @ B
+    return {
+        "dx": g @ weight + drop(du @ A.mT),
+        "dA": dA + drop(x).mT @ du,
+        "dB": dB + scaling * Q @ core,
+        "dcore": scaling * Q.mT @ B,
+    }
 
 
-def gradients_of_u(
+def layer_backward_few_tokens_(**operands: object) -> Results:
+    return layer_backward_(**operands)
+
+
+def layer_backward_projected_(
     g: Tensor,
-    W: Tensor,
+    weight: Tensor | None,
     u: Tensor,
-    F: Tensor,
+    F: Tensor | None,
     B: Tensor,
-    G: Tensor,
+    core: Tensor,
+    scaling: float,
     du: Tensor,
     dx: Tensor,
     dB: Tensor,
-) -> tuple[Tensor, ...]:
-    """(dx, du, dB, dG), all but the last added to the given ones."""
+    **_: object,
+) -> Results:
     Q = g.mT @ u
-    return dx + g @ W, du + g @ F, dB + S * Q @ G, S * Q.mT @ B
+    results = {"dB": dB + scaling * Q @ core, "dcore": scaling * Q.mT @ B}
+    if F is not None:
+        results["du"] = du + g @ F
+    if weight is not None:
+        results["dx"] = dx + g @ weight
+    return results
 
 
-def row_outputs(u: Tensor, cores: Tensor, index: Tensor, tokens: Tensor) -> Tensor:
-    """h_i = S u_t(i) G_c(i), zero where c(i) is -1."""
-    core_rows = cores[index.clamp(min=0)] * (index >= 0)[:, None, None]
-    return (S * u[tokens].unsqueeze(1) @ core_rows).squeeze(1)
+def layer_backward_rows_(
+    g: Tensor,
+    weight: Tensor | None,
+    h: Tensor,
+    B: Tensor,
+    dx: Tensor,
+    dB: Tensor,
+    need_h: bool,
+    **_: object,
+) -> Results:
+    results = {"dB": dB + g.mT @ h}
+    if need_h:
+        results["dh"] = g @ B
+    if weight is not None:
+        results["dx"] = dx + g @ weight
+    return results
 
 
-def row_gradients(
-    u: Tensor, cores: Tensor, dh: Tensor, index: Tensor, tokens: Tensor
-) -> tuple[Tensor, ...]:
-    leaves = [t.detach().requires_grad_() for t in (u, cores)]
-    return torch.autograd.grad(row_outputs(*leaves, index, tokens), leaves, dh)
+def shrink_backward_(
+    du: Tensor, dx: Tensor, x: Tensor, A: Tensor | None, dA: Tensor, drop: Drop, **_: object
+) -> Results:
+    results = {"dA": dA + drop(x).mT @ du}
+    if A is not None:
+        results["dx"] = dx + drop(du @ A.mT)
+    return results
+
+
+# ---- the forms in which an operator is called ----------------------------------------------------
+
+Form = dict[str, object]  # arguments that replace the case's
+
+
+def one_form(c: Case) -> Iterable[Form]:
+    return [{}]
+
+
+def row_forms(c: Case) -> Iterator[Form]:
+    """All ways to say which core and which token a row has. `g` is for the backward."""
+    rows = torch.arange(c.m)
+    index = torch.tensor([0, 1, -1, -1]).repeat(c.m // 4 + 1)[: c.m]
+    tokens = (rows * 7 + 3) % max(c.m, 1) // 2  # each about twice, in no order
+    ends = torch.tensor((c.m // 3, c.m - c.m // 4), dtype=torch.int32)
+    # A check of the first and the last row alone would take these rows for rows in order.
+    reversed_inside = torch.cat([rows[:1], rows[1:-1].flip(0), rows[1:][-1:]])
+    yield {"index": index, "offs": None, "tokens": tokens, "g": c.h}
+    yield {"index": index, "offs": None, "tokens": None, "g": c.h}
+    yield {"index": None, "offs": ends, "tokens": tokens, "g": c.h}
+    yield {"index": 0 * index, "offs": None, "tokens": reversed_inside, "g": c.h}
+
+
+def forward_forms(c: Case) -> Iterator[Form]:
+    for strategy, bias in itertools.product((0, BETA), (c.bias, None)):
+        yield {"strategy": strategy, "bias": bias}
+
+
+def forward_rows_forms(c: Case) -> Iterator[Form]:
+    """u and F have the places of h and B, which are not folded."""
+    for form in forward_forms(c):
+        yield {**form, "h": c.u, "B": c.F}
+
+
+def new_or_added(**sums: Tensor) -> Iterator[Form]:
+    """Gradients in new tensors, then added to these sums."""
+    yield dict.fromkeys(sums)
+    yield sums
+
+
+def backward_forms(c: Case) -> Iterator[Form]:
+    F = reference.fold(c.B.double(), c.core.double(), S).to(c.dtype)
+    for strategy in (0, BETA):
+        for sums in new_or_added(dA=c.sums(c.k, c.r), dB=c.sums(c.n, c.r_out)):
+            yield {"F": F, "strategy": strategy, **sums}
+
+
+def projected_forms(c: Case) -> Iterator[Form]:
+    du = c.make(c.m, c.r)
+    return new_or_added(du=du, dx=c.make(c.m, c.k), dB=c.sums(c.n, c.r_out))
+
+
+def rows_forms(c: Case) -> Iterator[Form]:
+    for sums in new_or_added(dx=c.make(c.m, c.k), dB=c.sums(c.n, c.r)):
+        yield {"h": c.u, "B": c.F, **sums}
+
+
+def projected_forms_without_a_base(c: Case) -> Iterator[Form]:
+    for F in (c.F, None):
+        dB = c.sums(c.n, c.r_out)
+        yield {"weight": None, "F": F, "du": None, "dx": None, "dB": dB}
+
+
+def rows_forms_without_a_base(c: Case) -> Iterator[Form]:
+    for need_h in (True, False):
+        dB = c.sums(c.n, c.r)
+        yield {"weight": None, "h": c.u, "B": c.F, "dx": None, "dB": dB, "need_h": need_h}
+
+
+def shrink_backward_forms(c: Case) -> Iterator[Form]:
+    """A new dA, then dA and dx added to sums."""
+    yield {"du": c.u, "dx": None, "A": None, "dA": None}
+    yield {"du": c.u, "dx": c.make(c.m, c.k), "dA": c.sums(c.k, c.r)}
 
 
 # ---- the table -----------------------------------------------------------------------------------
 
-ZERO = torch.zeros((), dtype=torch.float64)
+# How often values on the way to an element are rounded, see `helpers.within`. All results that are
+# not here are rounded once.
+ONLY_ONCE: dict[str, int] = {}
+OF_Y = {"y": 5}  # u, F, the base product, the factors and y
+OF_DX = {"dx": 6}  # g, du, F, A, the base product and dx
+OF_FACTORS = dict.fromkeys(("dA", "dB", "dcore"), 5)  # up to four operands and the sum
 
 
-def shrink(c: Case) -> Iterator[Check]:
-    x, A = c.wide(c.x, c.A)
-    yield "u", ops.shrink(c.x, c.A, c.p, c.seed), *both(torch.matmul, x * c.mask(c.k), A), ONCE
+class Entry(NamedTuple):
+    """An operator with the name of its formula."""
+
+    formula: Callable[..., Results]
+    forms: Callable[[Case], Iterable[Form]] = one_form
+    roundings: dict[str, int] = ONLY_ONCE  # of its results
 
 
-def expand_add_(c: Case) -> Iterator[Check]:
-    y = laid_out(c.g, c.layout)
-    version = y._version
-    ops.expand_add_(y, c.u, c.F, c.p, c.seed)
-    assert y._version > version  # otherwise a backward that saved y would use the new values
-    assert untouched(y)
-    yield "y", y, *both(plus_product, *c.wide(c.g, c.u, c.F), c.mask(c.n)), ONCE
+ENTRIES = {
+    "shrink": Entry(shrink),
+    "expand_add_": Entry(expand_add_),
+    "expand": Entry(expand),
+    "fold": Entry(fold),
+    "row_core": Entry(row_core, row_forms),
+    "row_core_backward": Entry(row_core_backward, row_forms),
+    "layer_forward": Entry(layer_forward, forward_forms, OF_Y),
+    "layer_forward_few_tokens": Entry(layer_forward_few_tokens, forward_forms, OF_Y),
+    "layer_forward_projected": Entry(layer_forward_projected, forward_forms, OF_Y),
+    "layer_forward_rows": Entry(layer_forward_rows, forward_rows_forms, OF_Y),
+    "layer_backward_": Entry(layer_backward_, backward_forms, OF_DX | OF_FACTORS),
+    "layer_backward_few_tokens_": Entry(
+        layer_backward_few_tokens_, backward_forms, OF_DX | OF_FACTORS
+    ),
+    "layer_backward_projected_": Entry(
+        layer_backward_projected_, projected_forms, OF_DX | OF_FACTORS
+    ),
+    "layer_backward_rows_": Entry(layer_backward_rows_, rows_forms, OF_DX),
+    "projected_sums": Entry(layer_backward_projected_, projected_forms_without_a_base, OF_FACTORS),
+    "rows_sums": Entry(layer_backward_rows_, rows_forms_without_a_base),
+    "shrink_backward_": Entry(shrink_backward_, shrink_backward_forms),
+}
 
 
-def expand(c: Case) -> Iterator[Check]:
-    yield "y", ops.expand(c.g, c.u, c.F), *both(plus_product, *c.wide(c.g, c.u, c.F)), ONCE
+Check = tuple[str, Tensor, Exact, int]  # a result's name, and the arguments of `helpers.within`
 
 
-def fold(c: Case) -> Iterator[Check]:
-    yield (
-        "F",
-        ops.fold(c.B, c.core, S, c.dtype),
-        *both(reference.fold, *c.B_and_core(), S),
-        ONCE,
-    )
+def is_number(operand: object) -> bool:
+    """Whether an argument is an operand of the mathematics: not an index, not a choice."""
+    is_tensor = isinstance(operand, Tensor) and operand.is_floating_point()
+    return is_tensor or isinstance(operand, float)
 
 
-def rows_of(c: Case) -> Iterator[tuple[tuple, Tensor, Tensor]]:
-    """Yields (index, offs, tokens) and what they mean: the core and the token of each row."""
-    rows = torch.arange(c.m)
-    index = torch.tensor([0, 1, -1, -1]).repeat(c.m // 4 + 1)[: c.m]
-    tokens = (rows * 7 + 3) % max(c.m, 1) // 2  # each about twice, in no order
-    yield (index, None, tokens), index, tokens
-    yield (index, None, None), index, rows
-    ends = (c.m // 3, c.m - c.m // 4)
-    sizes = torch.tensor([ends[0], ends[1] - ends[0], c.m - ends[1]])
-    core_of_row = torch.tensor([0, 1, -1]).repeat_interleave(sizes)
-    yield (None, torch.tensor(ends, dtype=torch.int32), tokens), core_of_row, tokens
-    # A check of the first and the last row alone would take these rows for rows in order.
-    reversed_inside = torch.cat([rows[:1], rows[1:-1].flip(0), rows[1:][-1:]])
-    yield (0 * index, None, reversed_inside), 0 * index, reversed_inside
+def exact_results(
+    formula: Callable[..., Results], c: Case, arguments: dict[str, object]
+) -> dict[str, Exact]:
+    """Computes a formula for these arguments, in float64.
+
+    Formulas only add and multiply, so the sum of the absolute products is the formula's value for
+    the absolute operands. Operators round factors to x's dtype, but fold B and G before that.
+    """
+    rounded = {"A", "F", "cores"} if "core" in arguments else {"A", "F", "cores", "B"}
+    operands = {**arguments, "drop": c.drop}
+    for name, operand in arguments.items():
+        if operand is None and name in ("dA", "dB", "dx", "du"):
+            operands[name] = torch.zeros((), dtype=torch.float64)
+        elif isinstance(operand, Tensor) and operand.is_floating_point():
+            operands[name] = copy64(operand.to(c.dtype) if name in rounded else operand)
+    values = formula(**operands)
+    numbers = {name: abs(operand) for name, operand in operands.items() if is_number(operand)}
+    sizes = formula(**{**operands, **numbers})
+    return {name: Exact(values[name], sizes[name]) for name in values}
 
 
-def row_core(c: Case) -> Iterator[Check]:
-    for choice, index, tokens in rows_of(c):
-        formula = partial(row_outputs, index=index, tokens=tokens)
-        truth_and_size = both(formula, *c.wide(c.u, c.cores))
-        fallback_h = fallback.row_core(c.u, c.cores, S, RowChoice(*choice))
-        yield "h", ops.row_core(c.u, c.cores, *choice, S), *truth_and_size, ONCE
-        yield "h of the fallback", fallback_h, *truth_and_size, ONCE
+def call(name: str, arguments: dict[str, object]) -> Results:
+    """Calls an operator. Returns its results by name, also those that it writes in place."""
+    written = {
+        argument.name: arguments[argument.name]
+        for argument in SCHEMAS[name].arguments
+        if argument.alias_info is not None and arguments[argument.name] is not None
+    }
+    results = results_by_name(name, getattr(ops, name)(*arguments.values()))
+    assert all(map(untouched, written.values()))
+    assert not results.keys() & written.keys()
+    return {**results, **written}
 
 
-def row_core_backward(c: Case) -> Iterator[Check]:
-    dh = c.make(c.m, c.r_out)
-    for choice, index, tokens in rows_of(c):
-        du, dG = ops.row_core_backward(dh, c.u, c.cores, *choice, S, True, True)
-        formula = partial(row_gradients, index=index, tokens=tokens)
-        truths, sizes = both(formula, *c.wide(c.u, c.cores, dh))
-        yield "du", du, truths[0], sizes[0], ONCE
-        yield "dG", dG, truths[1], sizes[1], ONCE
+def checks(entry: Entry, c: Case) -> Iterator[Check]:
+    """Calls an operator in all forms. Yields a check of each result."""
+    name = entry.formula.__name__
+    for number, form in enumerate(entry.forms(c)):
+        arguments = c.arguments(name, **form)
+        exacts = exact_results(entry.formula, c, arguments)
+        results = call(name, arguments)
+        assert results.keys() == exacts.keys()
+        for key, result in results.items():
+            roundings = entry.roundings.get(key, 1)
+            if key == "du" and arguments.get("du") is not None:
+                roundings = 2  # the product is rounded before it is added
+            is_of_factors = roundings == OF_FACTORS.get(key)
+            in_x_dtype = rounded_sum(c, result) if is_of_factors else result
+            yield f"{key} in form {number}", in_x_dtype, exacts[key], roundings
 
 
-def strategies_and_biases(c: Case) -> Iterator[tuple[int, tuple[Tensor | None, Tensor | None]]]:
-    """Each strategy with a bias and its float64 copy, and without one."""
-    return itertools.product((0, BETA), ((c.bias, copy64(c.bias)), (None, None)))
-
-
-def layer_forward(c: Case) -> Iterator[Check]:
-    yield from outputs_from_x(c, ops.layer_forward, c.p, c.seed)
-
-
-def layer_forward_few_tokens(c: Case) -> Iterator[Check]:
-    yield from outputs_from_x(c, ops.layer_forward_few_tokens)
-
-
-def outputs_from_x(c: Case, run: Callable, *dropout: object) -> Iterator[Check]:
-    """Checks the results of a forward that starts at x: y and u, and F if it folds."""
-    x, weight = c.dense_if_bfloat16(c.x, c.weight)
-    wide_x, W, A = c.wide(c.x, c.weight, c.A)
-    mask = c.mask(c.k)
-    for strategy, (bias, wide_bias) in strategies_and_biases(c):
-        y, u, *folded = run(x, weight, bias, c.A, c.B, c.core, S, strategy, *dropout)
-        operands = (wide_x, W, wide_bias, A, *c.B_and_core(), S, mask)
-        yield f"y {strategy}", y, *both(reference.forward, *operands), ROUNDED_Y
-        yield f"u {strategy}", u, *both(torch.matmul, wide_x * mask, A), ONCE
-        for F in folded:
-            yield f"F {strategy}", F, *both(reference.fold, *c.B_and_core(), S), ONCE
-
-
-def layer_forward_projected(c: Case) -> Iterator[Check]:
-    x, weight = c.dense_if_bfloat16(c.x, c.weight)
-    wide_x, W, u = c.wide(c.x, c.weight, c.u)
-    for strategy, (bias, wide_bias) in strategies_and_biases(c):
-        y, F = ops.layer_forward_projected(x, weight, bias, c.u, c.B, c.core, S, strategy)
-        operands = (wide_x, W, wide_bias, u, *c.B_and_core(), S)
-        yield f"y {strategy}", y, *both(layer_of_u, *operands), ROUNDED_Y
-        yield f"F {strategy}", F, *both(reference.fold, *c.B_and_core(), S), ONCE
-
-
-def layer_forward_rows(c: Case) -> Iterator[Check]:
-    """B has the place of F, which is not folded."""
-    x, weight = c.dense_if_bfloat16(c.x, c.weight)
-    wide_x, W, u, B = c.wide(c.x, c.weight, c.u, c.F)
-    identity = torch.eye(c.r, dtype=torch.float64)
-    for strategy, (bias, wide_bias) in strategies_and_biases(c):
-        y = ops.layer_forward_rows(x, weight, bias, c.u, c.F, strategy)
-        operands = (wide_x, W, wide_bias, u, B, identity, 1.0)
-        yield f"y {strategy}", y, *both(layer_of_u, *operands), ROUNDED_Y
-
-
-def new_and_added(*sums: Tensor) -> Iterator[tuple[tuple[Tensor | None, ...], list[Tensor]]]:
-    """Yields what a backward adds gradients to, and its values: first nothing, then these sums."""
-    yield (None,) * len(sums), [ZERO] * len(sums)
-    yield sums, [copy64(total) for total in sums]
-
-
-def gradients_of(
-    results: Sequence[Tensor | None], sums: Sequence[Tensor | None]
-) -> Iterator[Tensor]:
-    """Yields the gradients of a backward: its results, or the sums that it changed in place."""
-    for result, total in zip(results, sums, strict=True):
-        assert (result is None) == (total is not None)
-        assert total is None or untouched(total)
-        yield result if total is None else total
-
-
-def layer_backward_(c: Case) -> Iterator[Check]:
-    F = reference.fold(*c.B_and_core(), S).to(c.dtype)
-    yield from gradients_to_x(c, ops.layer_backward_, (F,), (c.p, c.seed))
-
-
-def layer_backward_few_tokens_(c: Case) -> Iterator[Check]:
-    yield from gradients_to_x(c, ops.layer_backward_few_tokens_, (), ())
-
-
-def gradients_to_x(
-    c: Case, run: Callable, folded: tuple[Tensor, ...], dropout: tuple
-) -> Iterator[Check]:
-    """Checks the gradients of a forward that starts at x."""
-    g, weight, x = c.dense_if_bfloat16(c.g, c.weight, c.x)
-    operands = (*c.wide(c.g, c.weight, c.x, c.u, c.A), *c.B_and_core(), c.mask(c.k))
-    for strategy in (0, BETA):
-        head = (g, weight, x, c.u, c.A, *folded, c.B, c.core, S, strategy)
-        for sums, starts in new_and_added(c.sums(c.k, c.r), c.sums(c.n, c.r_out)):
-            dx, *new_dA_and_dB, dG = run(*head, *sums, True, True, *dropout)
-            truths, sizes = both(layer_gradients, *operands, *starts)
-            yield f"dx {strategy}", dx, truths[0], sizes[0], ROUNDED_DX
-            dA, dB = gradients_of(new_dA_and_dB, sums)
-            yield from rounded(c, f"dA {strategy}", dA, truths[1], sizes[1])
-            yield from rounded(c, f"dB {strategy}", dB, truths[2], sizes[2])
-            yield from rounded(c, f"dG {strategy}", dG, truths[3], sizes[3])
-
-
-def layer_backward_projected_(c: Case) -> Iterator[Check]:
-    g, weight, dx_sum = c.dense_if_bfloat16(c.g, c.weight, c.make(c.m, c.k))
-    operands = (*c.wide(c.g, c.weight, c.u, c.F), *c.B_and_core())
-    for sums, starts in new_and_added(c.make(c.m, c.r), dx_sum, c.sums(c.n, c.r_out)):
-        new_dx, du, new_dB, dG = ops.layer_backward_projected_(
-            g, weight, c.u, c.F, c.B, c.core, S, *sums, True, True
-        )
-        truths, sizes = both(gradients_of_u, *operands, *starts)
-        dx, dB = gradients_of((new_dx, new_dB), sums[1:])
-        yield "dx", dx, truths[0], sizes[0], ROUNDED_DX
-        yield "du", du, truths[1], sizes[1], ONCE if sums[0] is None else 2  # du is rounded before
-        yield from rounded(c, "dB", dB, truths[2], sizes[2])
-        yield from rounded(c, "dG", dG, truths[3], sizes[3])
-
-
-def layer_backward_rows_(c: Case) -> Iterator[Check]:
-    g, weight, dx_sum = c.dense_if_bfloat16(c.g, c.weight, c.make(c.m, c.k))
-    wide_g, W, u, F = c.wide(c.g, c.weight, c.u, c.F)
-    for sums, starts in new_and_added(dx_sum, c.sums(c.n, c.r)):
-        new_dx, dh, new_dB = ops.layer_backward_rows_(g, weight, c.u, c.F, *sums, True, True)
-        dx, dB = gradients_of((new_dx, new_dB), sums)
-        yield "dx", dx, *both(plus_product, starts[0], wide_g, W.mT), ROUNDED_DX
-        yield "dh", dh, *both(torch.matmul, wide_g, F), ONCE
-        yield "dB", dB, *both(plus_product, starts[1], wide_g.mT, u.mT), ONCE
-
-
-def backward_sums(c: Case) -> Iterator[Check]:
-    """The backwards without the base product, with and without du."""
-    g, W, u, F = c.wide(c.g, c.weight, c.u, c.F)
-    for need_du in (True, False):
-        Q = c.sums(c.n, c.r)
-        dB = c.sums(c.n, c.r_out)
-        Q_start, dB_start = map(copy64, (Q, dB))
-        _, dh, _ = ops.layer_backward_rows_(c.g, None, c.u, c.F, None, Q, need_du, True)
-        head = (c.g, None, c.u, c.F if need_du else None, c.B, c.core, S)
-        _, du, _, dG = ops.layer_backward_projected_(*head, None, None, dB, True, True)
-        assert all(map(untouched, (Q, dB)))
-        for gradient in (dh, du):
-            assert (gradient is not None) == need_du
-            if need_du:
-                yield "du", gradient, *both(torch.matmul, g, F), ONCE
-        yield "Q", Q, *both(plus_product, Q_start, g.mT, u.mT), ONCE
-        truths, sizes = both(gradients_of_u, g, W, u, F, *c.B_and_core(), ZERO, ZERO, dB_start)
-        yield from rounded(c, "dB", dB, truths[2], sizes[2])
-        yield from rounded(c, "dG", dG, truths[3], sizes[3])
-
-
-def rounded(c: Case, what: str, result: Tensor, truth: Tensor, size: Tensor) -> Iterator[Check]:
-    """Checks a sum of products of rounded operands. The sum itself must not be rounded."""
-    assert result.dtype in (c.acc, c.factors)
-    exact = result.double()
-    yield what, exact.to(c.dtype), truth, size, ROUNDED_SUM
-    is_wide = result.dtype == torch.float32 and c.dtype in HALVES
-    if is_wide and result.numel() > 64 and bool(truth.any()):
-        assert relative(exact.to(c.dtype), exact) > 0, f"{what} was rounded to {c.dtype}"
-
-
-def shrink_backward_(c: Case) -> Iterator[Check]:
-    """A new dA, then dA and dx added to sums."""
-    mask = c.mask(c.k)
-    du, x, A = c.wide(c.u, c.x, c.A)
-    dx = c.make(c.m, c.k)
-    dx_start = copy64(dx)
-    for (dA_sum,), (dA_start,) in new_and_added(c.sums(c.k, c.r)):
-        operands = (None, c.x, None) if dA_sum is None else (dx, c.x, c.A)
-        new_dA = ops.shrink_backward_(c.u, *operands, dA_sum, c.p, c.seed)
-        (dA,) = gradients_of([new_dA], [dA_sum])
-        yield "dA", dA, *both(plus_product, dA_start, (x * mask).mT, du.mT), ONCE
-    assert untouched(dx)
-    yield "dx", dx, *both(plus_product, dx_start, du, A, mask), ONCE
+def rounded_sum(c: Case, result: Tensor) -> Tensor:
+    """Rounds a sum of products of rounded operands to x's dtype. It must not be rounded yet."""
+    assert result.dtype in (sums_dtype(c.dtype), c.factors)
+    rounded = result.to(c.dtype)
+    if result.dtype == torch.float32 and c.dtype in HALVES and result.count_nonzero() > 64:
+        assert relative(rounded, result) > 0, f"the sum was rounded to {c.dtype}"
+    return rounded
 
 
 TABLE: dict[str, Callable[[Case], Iterator[Check]]] = {
-    f.__name__: f
-    for f in (
-        shrink,
-        expand_add_,
-        expand,
-        fold,
-        row_core,
-        row_core_backward,
-        layer_forward,
-        layer_forward_few_tokens,
-        layer_forward_projected,
-        layer_forward_rows,
-        layer_backward_,
-        layer_backward_few_tokens_,
-        layer_backward_projected_,
-        layer_backward_rows_,
-        backward_sums,
-        shrink_backward_,
-    )
+    name: partial(checks, entry) for name, entry in ENTRIES.items()
 }
 DROPS = ("shrink", "expand_add_", "layer_forward", "layer_backward_", "shrink_backward_")
-# Python formulas. test_layers.py and test_experts.py have their numbers.
-FORMULAS = {"grouped_mm", "grouped_outer", "linear", "dropout_mask"}
 
 
-def test_every_operator_is_in_the_table() -> None:
-    assert set(OPERATORS) - FORMULAS == set(TABLE) - {"backward_sums"}
+def test_every_kernel_is_in_the_table() -> None:
+    """test_layers.py and test_experts.py have the numbers of the operators in Python."""
+    assert {entry.formula.__name__ for entry in ENTRIES.values()} == set(KERNELS)
 
 
 def check(name: str, case: Case, where: str) -> None:
     with new_memory_is_nan():
-        for what, result, truth, size, roundings in TABLE[name](case):
-            error = within(result, truth, size, roundings)
+        for what, result, exact, roundings in TABLE[name](case):
+            error = within(result, exact, roundings)
             assert error is None, f"{name}, {where}: {what}: {error}"
 
 
@@ -485,6 +455,24 @@ def test_numbers(name: str, dtype: torch.dtype, factors: torch.dtype) -> None:
         if name in DROPS:
             p = (0.1, 0.5, 0.93)[i % 3]
             check(name, Case(shape, dtype, factors, LAYOUTS[i % 4], p), f"{shape} p = {p}")
+
+
+@each_dtype_pair
+def test_row_core_of_the_fallback(dtype: torch.dtype, factors: torch.dtype) -> None:
+    for shape in SHAPES:
+        c = Case(shape, dtype, factors)
+        for form in row_forms(c):
+            exact = exact_results(row_core, c, c.arguments("row_core", **form))["h"]
+            choice = RowChoice(form["index"], form["offs"], form["tokens"])
+            assert within(fallback.row_core(c.u, c.cores, S, choice), exact) is None
+
+
+def test_autograd_notices_that_y_changed() -> None:
+    """Otherwise a backward that saved y would use the new values."""
+    c = Case(SHAPES[3], torch.float32, torch.float32)
+    version = c.y._version
+    call("expand_add_", c.arguments("expand_add_"))
+    assert c.y._version > version
 
 
 # ---- bits, NaN, dropout --------------------------------------------------------------------------
@@ -514,8 +502,9 @@ def test_same_bits_at_any_number_of_threads(name: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_that_no_cache_holds(dtype: torch.dtype) -> None:
     """At rank 3 few rows fit into a CPU's L2. At rank 127 g is read twice: the sums do not fit."""
-    for rank in (3, 127):
-        check("backward_sums", Case((150, 3, 6000, rank), dtype, dtype), str(rank))
+    for name in ("projected_sums", "rows_sums"):
+        for rank in (3, 127):
+            check(name, Case((150, 3, 6000, rank), dtype, dtype), f"rank {rank}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -523,12 +512,13 @@ def test_what_is_dropped_may_be_nan(dtype: torch.dtype) -> None:
     runs = []
     for value in (0.0, float("nan")):
         c = Case((13, 67, 35, 5), dtype, dtype, p=0.5)
-        c.x.masked_fill_(c.mask(c.k) == 0, value)
+        c.x.masked_fill_(c.drop(torch.ones_like(c.x)) == 0, value)
         runs.append(results_of("shrink", c) + results_of("shrink_backward_", c))
     assert all(map(torch.equal, *runs))
-    y = c.g.clone()
-    ops.expand_add_(y, c.u, c.F, c.p, c.seed)
-    assert torch.equal(y[c.mask(c.n) == 0], c.g[c.mask(c.n) == 0])  # not even rounded again
+    is_dropped = c.drop(torch.ones_like(c.y)) == 0
+    (y,) = results_of("expand_add_", c)
+    start = Case((13, 67, 35, 5), dtype, dtype).y
+    assert torch.equal(y[is_dropped], start[is_dropped])  # not even rounded again
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -567,40 +557,31 @@ def test_more_cores_and_tokens_than_int32_counts() -> None:
 # ---- edges ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
-def test_few_tokens_past_the_range_of_float16(sign: int) -> None:
+@pytest.mark.parametrize("core", [8.0, -8.0], ids=["positive", "negative"])
+def test_few_tokens_past_the_range_of_float16(core: float) -> None:
     """s u G exceeds 65504, but y and the gradients do not. The scaling is then applied last."""
-    scaling = 5000.0
-    sizes = ((5, 7), (9, 7), (7, 3), (9, 3), (3, 3), (5, 9))
-    values = (1.0, 0.5, 1 / 7, 0.001, 8.0 * sign, 0.001)
-    x, weight, A, B, core, g = map(partial(torch.full, dtype=torch.float16), sizes, values)
-    y, u = ops.layer_forward_few_tokens(x, weight, None, A, B, core, scaling, BETA)
-    gradients = ops.layer_backward_few_tokens_(
-        g, weight, x, u, A, B, core, scaling, BETA, None, None, True, True
-    )
-    wide_x, W, *factors = (t.double() for t in (x, weight, A, B, core))
-    truth = reference.forward(wide_x, W, None, *factors, scaling)
-    expected = reference.backward(g.double(), wide_x, W, *factors, scaling)
-    assert worst((y, *gradients), (truth, *expected[:4])) < 5e-3
+    c = Case((5, 7, 9, 3), torch.float16, torch.float16)
+    values = {"x": 1.0, "weight": 0.5, "A": 1 / 7, "B": 0.001, "core": core, "g": 0.001, "u": 1.0}
+    for operand, value in values.items():
+        getattr(c, operand).fill_(value)
+    options = {"scaling": 5000.0, "strategy": BETA, "bias": None, "dA": None, "dB": None}
+    for formula in (layer_forward_few_tokens, layer_backward_few_tokens_):
+        arguments = c.arguments(formula.__name__, **options)
+        exacts = exact_results(formula, c, arguments)
+        for name, result in call(formula.__name__, arguments).items():
+            assert relative(result, exacts[name].value) < 5e-3, name
 
 
 @pytest.mark.parametrize("wide", ["A", "B", "core"])
-def test_new_gradients_of_factors_with_two_dtypes(wide: str) -> None:
+@pytest.mark.parametrize("name", ["layer_backward_", "layer_backward_few_tokens_"])
+def test_new_gradients_of_factors_with_two_dtypes(name: str, wide: str) -> None:
     """They have the dtype of sums: a factor in float32 gets a gradient that was not rounded."""
     c = Case((40, 24, 17, 4), torch.bfloat16, torch.bfloat16)
-    factors = {"A": c.A, "B": c.B, "core": c.core}
-    factors[wide] = factors[wide].float()
-    A, *further = factors.values()
-    head = (*c.dense_if_bfloat16(c.g, c.weight, c.x), c.u, A)
-    tail = (*further, S, 0, None, None, True, True)
-    for run, operands in (
-        (ops.layer_backward_few_tokens_, (*head, *tail)),
-        (ops.layer_backward_, (*head, c.F, *tail)),
-    ):
-        opcheck(run.default, operands, test_utils="test_faketensor")
-        for gradient in run(*operands)[1:]:
-            assert gradient.dtype == torch.float32
-            assert relative(gradient.bfloat16(), gradient) > 0
+    arguments = c.arguments(name, dA=None, dB=None, **{wide: getattr(c, wide).float()})
+    opcheck(operator(name), tuple(arguments.values()), test_utils="test_faketensor")
+    for gradient in operator(name)(**arguments)[1:]:
+        assert gradient.dtype == torch.float32
+        assert relative(gradient.bfloat16(), gradient) > 0
 
 
 # ---- as torch sees them --------------------------------------------------------------------------
@@ -619,20 +600,17 @@ def test_strides_on_cuda(name: str, dtype: torch.dtype) -> None:
         return FakeTensor(mode, meta, torch.device("cuda:0"))
 
     for rank in range(1, 18):
-        for inputs in arguments(name, dtype, R=rank, Q=rank + 1):
+        for arguments in good_arguments(name, dtype, rank):
             with FakeTensorMode() as mode:
-                results = operator(name)(*tree_map_only(Tensor, on_cuda, inputs))
-            results = results if isinstance(results, tuple) else (results,)
-            has_du = name == "layer_backward_projected_" and inputs[7] is not None
-            for declared, result in zip(SCHEMAS[name].returns, results):
-                if result is None:
-                    continue
+                returned = operator(name)(**tree_map_only(Tensor, on_cuda, arguments))
+            for key, result in results_by_name(name, returned).items():
                 row_stride = result.shape[-1]
                 # torch adds an argument du, and the result of that sum has dense rows.
-                if declared.name in PADDED and not (has_du and declared.name == "du"):
+                is_added = key == "du" and arguments.get("du") is not None
+                if key in PADDED and not is_added:
                     row_stride = -(-row_stride * result.itemsize // 16) * 16 // result.itemsize
                 strides = (row_stride * result.shape[1], row_stride, 1)
-                assert result.stride() == strides[-result.dim() :], (declared.name, rank)
+                assert result.stride() == strides[-result.dim() :], (key, rank)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -643,8 +621,8 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
     Not of `linear`, which compilers take apart. Decompositions round in several steps.
     """
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype in HALVES else {}
-    for inputs in arguments(name, dtype):
-        opcheck(operator(name), inputs, **tolerance)
+    for arguments in good_arguments(name, dtype):
+        opcheck(operator(name), tuple(arguments.values()), **tolerance)
 
 
 def test_the_check_of_a_device_also_while_a_caller_traces() -> None:

@@ -8,10 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import run_python
-
-ROOT = Path(__file__).resolve().parents[1]
-
+from helpers import ROOT, run_python
+from test_docs import blocks
 
 # ---- the wheel -----------------------------------------------------------------------------------
 
@@ -58,10 +56,8 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
             (site / name).symlink_to(installed / name)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     ending = "import lotr_ext.info; lotr_ext.info.main([]); print(lotr_ext.__file__)"
-    program = "\n".join([*blocks, ending])
+    program = "\n".join([*blocks(ROOT / "docs" / "index.md", "python"), ending])
     environment = {name: text for name, text in os.environ.items() if not name.startswith("PYTHON")}
     command = [venv / "bin" / "python", "-c", program]
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -57,7 +57,6 @@ def layer(side: Side, x: Tensor, i: int) -> Tensor:
 
 
 def layer_of_rows(side: Side, x: Tensor, i: int, tasks: list[int]) -> Tensor:
-    """Computes a layer with one task per row."""
     index = torch.tensor(tasks)
     net = side.net
     if net.exact:
@@ -73,8 +72,6 @@ def layer_of_rows(side: Side, x: Tensor, i: int, tasks: list[int]) -> Tensor:
 
 
 def layers_in_checkpoint(side: Side, x: Tensor, i: int, j: int) -> Tensor:
-    """Computes two layers on one x under a checkpoint."""
-
     def product(x: Tensor) -> Tensor:
         return torch.tanh(side.net.call(i, x)) * side.net.call(j, x)
 
@@ -173,7 +170,6 @@ class Program(RuleBasedStateMachine):
         graph=st.sampled_from((True, True, True, False)),
     )
     def call(self, layers: list[int], v: int, graph: bool) -> None:
-        """Calls layers on one x."""
         pair = self.value(v)
         with torch.set_grad_enabled(graph):
             for i in layers:

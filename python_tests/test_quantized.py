@@ -206,7 +206,6 @@ def test_the_dense_layer_shares_nothing_and_the_base_comes_back(dtype: torch.dty
 
 @pytest.mark.skipif("LOTR_QUANTIZED" in os.environ, reason="runs this file")
 def test_with_the_libraries() -> None:
-    """torchao and bitsandbytes, in a separate process."""
     if not LIBRARIES.is_dir():
         pytest.skip("torchao and bitsandbytes are missing: make quantized")
     path = os.pathsep.join([str(LIBRARIES), os.environ["PYTHONPATH"]])  # conftest.py has set it

@@ -1,4 +1,8 @@
-"""TaskBank and use_tasks, against one model per task."""
+"""TaskBank and use_tasks, against one model per task.
+
+The truth of a task is the model with the task's cores in its layers (`single_task_model`), and of
+a batch with several tasks, that model for each row (`row_by_row`). Task -1 is the base model.
+"""
 
 import copy
 from collections.abc import Callable
@@ -45,7 +49,7 @@ INDEX_PER_TOKEN = INDEX.unsqueeze(1).repeat(1, 5)
 def banked(
     name: str = "attention", tasks: int = 4, taken: int = 3, **settings: object
 ) -> nn.Module:
-    """A trained model with a bank of random tasks, the last slots free."""
+    """Returns a trained model with a bank of random tasks, the last slots free."""
     return with_bank(trained(name, **settings), tasks, taken)
 
 
@@ -68,26 +72,26 @@ def x() -> Tensor:
 
 
 def output(model: nn.Module, x: Tensor, index: Tensor = INDEX, **options: bool) -> Tensor:
-    """The output for x inside of `use_tasks`."""
+    """Returns the output for x inside of `use_tasks`."""
     with use_tasks(model, index, **options):
         return zoo.output(model, x)
 
 
-def called(model: nn.Module, cores: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The output for x with these cores in the layers themselves."""
-    return zoo.output(partial(torch.func.functional_call, model, cores), x)
+def single_task_model(model: nn.Module, task: int) -> nn.Module:
+    """Returns a copy of the model with the task's cores in its layers, the base model for -1."""
+    copied = copy.deepcopy(model)
+    if task == -1:
+        return unload(copied)
+    copied.load_state_dict(model.lotr_tasks.cores_of(task), strict=False)
+    return copied
 
 
 def output_of_task(model: nn.Module, task: int, x: Tensor) -> Tensor:
-    """The output for x with the task's cores in the layers, -1 for the base model."""
-    if task == -1:
-        with disabled(model):
-            return zoo.output(model, x)
-    return called(model, model.lotr_tasks.cores_of(task), x)
+    return zoo.output(single_task_model(model, task), x)
 
 
 def row_by_row(model: nn.Module, x: Tensor) -> Tensor:
-    """The output of each row with its task in INDEX, one row after another.
+    """Returns the output of each row with its task in INDEX, one row after another.
 
     Differentiable in the cores of the bank.
     """
@@ -95,7 +99,8 @@ def row_by_row(model: nn.Module, x: Tensor) -> Tensor:
     outputs = []
     for i, task in enumerate(INDEX.tolist()):
         cores = [core[task] * (task >= 0) for core in model.lotr_tasks.cores]
-        outputs.append(called(model, dict(zip(names, cores)), x[i : i + 1]))
+        call = partial(torch.func.functional_call, model, dict(zip(names, cores)))
+        outputs.append(zoo.output(call, x[i : i + 1]))
     return torch.cat(outputs)
 
 
@@ -174,7 +179,8 @@ def test_contexts_nest_and_belong_to_a_thread(x: Tensor, model: nn.Module) -> No
         outer = zoo.output(model, x)
         list(pool.map(run, expected))
         run(0)
-        assert relative(output_of_task(model, -1, x), expected[-1]) < 1e-6
+        with disabled(model):
+            assert relative(zoo.output(model, x), expected[-1]) < 1e-6
         assert torch.equal(zoo.output(model, x), outer)
 
 
@@ -189,15 +195,6 @@ def generated(model: nn.Module, index: Tensor, x: Tensor, **settings: object) ->
         return model.generate(x, **GREEDY, **settings)
 
 
-def single_task_model(model: nn.Module, task: int) -> nn.Module:
-    """Returns a copy of the model with the task's cores in its layers, the plain model for -1."""
-    copied = copy.deepcopy(model)
-    if task == -1:
-        return unload(copied)
-    copied.load_state_dict(model.lotr_tasks.cores_of(task), strict=False)
-    return copied
-
-
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixture"])
 def test_generate_with_one_task_per_row(name: str, beams: int) -> None:
@@ -206,8 +203,7 @@ def test_generate_with_one_task_per_row(name: str, beams: int) -> None:
     x = zoo.inputs(name, rows=4)
     batch = generated(model, INDEX.repeat_interleave(beams), x, num_beams=beams)
     for i, task in enumerate(INDEX.tolist()):
-        alone = single_task_model(model, task)
-        (single,) = alone.generate(x[i : i + 1], num_beams=beams, **GREEDY)
+        (single,) = single_task_model(model, task).generate(x[i : i + 1], num_beams=beams, **GREEDY)
         assert torch.equal(batch[i, : len(single)], single)
 
 
@@ -382,7 +378,6 @@ def test_tasks_trained_one_after_another_do_not_move_each_other(
     model: nn.Module,
     kind: type[torch.optim.Optimizer],
 ) -> None:
-    """Each task has its optimizer, without weight decay."""
     bank = trained_tasks(model)
     for task in range(3):
         before = [core.detach().clone() for core in bank.cores]
@@ -393,24 +388,24 @@ def test_tasks_trained_one_after_another_do_not_move_each_other(
             optimizer.step()
             optimizer.zero_grad()
         for core, old in zip(bank.cores, before, strict=True):
-            is_equal = [torch.equal(core[i], old[i]) for i in range(3)]
-            assert is_equal == [i != task for i in range(3)]
+            assert [torch.equal(core[i], old[i]) for i in range(3)] == [i != task for i in range(3)]
 
 
 ALL_PARTS = ["A", "B", "core"]
-# Trained parts of the layers, trained parameters of the bank, and whether use_tasks warns.
-TRAINED_AND_WARNED = [
-    (ALL_PARTS, [], True),
-    (["A"], [], True),
-    (["B"], [], True),
-    (["core"], [], False),
-    (ALL_PARTS, range(4), False),
-    (ALL_PARTS, [1], False),
-]
 
 
 @pytest.mark.filterwarnings("error:lotr_ext")
-@pytest.mark.parametrize(("parts", "trained_cores", "warns"), TRAINED_AND_WARNED)
+@pytest.mark.parametrize(
+    ("parts", "trained_cores", "warns"),
+    [
+        (ALL_PARTS, [], True),
+        (["A"], [], True),
+        (["B"], [], True),
+        (["core"], [], False),
+        (ALL_PARTS, range(4), False),
+        (ALL_PARTS, [1], False),
+    ],
+)
 def test_tasks_that_are_frozen_while_factors_train_are_noticed(
     x: Tensor, model: nn.Module, parts: list[str], trained_cores: list[int], warns: bool
 ) -> None:
@@ -546,16 +541,16 @@ def test_a_changed_task_makes_an_older_backward_raise(x: Tensor, model: nn.Modul
         y.sum().backward()
 
 
-OTHERS = [
-    ("attention", {"scaling": 2.0}, "scaling"),
-    ("attention", {"seed": 3}, "made for other A and B"),
-    ("attention", {"rank": 2}, "ranks"),
-    ("attention", {"rank": 2, "scaling": 2.0}, "ranks"),
-    ("mlp", {}, "missing"),
-]
-
-
-@pytest.mark.parametrize(("name", "settings", "reason"), OTHERS)
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("attention", {"scaling": 2.0}, "scaling"),
+        ("attention", {"seed": 3}, "made for other A and B"),
+        ("attention", {"rank": 2}, "ranks"),
+        ("attention", {"rank": 2, "scaling": 2.0}, "ranks"),
+        ("mlp", {}, "missing"),
+    ],
+)
 def test_a_task_of_another_adapter_is_refused(
     name: str, settings: dict, reason: str, tmp_path: Path
 ) -> None:
@@ -601,10 +596,6 @@ def test_meta_as_the_default_device_changes_nothing(x: Tensor, model: nn.Module)
     assert not bank.taken.is_meta and not bank.cores[0].is_meta
 
 
-WRITES: dict[str, Callable[[TaskBank, dict[str, Tensor]], object]] = {
-    "add": TaskBank.add,
-    "replace": lambda bank, cores: bank.replace(1, cores),
-}
 BAD_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "meta": lambda core: core.to("meta"),
     "sparse": lambda core: core.to_sparse(),
@@ -614,16 +605,16 @@ BAD_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_VALUES)
-@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("write", [TaskBank.add, partial(TaskBank.replace, task=1)])
 def test_a_core_without_values_of_its_kind_changes_nothing(
-    model: nn.Module, write: str, kind: str
+    model: nn.Module, write: Callable, kind: str
 ) -> None:
     bank = model.lotr_tasks
     cores = {name: core.clone() for name, core in bank.cores_of(0).items()}
     last = list(cores)[-1]
     cores[last] = BAD_VALUES[kind](cores[last])
     with unchanged(model), pytest.raises((TypeError, RuntimeError)):  # torch's own
-        WRITES[write](bank, cores)
+        write(bank, source=cores)
 
 
 def test_the_bank_is_part_of_the_model(x: Tensor, model: nn.Module) -> None:
@@ -665,6 +656,7 @@ def test_a_single_layer_may_have_a_bank() -> None:
     layer = with_bank(moved(LoTRLinear(6, 4, rank=2)), tasks=1, taken=1)
     x = torch.randn(2, 6)
     y = output(layer, x, torch.tensor([0, -1]))
-    base_output = output_of_task(layer, -1, x)
+    with disabled(layer):
+        base_output = layer(x)
     assert relative(y[1], base_output[1]) < 1e-6
     assert relative(y[0], base_output[0]) > 1e-6

@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-import pytest
 import torch
+import transformers
 import zoo
 from models import same, started, trained_values
 
 from lotr_ext import load_adapter
 from lotr_ext.trainer import AdapterCheckpoints
-
-transformers = pytest.importorskip("transformers")
 
 
 class AdapterTrainer(AdapterCheckpoints, transformers.Trainer):

@@ -12,8 +12,7 @@ from helpers import relative
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bench import common, donors, transfer
-from bench.donors import Form
+from bench import common, donors, forms, transfer
 from bench.problems import TASKS, Written
 
 
@@ -21,24 +20,19 @@ def projection(columns: Tensor) -> Tensor:
     return columns @ columns.mT
 
 
-@pytest.mark.parametrize(("group_by", "groups"), [("layer", 4), ("block", 2), ("shape", 1)])
-def test_a_pair_spans_the_leading_directions_of_its_group(group_by: str, groups: int) -> None:
-    g = torch.Generator().manual_seed(0)
-    decay = 0.5 ** torch.arange(12.0)
+@pytest.mark.parametrize(("group_by", "members"), [("layer", 1), ("block", 2), ("shape", 4)])
+def test_a_pair_spans_the_leading_directions_of_its_group(group_by: str, members: int) -> None:
+    """The pair of the first layer, from matrices of three donors and four layers."""
     names = [f"layers.{i}.{kind}_proj" for i in (0, 1) for kind in "qk"]
-    matrices = [
-        {
-            name: torch.randn(20, 12, generator=g) * decay @ torch.randn(12, 12, generator=g)
-            for name in names
-        }
-        for _ in range(3)
-    ]
-    pairs = donors.leading_pairs(matrices, group_by, 4)
-    assert len({id(A) for A, _ in pairs.values()}) == groups
-    members = {"layer": names[:1], "block": names[:2], "shape": names}[group_by]
-    stack = [by_name[name].double() for name in members for by_name in matrices]
-    for side, columns in ((0, torch.cat(stack).mT), (1, torch.cat(stack, 1))):
-        factor = pairs[names[0]][side].double()
+    decay = 0.5 ** torch.arange(12.0)
+    matrices = torch.randn(3, 4, 20, 12) * decay @ torch.randn(3, 4, 12, 12)
+    pairs = donors.leading_pairs([dict(zip(names, m)) for m in matrices], group_by, 4)
+    assert len({id(A) for A, _ in pairs.values()}) == len(names) // members
+    A, B = pairs[names[0]]
+    group = matrices[:, :members].double()
+    inputs = group.flatten(0, 2).mT  # [12, all rows]
+    outputs = group.movedim(2, 0).flatten(1)  # [20, all columns]
+    for factor, columns in ((A.double(), inputs), (B.double(), outputs)):
         kept = float((projection(factor) @ columns).square().sum())
         best = float(torch.linalg.svdvals(columns)[:4].square().sum())
         assert kept == pytest.approx(best, rel=1e-3)
@@ -47,17 +41,17 @@ def test_a_pair_spans_the_leading_directions_of_its_group(group_by: str, groups:
 
 def test_random_pairs_are_of_the_seed_and_shared_by_the_group() -> None:
     shapes = {"layers.0.q_proj": (8, 6), "layers.1.q_proj": (8, 6)}
-    by_shape = Form.of("random/shape/10/diagonal/b:o,down")
-    first = donors.random_pairs(shapes, by_shape, 0)
+    first = donors.random_pairs(shapes, "shape", (10, 10), 0)
     A, B = first["layers.0.q_proj"]
-    assert A.shape == (6, 10)
-    assert B.shape == (8, 10)
+    assert [factor.shape for factor in (A, B)] == [(6, 10), (8, 10)]
     assert first["layers.1.q_proj"][0] is A
     assert not A[:, 6:].any()  # only six directions exist
-    assert torch.equal(donors.random_pairs(shapes, by_shape, 0)["layers.0.q_proj"][0], A)
-    assert not torch.equal(donors.random_pairs(shapes, by_shape, 1)["layers.0.q_proj"][0], A)
+    again = donors.random_pairs(shapes, "shape", (10, 10), 0)
+    assert torch.equal(again["layers.0.q_proj"][0], A)
+    other_seed = donors.random_pairs(shapes, "shape", (10, 10), 1)
+    assert not torch.equal(other_seed["layers.0.q_proj"][0], A)
     shapes["layers.0.v_proj"] = (4, 6)
-    by_width = donors.random_pairs(shapes, Form.of("random/width/2x5/dense"), 0)
+    by_width = donors.random_pairs(shapes, "width", (2, 5), 0)
     assert by_width["layers.0.v_proj"][0] is by_width["layers.0.q_proj"][0]
     assert [factor.shape for factor in by_width["layers.0.v_proj"]] == [(6, 2), (4, 5)]
 
@@ -68,7 +62,7 @@ def test_a_layer_with_vectors_computes_its_equation(with_b: bool) -> None:
     base = nn.Linear(6, 8).double()
     A = torch.randn(6, 4).double()
     B = torch.randn(8, 4).double()
-    layer = transfer.Vectors(base, A, B, with_b, 2.0).double()
+    layer = forms.Vectors(base, A, B, with_b, 2.0).double()
     x = torch.randn(3, 6).double()
     assert torch.equal(layer(x), base(x))  # the model's function starts unchanged
     trained = [layer.d, layer.b] if with_b else [layer.d]
@@ -84,7 +78,7 @@ class Counting(Written):
     """A text that counts in steps, for the zoo's Llama."""
 
     def __init__(self, name: str) -> None:
-        self.task = TASKS[donors.MODEL]
+        self.task = TASKS[donors.BASE_TASK]
         step = 1 + donors.DONORS.index(name)
         rows = torch.arange(40)[:, None] + step * torch.arange(12)
         self.parts = {"training": (rows % zoo.VOCABULARY,)}
@@ -116,7 +110,7 @@ def test_pairs_that_the_donors_train(
     small = {"CACHE": tmp_path, "DONORS": donors.DONORS[:3], "LORA_RANK": 1, "problem": Counting}
     for name, value in small.items():
         monkeypatch.setattr(donors, name, value)
-    pairs = donors.fixed_pairs(Form.of(f"{source}/layer/3/dense"), donors.DONORS[0], 0)
+    pairs = forms.Form.of(f"{source}/layer/3/dense").pairs(donors.DONORS[0], 0)
     assert len(pairs) == 14
     for factor in [factor for pair in pairs.values() for factor in pair]:
         assert relative(factor.mT @ factor, torch.eye(3)) < 1e-5

@@ -44,14 +44,6 @@ def read(model: nn.Module, folder: Path) -> torch.Tensor:
     return vllm.read_task(folder, vllm.factors_of(adapter_of(model), "test"))
 
 
-CONFIG = {
-    "peft_type": "LORA",
-    "r": 3,
-    "base_model_name_or_path": "base",
-    "target_modules": ["k_proj", "o_proj", "q_proj", "v_proj"],
-}
-
-
 @pytest.mark.parametrize(
     ("group_by", "factor_count", "scaling_step"),
     [("width", 3, 0.0), ("layer", 16, 0.0), ("width", 3, 1.0)],  # A_16, B_16, B_8; eight pairs
@@ -80,7 +72,12 @@ def test_a_task_is_read_over_the_factors_of_its_model(
             core = vector[factors.spans[name]].view(layer.core.shape)
             assert torch.equal(core, layer.scaling * expected[f"{name}.core"])
     written = json.loads((tmp_path / "task" / "adapter_config.json").read_text())
-    assert CONFIG.items() <= written.items()
+    assert {
+        "peft_type": "LORA",
+        "r": 3,
+        "base_model_name_or_path": "base",
+        "target_modules": ["k_proj", "o_proj", "q_proj", "v_proj"],
+    }.items() <= written.items()
 
 
 @pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)

@@ -59,6 +59,26 @@ class AttentionBlock(nn.ModuleDict):
         return x + self["o"](weights @ self["v"](h))
 
 
+class FusibleAttention(Children):
+    """Three projections of width 8 that can be fused, as in diffusers."""
+
+    fused_projections = False
+
+    def __init__(self) -> None:
+        super().__init__(**{f"to_{name}": nn.Linear(8, 8, bias=False) for name in "qkv"})
+
+    def fuse_projections(self, fuse: bool = True) -> None:
+        self.to_qkv = nn.Linear(8, 24, bias=False)
+        weights = [part.weight for part in (self.to_q, self.to_k, self.to_v)]
+        self.to_qkv.weight.data.copy_(torch.cat(weights))
+        self.fused_projections = fuse
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused_projections:
+            return self.to_qkv(x)
+        return torch.cat([self.to_q(x), self.to_k(x), self.to_v(x)], -1)
+
+
 class Attention(nn.Module):
     """Two attention blocks: token ids [b, tokens] -> [b, tokens, 29]."""
 

@@ -76,7 +76,8 @@ class Collection:
                     f"cores, got {min(folder.saved)} in {folder.path}"
                 )
             self.norms[name] = 0.0
-            for layer, lora in folder.items():
+            for layer in folder.names:
+                lora = folder.layer(layer)
                 if self.sizes.setdefault(layer, lora.sizes) != lora.sizes:
                     raise ValueError(
                         f"sources: expected LoRAs of one base model, got {layer!r} of "
@@ -93,8 +94,8 @@ class Collection:
         loras = {}
         for name, folder in self.folders.items():
             for layer in layers:
-                lora = folder.get(layer)
-                if lora is not None and self.norms[name] > 0:
+                if layer in folder.names and self.norms[name] > 0:
+                    lora = folder.layer(layer)
                     loras[name, layer] = replace(lora, B=lora.B / self.norms[name])
         return loras
 
@@ -197,7 +198,7 @@ def _write(
             size=math.prod(shape),
             dtype=config.adapter_dtype,
         ).view(shape)
-        adapter, captured = _factorized(collection, groups, config, dict(zip(layers, cores)))
+        adapter, errors = _factorize(collection, groups, config, dict(zip(layers, cores)))
         adapter.write(directory)
         # Once for all tasks, because it has the checksum of A and B.
         metadata = task_format_of(adapter).metadata()
@@ -206,31 +207,28 @@ def _write(
             task = {f"{layer}.core": cores[i, index] for i, layer in enumerate(layers)}
             files[name] = directory / "tasks" / f"{name}.safetensors"
             put_tensors(files[name], task, metadata)
-    errors = {
-        name: relative_error(norm * math.sqrt(captured[name]), norm)
-        for name, norm in collection.norms.items()
-    }
     return BankConversion(config, files, errors)
 
 
-def _factorized(
+def _factorize(
     collection: Collection,
     groups: Mapping[str, list[str]],
     config: LoTRConfig,
     cores: Mapping[str, Tensor],
 ) -> tuple[AdapterState, dict[str, float]]:
-    """Returns the adapter with zero cores, and the share of each LoRA's norm that its cores keep.
-
-    The norms are squared.
+    """Finds the pair of each group, and the cores of each LoRA over it.
 
     Args:
         collection: The LoRAs.
         groups: The names of the layers by group.
         config: The configuration of the adapter.
-        cores: The cores of each layer [loras, r_in, r_out]. They are written.
+        cores: Gets the cores of the LoRAs, by layer [loras, r_in, r_out].
+
+    Returns:
+        The adapter, with zero cores, and the relative error of each LoRA.
     """
     converted = {}
-    captured = dict.fromkeys(collection.folders, 0.0)
+    captured = dict.fromkeys(collection.folders, 0.0)  # the share of |D_t|^2 that the cores keep
     index_of_lora = {name: index for index, name in enumerate(collection.folders)}
     for group, layers in groups.items():
         loras = collection.of_layers(layers)
@@ -241,4 +239,8 @@ def _factorized(
             cores[layer][index_of_lora[name]] = task_core  # cast to the adapter's dtype
         taskless = ConvertedLayer(INIT_GAIN * A, INIT_GAIN * B, torch.zeros(config.ranks), group)
         converted |= dict.fromkeys(layers, taskless)
-    return converted_adapter(config, converted, {}), captured
+    errors = {
+        name: relative_error(norm * math.sqrt(captured[name]), norm)
+        for name, norm in collection.norms.items()
+    }
+    return converted_adapter(config, converted, {}), errors

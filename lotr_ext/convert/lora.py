@@ -8,7 +8,7 @@ Not here: what LoTR writes into these files (to_lora.py, ../vllm).
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -24,8 +24,6 @@ from ..targets import name_matches
 FilePath = str | PathLike[str]
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
-# Of PEFT before it had safetensors.
-OLD_TENSORS_NAME = "adapter_model.bin"
 
 FACTOR_KEY = re.compile(r"(?P<name>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight")
 # Settings of a LoRA that is more than x W^T plus the product of two factors.
@@ -109,8 +107,9 @@ def tensors_of(path: Path) -> Mapping[str, Tensor]:
 
 def tensors_of_peft(directory: Path) -> Mapping[str, Tensor]:
     """Returns the tensors in the file of an adapter that PEFT saved."""
-    paths = [directory / name for name in (TENSORS_NAME, OLD_TENSORS_NAME)]
-    return tensors_of(next(filter(Path.is_file, paths), paths[0]))
+    path = directory / TENSORS_NAME
+    old_path = directory / "adapter_model.bin"  # of PEFT before it had safetensors
+    return tensors_of(old_path if old_path.is_file() and not path.is_file() else path)
 
 
 def base_name(key: str) -> str:
@@ -169,18 +168,18 @@ def check_two_factors(config: Mapping[str, Any]) -> None:
         )
 
 
-class LoRAFolder(Mapping[str, LoRA]):
-    """The layers of a LoRA that PEFT saved, by name. A layer is read and checked on access.
+class LoRAFolder:
+    """A LoRA that PEFT saved. Its layers are read one at a time, by `layer`.
 
     Attributes:
         path: The folder.
         config: The content of adapter_config.json.
+        names: The names of the layers.
         saved: The tensors of modules_to_save by name.
 
     Raises:
         ValueError: If there is no such adapter, if it is of another method, or if it has more
-            than its two factors (DoRA, biases, embeddings, base weights moved by its init). On
-            access, if a layer's factors are incomplete, of shapes that do not fit, or not finite.
+            than its two factors (DoRA, biases, embeddings, base weights moved by its init).
     """
 
     def __init__(self, source: FilePath):
@@ -204,8 +203,14 @@ class LoRAFolder(Mapping[str, LoRA]):
             raise ValueError(
                 "adapter: expected tensors <layer>.lora_A.weight and .lora_B.weight, got none"
             )
+        self.names = self._keys.keys()
 
-    def __getitem__(self, name: str) -> LoRA:
+    def layer(self, name: str) -> LoRA:
+        """Reads a layer, in float64, with the scaling multiplied into B.
+
+        Raises:
+            ValueError: If its factors are incomplete, of shapes that do not fit, or not finite.
+        """
         keys = self._keys[name]
         if len(keys) < 2:
             raise ValueError(f"{name}: expected lora_A and lora_B, got only lora_{min(keys)}")
@@ -228,12 +233,6 @@ class LoRAFolder(Mapping[str, LoRA]):
         divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
         return LoRA(A.double(), alpha / divisor * B.double())
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
     def _alpha(self, name: str) -> object:
         patterns = self.config.get("alpha_pattern") or {}
         # The first match, as in PEFT.
@@ -252,7 +251,7 @@ def read_lora(source: FilePath) -> tuple[dict[str, LoRA], dict[str, Tensor], dic
         ValueError: As `LoRAFolder`.
     """
     folder = LoRAFolder(source)
-    return dict(folder), folder.saved, folder.config
+    return {name: folder.layer(name) for name in folder.names}, folder.saved, folder.config
 
 
 # ---- writing -------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from ..config import TASKS, LoTRConfig
 from ..core.operators import accumulate_dtype
 from ..files import adapter_of, unwrap, warn_of_unsaved
 from ..layers import LoTRConv1D
-from ..old_files import config_of_version_1, start_key
+from ..old_files import config_of_version_1, factor_names, start_key
 from ..targets import parameter_name
 from .hosts import EXPERT_FORMS, SERVER_NAMES, ServerNames, expert_tensors
 from .lora import (
@@ -132,20 +132,21 @@ def _read_lotr_of_peft(directory: Path) -> AdapterState:
             f"{directory}: expected dense cores and no biases, got core {config.core!r}, "
             f"bias {bias!r}"
         )
-    tensors = {}
-    for key, tensor in tensors_of_peft(directory).items():
-        name = base_name(key).replace(".lotr_adapter.core", ".core")
-        # Those of the first version have no ".value".
-        tensors[re.sub(r"^(lotr_factors\..+\.[AB])$", r"\1.value", name)] = tensor
-    layers = {}
-    for entry in content["layers"]:
-        factors = entry["factors"]
-        # The first version had a pair's two tensors in one module.
-        pair = [f"{factors}.A", f"{factors}.B"] if isinstance(factors, str) else factors
-        A, B = pair
-        layers[entry["name"]] = LayerEntry(f"{A}.value", f"{B}.value", config.s, config.dropout)
-    saved = modules_of(tensors, content.get("modules_to_save"))
-    return AdapterState(config, layers, tuple(saved), BaseModel(), tensors)
+    tensors = {
+        base_name(key).replace(".lotr_adapter.core", ".core"): tensor
+        for key, tensor in tensors_of_peft(directory).items()
+    }
+    layers = {
+        entry["name"]: LayerEntry(*factor_names(entry["factors"]), config.s, config.dropout)
+        for entry in content["layers"]
+    }
+    return AdapterState(
+        config=config,
+        layers=layers,
+        modules_to_save=tuple(modules_of(tensors, content.get("modules_to_save"))),
+        base=BaseModel(),
+        tensors=tensors,
+    )
 
 
 # ---- the layers ----------------------------------------------------------------------------------
@@ -282,5 +283,5 @@ def _target_modules(
     endings = sorted({name.rpartition(".")[2] for name in stacked if experts != "peft"})
     if all("." in name for name in linear):
         return [*sorted(linear), *endings]
-    patterns = [re.escape(name) for name in sorted(linear)]
-    return "|".join([*patterns, *(rf".*\.{ending}" for ending in endings)])
+    of_experts = [rf".*\.{ending}" for ending in endings]
+    return "|".join([*map(re.escape, sorted(linear)), *of_experts])

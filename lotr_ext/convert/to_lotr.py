@@ -69,8 +69,13 @@ def converted_adapter(
         entries[name] = LayerEntry(A, B, config.s, config.dropout)
         tensors |= {A: layer.A, B: layer.B, f"{name}.core": layer.core}
     cast = {key: tensor.to(config.adapter_dtype) for key, tensor in tensors.items()}
-    modules = tuple(modules_of(saved, config.modules_to_save))
-    return AdapterState(config, entries, modules, BaseModel(), cast | dict(saved))
+    return AdapterState(
+        config=config,
+        layers=entries,
+        modules_to_save=tuple(modules_of(saved, config.modules_to_save)),
+        base=BaseModel(),
+        tensors=cast | dict(saved),
+    )
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
@@ -115,8 +120,8 @@ def lora_to_lotr(
     )
     converted = {}
     errors = {}
-    groups = groups_of({name: layer.sizes for name, layer in layers.items()}, config)
-    for group, names in groups.items():
+    sizes = {name: layer.sizes for name, layer in layers.items()}
+    for group, names in groups_of(sizes, config).items():
         A, B, cores = tucker2_of_loras([layers[name] for name in names], config.ranks)
         for name, core in zip(names, cores, strict=True):
             errors[name] = relative_error(float(core.norm()), layers[name].norm)
@@ -202,7 +207,6 @@ def relative_error(captured: float, norm: float) -> float:
 # ---- the original implementation -----------------------------------------------------------------
 
 ORIGINAL_KEY = re.compile(r"(?P<name>.+)\.lotr\.(?P<part>lhs|mid|rhs)")
-ORIGINAL_PARTS = ("lhs", "mid", "rhs")
 
 
 @torch.no_grad()
@@ -262,7 +266,7 @@ def _original_layers(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Con
     groups: dict[str, ConvertedLayer] = {}  # the first layer of each
     for name, tensors in parts.items():
         # A part that is missing has no shape that fits.
-        lhs, mid, rhs = (tensors.get(part, torch.empty(0)) for part in ORIGINAL_PARTS)
+        lhs, mid, rhs = (tensors.get(part, torch.empty(0)) for part in ("lhs", "mid", "rhs"))
         r = len(mid)
         shapes = [list(tensor.shape) for tensor in (lhs, mid, rhs)]
         if shapes != [[r, lhs.shape[-1]], [r, r], [len(rhs), r]]:

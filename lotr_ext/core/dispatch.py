@@ -19,8 +19,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import functional as nnf
+from torch import Tensor, nn
 
 from . import _torch_private as private
 from . import fallback, grouped, nodes
@@ -240,7 +239,7 @@ def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
     trains_bias = call.bias is not None and call.bias.requires_grad
     if trains_weight or trains_bias:
         # Autograd then computes the gradient of W.
-        base_output = nnf.linear(x, call.weight, call.bias)
+        base_output = nn.functional.linear(x, call.weight, call.bias)
         return run_nodes(
             call._replace(weight=None, bias=None, base_output=base_output), caches, layer
         )

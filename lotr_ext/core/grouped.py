@@ -13,8 +13,7 @@ Not here: the adapter (dispatch.py) and who sorts the rows (experts.py).
 from itertools import pairwise
 
 import torch
-from torch import Tensor
-from torch.nn import functional as nnf
+from torch import Tensor, nn
 
 from . import _torch_private as private
 from .call import index_from_offs
@@ -31,7 +30,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
         offs: Where the rows of each expert end [e] (int32).
     """
     if _torch_can_run(x, weight):
-        y = nnf.grouped_mm(x, weight.mT, offs=offs)
+        y = nn.functional.grouped_mm(x, weight.mT, offs=offs)
         # torch leaves the rows past the end unwritten. offs stays on the GPU: no wait for it.
         is_past_end = torch.arange(len(x), device=x.device) >= offs[-1]
         return y.masked_fill_(is_past_end.unsqueeze(1), 0)

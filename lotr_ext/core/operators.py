@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as nnf
 
 from . import _torch_private as private
 
@@ -146,7 +145,7 @@ def layer_forward(
     Args:
         x: [.., k]. csrc/torch/schema.cpp describes the other arguments.
     """
-    base_output = nnf.linear(x, weight, bias)
+    base_output = nn.functional.linear(x, weight, bias)
     u = lotr.shrink.default(as_matrix(x), A, p, seed)
     F = lotr.fold.default(B, core, scaling, x.dtype)
     return lotr.expand.default(base_output, u, F), u, F
@@ -168,7 +167,7 @@ def layer_forward_few_tokens(
     Args:
         core: G [r_in, r_out], which is not folded. The others are as for `layer_forward`.
     """
-    base_output = nnf.linear(x, weight, bias)
+    base_output = nn.functional.linear(x, weight, bias)
     u = lotr.shrink.default(as_matrix(x), A)
     h = (u @ core.to(u.dtype)) * scaling
     return lotr.expand.default(base_output, h, B.to(u.dtype)), u
@@ -191,7 +190,7 @@ def layer_forward_projected(
         u: x A [rows, r_in]. The others are as for `layer_forward`.
     """
     F = lotr.fold.default(B, core, scaling, x.dtype)
-    return lotr.expand.default(nnf.linear(x, weight, bias), u, F), F
+    return lotr.expand.default(nn.functional.linear(x, weight, bias), u, F), F
 
 
 @_in_one_call("layer_forward_rows")
@@ -203,7 +202,7 @@ def layer_forward_rows(
     Args:
         h: s u G [rows, r_out]. The others are as for `layer_forward`.
     """
-    return lotr.expand.default(nnf.linear(x, weight, bias), h, B)
+    return lotr.expand.default(nn.functional.linear(x, weight, bias), h, B)
 
 
 # ---- fake kernels --------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import peft
 from peft.config import PeftConfig
 
 from ..checks import check_choice
-from ..config import LoTRConfig, check_names
+from ..config import PARTS, LoTRConfig, check_names
 from ..old_files import config_of_version_1
 
 if tuple(map(int, re.findall(r"\d+", peft.__version__)[:2])) < (0, 21):
@@ -27,21 +27,8 @@ class PeftType(str, Enum):
 
 LOTR = PeftType.LOTR
 
-# Fields of the first version that a file may have, and that this version lacks.
-_FORMER = ("magnitude", "use_dora", "target_parameters")
-# Fields that LoTRConfig has, too.
-_SHARED = (
-    "rank",
-    "alpha",
-    "rslora",
-    "scaling",
-    "dropout",
-    "group_by",
-    "init",
-    "core_init",
-    "core",
-    "train",
-)
+# Fields in files of the first version that this one lacks. Unless set, they mean nothing.
+_REMOVED_FIELDS = ("magnitude", "use_dora", "target_parameters")
 
 
 @dataclass
@@ -65,55 +52,27 @@ class LoTRPeftConfig(PeftConfig):
         TypeError, ValueError: If a field has a wrong type or value.
     """
 
-    rank: int | tuple[int, int] | None = field(
-        default=None, metadata={"help": "r, or (r_in, r_out); None: r"}
-    )
-    alpha: float | None = field(
-        default=None, metadata={"help": "the adapter is scaled by alpha / r"}
-    )
-    rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(r)"})
-    scaling: float | str = field(
-        default="auto", metadata={"help": "the scaling itself, or auto, instead of alpha"}
-    )
-    dropout: float = field(default=0.0, metadata={"help": "on the adapter's x"})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "names or a regular expression"}
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "names or a regular expression"}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "indices of layers to adapt"}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "the name before a layer's index"}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "modules to train fully and to save"}
-    )
-    bias: str = field(default="none", metadata={"help": "none, all or lotr_only"})
-    group_by: str | dict[str, str] = field(
-        default="shape", metadata={"help": "which layers share A and B"}
-    )
-    init: str = field(default="orthonormal", metadata={"help": "how A and B start"})
-    core_init: str = field(default="zero", metadata={"help": "how the cores start"})
-    core: str = field(
-        default="dense",
-        metadata={"help": "one core per layer, or the form that computes all of them"},
-    )
-    train: list[str] = field(
-        default_factory=lambda: ["A", "B", "core"], metadata={"help": "which parts are trained"}
-    )
-    layers: list[dict[str, Any]] | None = field(
-        default=None, metadata={"help": "set when layers are adapted"}
-    )
-    r: int | tuple[int, int] | None = field(
-        default=None, metadata={"help": "another name for rank"}
-    )
+    rank: int | tuple[int, int] | None = None
+    alpha: float | None = None
+    rslora: bool = False
+    scaling: float | str = "auto"
+    dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+    group_by: str | dict[str, str] = "shape"
+    init: str = "orthonormal"
+    core_init: str = "zero"
+    core: str = "dense"
+    train: list[str] = field(default_factory=lambda: list(PARTS))
+    layers: list[dict[str, Any]] | None = None
+    r: int | tuple[int, int] | None = None
 
     def __new__(cls, *_: Any, **values: Any) -> "LoTRPeftConfig":
-        # What an old file has and this class lacks is dropped by PEFT, with a warning.
-        check_names((n for n, value in values.items() if value or n not in _FORMER), cls)
+        check_names(_without_removed_fields(values), cls)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -156,7 +115,18 @@ class LoTRPeftConfig(PeftConfig):
 
     def to_lotr(self) -> LoTRConfig:
         """Returns the same settings for `apply_lotr`, without targets and modules_to_save."""
-        return LoTRConfig(**{name: getattr(self, name) for name in _SHARED})
+        return LoTRConfig(
+            rank=self.rank,
+            alpha=self.alpha,
+            rslora=self.rslora,
+            scaling=self.scaling,
+            dropout=self.dropout,
+            group_by=self.group_by,
+            init=self.init,
+            core_init=self.core_init,
+            core=self.core,
+            train=self.train,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what PEFT saves, with the scaling as a number.
@@ -177,5 +147,9 @@ class LoTRPeftConfig(PeftConfig):
             values = {**kwargs, "rank": kwargs.get("rank") or 16}
             kwargs["scaling"] = config_of_version_1(values)["scaling"]
         kwargs.pop("share_factors", None)  # such a file contains A and B
-        kwargs = {name: value for name, value in kwargs.items() if value or name not in _FORMER}
-        return super().from_peft_type(**kwargs)
+        return super().from_peft_type(**_without_removed_fields(kwargs))
+
+
+def _without_removed_fields(values: dict[str, Any]) -> dict[str, Any]:
+    # PEFT drops them, too, where its base class reads the file, with a warning.
+    return {name: value for name, value in values.items() if value or name not in _REMOVED_FIELDS}

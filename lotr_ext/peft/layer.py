@@ -46,9 +46,18 @@ class LoTRPeftAdapter(nn.Module):
         set_unregistered(self, "factors", factors)
         set_unregistered(self, "form", form)
         for part, parameter in self.parts():
-            # For good: PEFT sets requires_grad only of what `parameters` yields, the trained parts.
+            # For good, because `parameters` does not yield them.
             if part not in self.trained:
                 parameter.requires_grad_(False)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Yields the parameters that are trained while the adapter is active, also of A and B.
+
+        PEFT switches requires_grad of what this method yields, when the adapter becomes active or
+        inactive. It has no other hook for an adapter that trains some of its parameters, or some
+        of its owner's. `named_parameters` and state_dict are torch's.
+        """
+        return (parameter for part, parameter in self.parts() if part in self.trained)
 
     def forward(
         self,
@@ -95,16 +104,9 @@ class LoTRPeftAdapter(nn.Module):
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the parameters of "A", "B" and "core", each with the name of its part."""
         for part, module in self.modules_of_parts().items():
-            # Not module.parameters(), which for a core is the method below.
+            # Not module.parameters(), which for a core is the method above.
             for _, parameter in module.named_parameters():
                 yield part, parameter
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Yields the parameters that are trained while the adapter is active, also of A and B.
-
-        PEFT sets requires_grad of all of them when it becomes active or inactive.
-        """
-        return (parameter for part, parameter in self.parts() if part in self.trained)
 
     def extra_repr(self) -> str:
         return f"rank={self.factors.rank}, scaling={self.scaling:g}, dropout={self.dropout}"

@@ -45,7 +45,7 @@ from ..targets import (
     in_groups,
     linear_obstacle,
     linear_target,
-    modules_with_names,
+    names_of_modules,
     tied_names,
 )
 from ..wrapped import mergeable_weight
@@ -85,11 +85,11 @@ class LoTRPeftModel(BaseTuner):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Adds an adapter, as BaseTuner does. The factors of others keep their requires_grad."""
-        parameters = chain(self.lotr_factors.parameters(), self.lotr_cores.parameters())
-        before = [(parameter, parameter.requires_grad) for parameter in parameters]
+        shared = chain(self.lotr_factors.parameters(), self.lotr_cores.parameters())
+        before = {parameter: parameter.requires_grad for parameter in shared}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # PEFT restores what it finds in the model. The factors are not in it.
-        for parameter, requires_grad in before:
+        for parameter, requires_grad in before.items():
             parameter.requires_grad_(requires_grad)
         block_bypasses(self.model, LoTRPeftLinear)
 
@@ -105,8 +105,7 @@ class LoTRPeftModel(BaseTuner):
         layers = []
         for target in targets:
             names = factor_names(target.group, target.sizes, peft_config.group_by)
-            factors = [f"lotr_factors.{name}" for name in names]
-            layers.append({"name": target.name, "factors": factors})
+            layers.append({"name": target.name, "factors": [f"lotr_factors.{n}" for n in names]})
         # Computed cores depend on the order of the layers, which a loaded adapter determines.
         order = {entry["name"]: i for i, entry in enumerate(peft_config.layers or ())}
         if order.keys() == self._groups.keys():
@@ -129,7 +128,7 @@ class LoTRPeftModel(BaseTuner):
             f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)
         )
         targets = []
-        for module, names in modules_with_names(model):
+        for module, names in names_of_modules(model).items():
             name = names[0]
             is_selected = self._check_target_module_exists(config, name)
             if name.startswith(inside_adapted) or not is_selected:
@@ -280,8 +279,8 @@ class LoTRPeftModel(BaseTuner):
             for module in self.modules():
                 if isinstance(module, (LoTRPeftLinear, AuxiliaryTrainingWrapper)):
                     hook = _with_names(list(names) if module in encoder else repeated)
-                    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-                    stack.callback(handle.remove)
+                    # The handle removes the hook when the context ends.
+                    stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
 
     def _encoder_modules(self) -> set[nn.Module]:

@@ -21,8 +21,9 @@ This file needs no vLLM. Not here: the layers of vLLM with cores (engine.py).
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,15 @@ class EngineFactors:
         tensors: A [k, r_in] and B [n, r_out], each once.
         spans: The slice of each layer's core in one vector with all cores.
         task_format: What a task over these factors consists of.
+        on_device: The tensors that engine.py has moved, by name, dtype, device and part of the
+            weight.
     """
 
     layers: Mapping[str, LayerEntry]
     tensors: Mapping[str, Tensor]
     spans: Mapping[str, slice]
     task_format: TaskFormat
+    on_device: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
 
 def factors_of(adapter: AdapterState, where: str) -> EngineFactors:
@@ -72,11 +76,10 @@ def factors_of(adapter: AdapterState, where: str) -> EngineFactors:
     layers = adapter.layers
     task_format = task_format_of(adapter)
     tensors = {key: adapter.tensors[key] for entry in layers.values() for key in (entry.A, entry.B)}
-    spans: dict[str, slice] = {}
-    start = 0
-    for name, shape in zip(layers, task_format.shapes.values()):
-        spans[name] = slice(start, start + math.prod(shape))
-        start = spans[name].stop
+    sizes = [math.prod(shape) for shape in task_format.shapes.values()]
+    spans = {
+        name: slice(end - size, end) for name, size, end in zip(layers, sizes, accumulate(sizes))
+    }
     return EngineFactors(layers, tensors, spans, task_format)
 
 
@@ -139,7 +142,6 @@ def export_task(
         ValueError: If there is no such task, or if the engine cannot hold the adapter.
         FileExistsError: If directory is a file.
     """
-    directory = Path(directory)
     adapter = adapter_of(model)
     factors = factors_of(adapter, "export_task")
     cores = adapter.tensors if task is None else model.lotr_tasks.cores_of(task)
@@ -155,7 +157,7 @@ def export_task(
         "base_model_name_or_path": base_model or adapter.base.name,
     }
     tensors = {name: cores[name] for name in task_format.shapes}
-    put_folder(directory, TENSORS_NAME, tensors, config, task_format.metadata())
+    put_folder(Path(directory), TENSORS_NAME, tensors, config, task_format.metadata())
 
 
 # ---- in the engine -------------------------------------------------------------------------------
@@ -181,8 +183,8 @@ def read_task(directory: str | PathLike[str], factors: EngineFactors) -> Tensor:
             f"the task again."
         )
     # The engine's kernels add (u G) B^T, so the scaling belongs to the core.
-    scaled = [entry.scaling * tensors[f"{name}.core"] for name, entry in factors.layers.items()]
-    return torch.cat([core.flatten() for core in scaled])
+    layers = factors.layers.items()
+    return torch.cat([entry.scaling * tensors[f"{name}.core"].flatten() for name, entry in layers])
 
 
 @cache

@@ -2,7 +2,16 @@
 
 Layers that share A or B hold one tensor. A layer's slots are `cores` [slots, r_in, r_out], which
 include the scaling. x A is computed once for modules that share A and that vLLM has packed into one
-layer.
+layer (q, k and v into qkv_proj).
+
+vLLM calls what this file replaces in this order:
+
+    get_supported_lora_modules    once: the names of layers that get slots
+    can_replace_layer             for each such layer: which class replaces it
+    create_lora_weights           of the new layer: the slots
+    _load_adapter                 when a task is requested: its file
+    set_lora                      of each layer: the task goes into a slot
+    _apply_lora_to_output         in each forward
 
 With tensor parallelism each process has the rows of A or B that belong to its part of the weight,
 cut by vLLM's rules for LoRA. The sum over processes that the base layer needs then includes the
@@ -15,6 +24,7 @@ version moves or drops one.
 
 import os
 from collections.abc import Callable, Collection, Iterable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -73,10 +83,13 @@ def install(factors: EngineFactors) -> None:
     # vLLM has no interface for other kinds of adapters: the classes of its layers and the method
     # that loads an adapter are replaced.
     _adapt_only({name.rpartition(".")[2] for name in factors.layers})
-    shared: dict[tuple[Any, ...], Tensor] = {}
-    native_classes = [_with_cores(base, factors, shared) for base in LINEAR_LAYERS]
+    # Of the same names, because vLLM compares the names of some classes.
+    layer_classes = [
+        type(base.__name__, (_LayerWithCores, base), {"lotr_factors": factors})
+        for base in LINEAR_LAYERS
+    ]
     # First, because vLLM takes the first class that can replace a layer.
-    utils._all_lora_classes = (*native_classes, *utils._all_lora_classes)
+    utils._all_lora_classes = (*layer_classes, *utils._all_lora_classes)
 
     def load(self: WorkerLoRAManager, request: LoRARequest) -> LoRAModel:
         path = get_adapter_absolute_path(request.lora_path)
@@ -163,15 +176,49 @@ class Part(NamedTuple):
 
 
 class _LayerWithCores:
-    """Replaces the adapter code of one of vLLM's wrappers. `_with_cores` sets the attributes.
+    """Replaces the adapter code of one of vLLM's wrappers, its other base class.
 
     Attributes:
         lotr_factors: The factors of all layers.
-        lotr_shared: A and B on the device, by name, dtype, device and part of the weight.
+        lotr_parts: The modules of this layer that the adapter adapts.
+        lotr_has_kernels: Whether lotr_ext's kernels support the dtype, rank and device.
     """
 
     lotr_factors: EngineFactors
-    lotr_shared: dict[tuple[Any, ...], Tensor]
+    lotr_parts: list[Part]
+    lotr_has_kernels: bool
+
+    @classmethod
+    def can_replace_layer(
+        cls,
+        source_layer: nn.Module,
+        lora_config: Any,
+        packed_modules_list: list[str],
+        **options: Any,
+    ) -> bool:
+        """Whether this class replaces a layer, as vLLM's wrapper says.
+
+        If so, the layer gets `lotr_names`, the full names of its modules: only this call has them,
+        and `create_lora_weights` needs them.
+
+        Args:
+            source_layer: The layer.
+            lora_config: vLLM's LoRAConfig.
+            packed_modules_list: The names of the modules that vLLM has packed into the layer.
+            options: For vLLM's wrapper.
+        """
+        can_replace = super().can_replace_layer(
+            source_layer=source_layer,
+            lora_config=lora_config,
+            packed_modules_list=packed_modules_list,
+            **options,
+        )
+        if can_replace:
+            name = source_layer.prefix.rpartition(".")[2]
+            names = packed_modules_list if len(packed_modules_list) > 1 else [name]
+            parent = source_layer.prefix.removesuffix(name)
+            source_layer.lotr_names = tuple(parent + n for n in names)
+        return can_replace
 
     def create_lora_weights(
         self, max_loras: int, lora_config: Any, model_config: Any = None
@@ -193,19 +240,17 @@ class _LayerWithCores:
             )
         self.lora_config = lora_config
         sizes = tuple(self.output_slices if self.n_slices > 1 else (self.output_size,))
-        self.lotr_parts: list[Part] = []
-        start = 0
-        for packed_index, (name, size) in enumerate(
-            zip(self.base_layer.lotr_names, sizes, strict=True)
-        ):
-            columns = slice(start, start + size)
-            start += size
-            if name in self.lotr_factors.layers:
-                self.lotr_parts.append(self._part(name, packed_index, columns, max_loras))
+        columns = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes))]
+        modules = zip(self.base_layer.lotr_names, columns, strict=True)
+        self.lotr_parts = [
+            self._part(name, packed_index, columns_of_module, max_loras)
+            for packed_index, (name, columns_of_module) in enumerate(modules)
+            if name in self.lotr_factors.layers
+        ]
         self.output_slices = sizes
         rank = max((max(part.cores.shape[1:]) for part in self.lotr_parts), default=1)
-        device = torch.device(self.device)
-        self.lotr_has_kernels = kernel_obstacle(rank, lora_config.lora_dtype, device) is None
+        obstacle = kernel_obstacle(rank, lora_config.lora_dtype, torch.device(self.device))
+        self.lotr_has_kernels = obstacle is None
         # vLLM's stacks of LoRAs, one per packed module. It reads only their shapes, so they have
         # one element of memory.
         element = torch.zeros(1, dtype=lora_config.lora_dtype, device=self.device)
@@ -231,8 +276,13 @@ class _LayerWithCores:
                 f"LOTR_FACTORS: expected {expected} features at {name}, got {(len(A), len(B))} of "
                 f"another base model. Export the factors from an adapter of this model."
             )
-        cores = A.new_zeros(slots, A.shape[1], B.shape[1])
-        return Part(self.lotr_factors.spans[name], A, B, cores, columns)
+        return Part(
+            span=self.lotr_factors.spans[name],
+            A=A,
+            B=B,
+            cores=A.new_zeros(slots, A.shape[1], B.shape[1]),
+            columns=columns,
+        )
 
     def _factor(self, key: str, side: str, packed_index: int) -> Tensor:
         """Returns A [k, r_in] or B [n, r_out] for this process's part of the weight.
@@ -249,10 +299,11 @@ class _LayerWithCores:
         if rows.shape != full.shape:
             cut = (type(self).__name__, packed_index, self.input_size, self.output_size)
         dtype = self.lora_config.lora_dtype
-        shared_key = (key, dtype, str(self.device), cut)
-        if shared_key not in self.lotr_shared:
-            self.lotr_shared[shared_key] = rows.to(self.device, dtype).contiguous()
-        return self.lotr_shared[shared_key]
+        on_device = self.lotr_factors.on_device
+        key_on_device = (key, dtype, str(self.device), cut)
+        if key_on_device not in on_device:
+            on_device[key_on_device] = rows.to(self.device, dtype).contiguous()
+        return on_device[key_on_device]
 
     def _rows_of_process(self, full: Tensor, side: str, packed_index: int) -> Tensor:
         """Returns this process's rows, by vLLM's rule for lora_A [r, k] or lora_B [n, r]."""
@@ -309,38 +360,3 @@ class _LayerWithCores:
                 h = fallback.row_core(u, part.cores, 1.0, RowChoice(slots))
                 y[:, part.columns].addmm_(h, part.B.T)
         return y.view(output.shape)
-
-
-def _with_cores(
-    base: type[nn.Module], factors: EngineFactors, shared: dict[tuple[Any, ...], Tensor]
-) -> type[nn.Module]:
-    """Returns the class of layers with cores for one of vLLM's wrappers."""
-
-    def can_replace_layer(
-        cls: type,
-        source_layer: nn.Module,
-        lora_config: Any,
-        packed_modules_list: list[str],
-        **options: Any,
-    ) -> bool:
-        if not base.can_replace_layer(
-            source_layer=source_layer,
-            lora_config=lora_config,
-            packed_modules_list=packed_modules_list,
-            **options,
-        ):
-            return False
-        # Only this call gets the names, and create_lora_weights needs them.
-        name = source_layer.prefix.rpartition(".")[2]
-        names = packed_modules_list if len(packed_modules_list) > 1 else [name]
-        prefix = source_layer.prefix.removesuffix(name)
-        source_layer.lotr_names = tuple(prefix + n for n in names)
-        return True
-
-    attributes = {
-        "can_replace_layer": classmethod(can_replace_layer),
-        "lotr_factors": factors,
-        "lotr_shared": shared,
-    }
-    # The same name, because vLLM compares the names of some classes.
-    return type(base.__name__, (_LayerWithCores, base), attributes)

@@ -20,9 +20,10 @@ HERE = Path(__file__).resolve().parent
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-def layer(
+def operands(
     m: int, k: int, n: int, r: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"
 ) -> dict[str, torch.Tensor]:
+    """Returns the operands of a layer and of its backward, by name."""
     generator = torch.Generator(device).manual_seed(0)
     sizes = {
         "x": (m, k),
@@ -77,7 +78,7 @@ def test_same_bits_a_hundred_times(m: int, dtype: torch.dtype, p: float) -> None
     Consecutive steps have the bits of a step that pauses after every operator. So have replays of a
     graph of ten steps, with new inputs and seeds.
     """
-    t = layer(m, 1000, 1208, 24, dtype)
+    t = operands(m, 1000, 1208, 24, dtype)
     seed = torch.zeros(1, dtype=torch.int64, device="cuda")
     expected = step(t, p, seed, torch.cuda.synchronize)
     assert all(torch.isfinite(a).all() for a in expected)
@@ -97,7 +98,7 @@ def test_same_bits_a_hundred_times(m: int, dtype: torch.dtype, p: float) -> None
 
 
 def test_many_streams_at_once() -> None:
-    layers = [layer(2048 + 64 * i, 768, 768, 16) for i in range(8)]
+    layers = [operands(2048 + 64 * i, 768, 768, 16) for i in range(8)]
     expected = [step(t) for t in layers]
     streams = [torch.cuda.Stream() for _ in layers]
     torch.cuda.synchronize()
@@ -113,7 +114,7 @@ def test_many_streams_at_once() -> None:
 @pytest.mark.parametrize("index", [0, pytest.param(1, marks=TWO_GPUS)])
 def test_a_thread_that_has_used_no_gpu(index: int) -> None:
     """Such a thread has no current context before its first call."""
-    t = layer(4096, 1024, 1024, 16, device=f"cuda:{index}")
+    t = operands(4096, 1024, 1024, 16, device=f"cuda:{index}")
     results = []
     thread = threading.Thread(target=lambda: results.extend(step(t)))
     thread.start()
@@ -157,7 +158,7 @@ def test_siblings_on_two_streams() -> None:
 
 
 def test_nothing_synchronizes() -> None:
-    t = layer(512, 256, 256, 16)
+    t = operands(512, 256, 256, 16)
     step(t)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -195,8 +196,8 @@ def test_first_calls_of_a_process_inside_of_a_capture() -> None:
     """The driver is queried, and kernels are loaded, while a stream is captured."""
     program = """
 import torch, lotr_ext
-from test_device import layer, same, step
-t = layer(4096, 1024, 1024, 16)
+from test_device import operands, same, step
+t = operands(4096, 1024, 1024, 16)
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
     captured = step(t)
@@ -207,7 +208,7 @@ assert same(captured, step(t))
 
 
 def test_wrong_devices_dtypes_and_ranks_are_named() -> None:
-    t = layer(8, 16, 16, 4)
+    t = operands(8, 16, 16, 4)
     x = t["x"]
     with pytest.raises(RuntimeError, match="lotr::shrink: A: expected the device of x"):
         lotr.shrink(x, t["A"].cpu())
@@ -220,7 +221,7 @@ def test_wrong_devices_dtypes_and_ranks_are_named() -> None:
 
 @TWO_GPUS
 def test_second_device_while_the_first_is_current() -> None:
-    t = layer(300, 128, 192, 16)
+    t = operands(300, 128, 192, 16)
     there = {name: a.to("cuda:1") for name, a in t.items()}
     for a, b in zip(step(t), step(there), strict=True):
         assert b.device.index == 1 and torch.allclose(
@@ -248,13 +249,13 @@ def test_compute_sanitizer(tool: str) -> None:
         pytest.skip("no compute-sanitizer")
     steps = """
 import torch
-from test_device import layer, step
+from test_device import operands, step
 shapes = (
     (333, 200, 136, 16), (130, 72, 264, 40), (65, 129, 77, 9), (100, 64, 64, 100), (70, 96, 64, 200)
 )
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
     for shape in shapes:
-        step(layer(*shape, dtype), 0.2, torch.tensor([3], device="cuda"))
+        step(operands(*shape, dtype), 0.2, torch.tensor([3], device="cuda"))
 torch.cuda.synchronize()
 """
     # initcheck also reports blocks that torch's allocator reuses, so only our kernels are checked.

@@ -10,7 +10,8 @@ from functools import partial
 import pytest
 import test_operators
 import torch
-from helpers import LAYOUTS, SCHEMAS
+from helpers import LAYOUTS
+from operands import SCHEMAS
 from test_operators import BETA, DROPS, DTYPE_PAIRS, SHAPES, TABLE, Case
 from torch import Tensor
 from torch.utils._pytree import tree_map_only

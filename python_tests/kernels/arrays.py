@@ -136,25 +136,26 @@ def check_close(
 
 
 def philox_keep(seed: int, rows: int, cols: int, p: float) -> np.ndarray:
-    """Returns the elements that dropout keeps: Philox 4x32-10, written from its definition."""
-    e = (
-        np.arange(rows, dtype=np.uint64)[:, None] * np.uint64(cols)
-        + np.arange(cols, dtype=np.uint64)[None, :]
-    )
-    q = e // np.uint64(4)
+    """Returns the elements that dropout keeps, by Philox 4x32-10, written from its definition.
+
+    Element e of a matrix gets word e % 4 of the block with the counter e / 4, and is kept if the
+    word is at least p 2^32.
+    """
+    element = np.arange(rows * cols, dtype=np.uint64).reshape(rows, cols)
+    block = element // np.uint64(4)
     low = np.uint64(0xFFFFFFFF)
-    c = [q & low, q >> np.uint64(32), np.zeros_like(q), np.zeros_like(q)]
-    k = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)]
+    counter = [block & low, block >> np.uint64(32), np.zeros_like(block), np.zeros_like(block)]
+    key = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)]
     with np.errstate(over="ignore"):
         for _ in range(10):
-            a = np.uint64(0xD2511F53) * c[0]
-            b = np.uint64(0xCD9E8D57) * c[2]
-            c = [
-                (b >> np.uint64(32)) ^ c[1] ^ k[0],
-                b & low,
-                (a >> np.uint64(32)) ^ c[3] ^ k[1],
-                a & low,
+            product_0 = np.uint64(0xD2511F53) * counter[0]
+            product_2 = np.uint64(0xCD9E8D57) * counter[2]
+            counter = [
+                (product_2 >> np.uint64(32)) ^ counter[1] ^ key[0],
+                product_2 & low,
+                (product_0 >> np.uint64(32)) ^ counter[3] ^ key[1],
+                product_0 & low,
             ]
-            k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
-    words = np.choose((e % np.uint64(4)).astype(int), c)
+            key = [(key[0] + np.uint64(0x9E3779B9)) & low, (key[1] + np.uint64(0xBB67AE85)) & low]
+    words = np.choose((element % np.uint64(4)).astype(int), counter)
     return words >= np.uint64(int(p * 2**32))

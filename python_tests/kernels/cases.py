@@ -1,12 +1,20 @@
 """The table KERNELS: each kernel as a problem with inputs in poisoned memory and its float64 truth.
 
-A problem runs in the executor's module (csrc/simt). On a GPU the operators that launch the kernels
-run the table of test_operators.py (python_tests/cuda).
+A function of the table declares the operands of one kernel, which it gets by name. For u = x A:
+
+    x = problem.large("x", shape.m, shape.k)
+    A = problem.factor("A", shape.k, shape.r)
+    problem.product("u", problem.operand(x), A)
+
+`problem.run(lib)` then runs the kernel in the executor's module (csrc/simt), and compares u
+with x A in float64.
+
+Not here: the sizes (shapes.py), and the operators that launch the kernels on a GPU
+(python_tests/cuda).
 """
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
@@ -27,143 +35,34 @@ from arrays import (
     philox_keep,
     wide,
 )
+from shapes import FUSED, Shape
 
 SEED = -0x123456789ABCDEF  # negative: all 64 bits matter
 FLOAT = np.float32
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a problem.
-
-    m tokens, k and n columns of the large matrices (n 0: half of k), ranks r and r2 (0: the same).
-    p: the probability of dropout; fold_grad, which has none, omits dcore if it is not 0. The device
-    has `sms` multiprocessors. bare: without the optional operands: a bias, sums that are added to,
-    dB, dx, the tokens of rows. cores: of per-row cores (0: 1 to 9, by k).
-    """
-
-    m: int
-    k: int
-    r: int
-    layout: Layout = ALIGNED
-    p: float = 0.0
-    sms: int = 132
-    r2: int = 0
-    n: int = 0
-    bare: bool = False
-    float_factors: bool = False
-    cores: int = 0
-
-    @property
-    def other(self) -> int:
-        return self.r2 or self.r
-
-    @property
-    def columns(self) -> int:
-        return self.n or max(1, self.k // 2)
-
-
-# Odd, ragged, strided, unaligned, transposed; ranks 1 to 256; no token and one; fewer tiles than
-# splits and more; more cores than rows.
-QUICK = [
-    Shape(0, 64, 16),
-    Shape(0, 64, 16, bare=True),
-    Shape(40, 8, 4, cores=3000),
-    Shape(1, 1, 1, ODD, 0.5),
-    Shape(1, 1000, 8, sms=8),
-    Shape(2, 333, 5, ODD, 0.1, bare=True),
-    Shape(3, 129, 17, COLUMNS),
-    Shape(16, 256, 16, PACKED, bare=True),
-    Shape(17, 65, 33, ODD, sms=1),
-    Shape(31, 255, 31, sms=3, float_factors=True),
-    Shape(33, 31, 256),
-    Shape(48, 200, 128, p=0.25),
-    Shape(64, 128, 32, PACKED, 0.5, 4, bare=True),
-    Shape(100, 100, 100, COLUMNS, sms=5),
-    Shape(65, 72, 200, sms=3),
-    Shape(150, 70, 60, ODD, sms=2, r2=7),
-    Shape(256, 256, 16, PACKED, sms=3, bare=True),
-    Shape(385, 130, 10, ODD, sms=8, float_factors=True),
-]
-SHAPES = [
-    *QUICK,
-    Shape(1, 64, 16, PACKED),
-    Shape(5, 7, 3, COLUMNS, 0.3),
-    Shape(16, 512, 64, sms=4, r2=32),
-    Shape(65, 200, 12, ODD, 0.1, 6, r2=20, bare=True),
-    Shape(127, 129, 16, sms=12, bare=True),
-    Shape(129, 257, 1, p=0.9, sms=20),
-    Shape(130, 40, 129, sms=4),
-    Shape(200, 330, 24, PACKED, sms=16),
-    Shape(256, 320, 32, p=0.1, sms=2),
-    Shape(67, 100, 250, sms=2),
-    Shape(400, 24, 4, PACKED, 0.4, 11, bare=True),
-    Shape(600, 90, 36, sms=2, r2=50, bare=True),
-    Shape(1030, 8, 16, PACKED, sms=40),
-    Shape(300, 560, 24, sms=10),
-    Shape(700, 512, 13, ODD, sms=16),
-    Shape(2040, 40, 13, ODD, sms=16),
-]
-# For gemm_lotr: ragged in every extent; one tile and several per pair of blocks; fewer k-steps than
-# the ring has stages, and more; both steps of the rank.
-FUSED_QUICK = [
-    Shape(0, 16, 4, n=16),
-    Shape(1, 1, 1, n=1, sms=1),
-    Shape(1, 8, 65, n=264, sms=2),
-    Shape(130, 520, 1, n=264, sms=2),
-    Shape(200, 72, 128, n=200, sms=2, bare=True),
-    Shape(300, 200, 11, n=331, sms=2),
-    Shape(200, 328, 50, n=520, sms=4),
-]
-FUSED_SHAPES = [
-    *FUSED_QUICK,
-    Shape(520, 136, 64, n=520, sms=4, bare=True),
-    Shape(257, 264, 80, n=257, sms=2),
-    # More bands of tiles than are walked together, two columns of them.
-    Shape(2400, 8, 8, n=300, sms=6),
-]
-# At least two blocks in each dimension of every grid, and walks of more tiles than the ring has
-# stages, so that every stage is filled a second time; with and without dropout, aligned and not. On
-# few multiprocessors a block has several tiles.
-PIPELINE = [
-    Shape(700, 560, 16, sms=2),
-    Shape(700, 560, 16, sms=5),
-    Shape(330, 700, 40, p=0.25, sms=6, r2=20, bare=True),
-    Shape(330, 600, 40, sms=6),  # parts of Q of several column tiles
-    Shape(520, 264, 16, ODD, 0.1, 4),
-    Shape(1700, 40, 16, ODD, 0.1, 4, bare=True),
-    Shape(130, 1700, 16, sms=6),
-    Shape(200, 400, 100, PACKED, sms=5),
-    Shape(130, 3000, 13, ODD, 0.1, 12),  # parts of u, of factor_grad's D: at a rank that parts pad
-    Shape(150, 300, 200, PACKED, 0.5, 6),
-    Shape(2000, 70, 13, sms=12),
-]
-FUSED_PIPELINE = [
-    # More k-steps than stages, three tiles for a pair of blocks.
-    Shape(130, 328, 16, n=600, sms=2),
-    # So few k-steps that the stages of the next tile are loaded meanwhile.
-    Shape(260, 40, 100, n=264, sms=2, bare=True),
-]
+SCALING = 0.125
 
 
 class Problem:
-    """One call of a kernel, which a function of KERNELS declares operand by operand.
+    """One call of a kernel: its inputs and outputs, and the checks of their values.
 
-    It has the inputs, the outputs, and the checks of their values.
+    Args:
+        name: In KERNELS, whose function declares the operands.
+        shape: The sizes.
+        kind: Of the elements, in DTYPE.
     """
 
-    def __init__(self, kernel: str, shape: Shape, kind: str):
-        self.name = f"{kernel} {kind} {shape}"
-        self.kernel = kernel  # of the executor's module; some rows of KERNELS run another row's
+    def __init__(self, name: str, shape: Shape, kind: str):
+        self.name = f"{name} {kind} {shape}"
+        self.kernel = name  # of the executor's module; some rows of KERNELS set another one
         self.shape = shape
         self.dtype = DTYPE[kind]
-        self.device = {"multiprocessors": shape.sms}  # for which plans are made
+        self.device = {"multiprocessors": shape.sms}  # The plan of the launch depends on it.
         self.rng = np.random.default_rng(zlib.crc32(self.name.encode()))
         self.inputs: dict[str, np.ndarray] = {}
         self.numbers: dict[str, float] = {}
         self.outputs: dict[str, Array] = {}
         self.checks: list[Callable[[], None]] = []
-        KERNELS[kernel](self, shape)
+        KERNELS[name](self, shape)
 
     # ---- values ----
 
@@ -174,7 +73,7 @@ class Problem:
         """Returns values of the kernel's type."""
         return narrow(self.floats(*size), self.dtype)
 
-    def op(self, a: np.ndarray) -> np.ndarray:
+    def operand(self, a: np.ndarray) -> np.ndarray:
         """Returns the values that a product uses: float32 factors of half types are rounded."""
         return wide(narrow(a, self.dtype) if a.dtype == FLOAT else a)
 
@@ -246,22 +145,22 @@ class Problem:
             output: For `out`.
         """
         view = self.out(name, size or (left.shape[0], right.shape[1]), **output)
-        self.checks.append(partial(self.close, name, left, right, add, mask * scale))
+        self.checks.append(partial(self.check_product, name, left, right, add, mask * scale))
         return view
 
-    def sum(self, name: str, left: np.ndarray, right: np.ndarray) -> None:
-        """Declares a float32 sum, which is added to.
+    def float_sum(self, name: str, left: np.ndarray, right: np.ndarray) -> None:
+        """Declares a float32 output that left right is added to.
 
-        bare: It is not, and is packed, as it must be without tokens.
+        A minimal problem has a new output. It is packed, as it must be without tokens.
         """
-        self.numbers["accumulate"] = not self.shape.bare
-        if self.shape.bare:
+        self.numbers["accumulate"] = not self.shape.minimal
+        if self.shape.minimal:
             self.product(name, left, right, dtype=FLOAT, layout=PACKED)
         else:
             start = self.floats(left.shape[0], right.shape[1])
             self.product(name, left, right, dtype=FLOAT, start=start)
 
-    def close(
+    def check_product(
         self,
         name: str,
         left: np.ndarray,
@@ -269,11 +168,14 @@ class Problem:
         add: np.ndarray | float,
         mask: np.ndarray | float,
     ) -> None:
-        """Asserts that an output is start + add + mask (left right), by float64 and float32."""
+        """Asserts that an output is start + add + mask (left right).
+
+        The truth is computed in float64. The same formula in float32 says which error is usual.
+        """
         output = self.outputs[name]
         start = add if output.values is None else add + wide(output.values)
-        a = self.op(left)
-        b = self.op(right)
+        a = self.operand(left)
+        b = self.operand(right)
         truth = start + mask * (a @ b)
         eager = start + mask * (a.astype("f4") @ b.astype("f4"))
         size = np.abs(start) + np.abs(mask) * (np.abs(a) @ np.abs(b))
@@ -283,8 +185,8 @@ class Problem:
 
     # ---- the call ----
 
-    def checked(self, lib: ModuleType, **options: object) -> dict[str, bytes]:
-        """Runs once, and checks the outputs and that nothing else was written.
+    def run(self, lib: ModuleType, **options: object) -> dict[str, bytes]:
+        """Runs the kernel, and checks the outputs and that nothing else was written.
 
         Args:
             lib: The executor's module.
@@ -309,45 +211,48 @@ class Problem:
         return {name: np.ascontiguousarray(view).tobytes() for name, view in views.items()}
 
 
-def shrink(p: Problem, shape: Shape) -> None:
-    x = p.large("x", shape.m, shape.k)
-    A = p.factor("A", shape.k, shape.r)
-    p.product("u", p.op(x) * p.dropout(), A)
+# ---- tokens times A or F -------------------------------------------------------------------------
 
 
-def shrink_core(p: Problem, shape: Shape) -> None:
+def shrink(problem: Problem, shape: Shape) -> None:
+    x = problem.large("x", shape.m, shape.k)
+    A = problem.factor("A", shape.k, shape.r)
+    problem.product("u", problem.operand(x) * problem.dropout(), A)
+
+
+def shrink_core(problem: Problem, shape: Shape) -> None:
     """shrink of few tokens: u and h = 3 u core, of the u that is stored, from one launch."""
-    p.kernel = "shrink"
-    p.numbers = {"scale": 0.5, "core_scale": 3.0}
-    x = p.large("x", shape.m, shape.k)
-    A = p.factor("A", shape.k, shape.r)
-    core = p.factor("core", shape.r, shape.other)
-    u = p.product("u", x, A, scale=0.5)
-    p.product("h", u, core, scale=3.0)
+    problem.kernel = "shrink"
+    problem.numbers = {"scale": 0.5, "core_scale": 3.0}
+    x = problem.large("x", shape.m, shape.k)
+    A = problem.factor("A", shape.k, shape.r)
+    core = problem.factor("core", shape.r, shape.r_out)
+    u = problem.product("u", x, A, scale=0.5)
+    problem.product("h", u, core, scale=3.0)
 
 
 def expand(
-    p: Problem,
+    problem: Problem,
     shape: Shape,
     add: np.ndarray | float = 0.0,
     start: np.ndarray | None = None,
 ) -> None:
     """y = drop(u F^T) + `start`, which y holds, or `add`: another matrix, a bias or nothing."""
-    p.kernel = "expand_add"
-    p.numbers["fresh"] = start is None
-    u = p.large("u", shape.m, shape.r)
-    F = p.factor("F", shape.k, shape.r)
-    p.product("y", u, F.T, add=add, mask=p.dropout(), start=start)
+    problem.kernel = "expand_add"
+    problem.numbers["fresh"] = start is None
+    u = problem.large("u", shape.m, shape.r)
+    F = problem.factor("F", shape.k, shape.r)
+    problem.product("y", u, F.T, add=add, mask=problem.dropout(), start=start)
 
 
-def expand_add(p: Problem, shape: Shape) -> None:
+def expand_add(problem: Problem, shape: Shape) -> None:
     """y += u F^T."""
-    expand(p, shape, start=p.stored(shape.m, shape.k))
+    expand(problem, shape, start=problem.stored(shape.m, shape.k))
 
 
-def expand_fresh(p: Problem, shape: Shape) -> None:
+def expand_fresh(problem: Problem, shape: Shape) -> None:
     """y = bias + u F^T, or without the bias."""
-    expand(p, shape, 0.0 if shape.bare else wide(p.large("bias", shape.k)))
+    expand(problem, shape, 0.0 if shape.minimal else wide(problem.large("bias", shape.k)))
 
 
 # The layout of `start` for each layout of y: both by chunks with other strides, one of them, none.
@@ -359,179 +264,196 @@ START_LAYOUT = {
 }
 
 
-def expand_from(p: Problem, shape: Shape) -> None:
+def expand_from(problem: Problem, shape: Shape) -> None:
     """y = start + u F^T from another matrix."""
-    expand(p, shape, wide(p.place("start", p.stored(shape.m, shape.k), START_LAYOUT[shape.layout])))
+    values = problem.stored(shape.m, shape.k)
+    expand(problem, shape, wide(problem.place("start", values, START_LAYOUT[shape.layout])))
 
 
-def factor_grad(p: Problem, shape: Shape) -> None:
-    """D += x^T v; bare: D = x^T v."""
-    x = p.large("x", shape.m, shape.k)
-    v = p.large("v", shape.m, shape.r)
-    p.sum("D", (p.op(x) * p.dropout()).T, v)
+def factor_grad(problem: Problem, shape: Shape) -> None:
+    """D += x^T v."""
+    x = problem.large("x", shape.m, shape.k)
+    v = problem.large("v", shape.m, shape.r)
+    problem.float_sum("D", (problem.operand(x) * problem.dropout()).T, v)
 
 
-def shrink_grad(p: Problem, shape: Shape) -> None:
-    """du = g F and Q += g^T u; bare: Q = g^T u."""
-    g = p.large("g", shape.m, shape.k)
-    F = p.factor("F", shape.k, shape.r)
-    u = p.large("u", shape.m, shape.r)
-    p.product("du", g, F)
-    p.sum("Q", g.T, u)
+def shrink_grad(problem: Problem, shape: Shape) -> None:
+    """du = g F and Q += g^T u."""
+    g = problem.large("g", shape.m, shape.k)
+    F = problem.factor("F", shape.k, shape.r)
+    u = problem.large("u", shape.m, shape.r)
+    problem.product("du", g, F)
+    problem.float_sum("Q", g.T, u)
 
 
-def gemm_lotr(p: Problem, shape: Shape, backward: bool = False) -> None:
+def gemm_lotr(problem: Problem, shape: Shape, backward: bool = False) -> None:
     """y = x W^T + bias + u F^T. Backward, with the same names: y = x W + u F^T, W [k, n]."""
-    p.kernel = "gemm_lotr"
-    p.numbers["backward"] = backward
-    x = p.large("x", shape.m, shape.k)
-    W = p.large("W", shape.k, shape.columns) if backward else p.large("W", shape.columns, shape.k).T
-    u = p.large("u", shape.m, shape.r)
-    F = p.large("F", shape.columns, shape.r)
-    bias = 0.0 if shape.bare else wide(p.large("bias", 1, shape.columns))
-    p.product("y", np.hstack([x, u]), np.vstack([W, F.T]), add=bias)
+    problem.kernel = "gemm_lotr"
+    problem.numbers["backward"] = backward
+    x = problem.large("x", shape.m, shape.k)
+    sizes = (shape.out_features, shape.k)
+    W = problem.large("W", *(reversed(sizes) if backward else sizes))
+    u = problem.large("u", shape.m, shape.r)
+    F = problem.large("F", shape.out_features, shape.r)
+    bias = 0.0 if shape.minimal else wide(problem.large("bias", 1, shape.out_features))
+    problem.product("y", np.hstack([x, u]), np.vstack([W if backward else W.T, F.T]), add=bias)
 
 
-def pack(p: Problem, shape: Shape) -> None:
+def pack(problem: Problem, shape: Shape) -> None:
     """A copy in the kernel's type, with rows at multiples of 16 bytes. Padding is not written."""
-    matrix = p.factor("from", shape.m, shape.k)
-    copy = p.out("to", matrix.shape, layout=ROWS_OF_16_BYTES)
-    p.checks.append(lambda: np.testing.assert_array_equal(wide(copy), p.op(matrix)))
+    matrix = problem.factor("from", shape.m, shape.k)
+    copy = problem.out("to", matrix.shape, layout=ROWS_OF_16_BYTES)
+    problem.checks.append(
+        lambda: np.testing.assert_array_equal(wide(copy), problem.operand(matrix))
+    )
 
 
-# ---- the core ----
+# ---- the core ------------------------------------------------------------------------------------
 
 
-def fold(p: Problem, shape: Shape) -> None:
-    p.numbers["scale"] = 0.25
-    B = p.factor("B", shape.k, shape.other)
-    core = p.factor("core", shape.r, shape.other)
-    p.product("F", wide(B), wide(core).T, scale=0.25)
+def fold(problem: Problem, shape: Shape) -> None:
+    problem.numbers["scale"] = 0.25
+    B = problem.factor("B", shape.k, shape.r_out)
+    core = problem.factor("core", shape.r, shape.r_out)
+    problem.product("F", wide(B), wide(core).T, scale=0.25)
 
 
-def fold_grad(p: Problem, shape: Shape) -> None:
-    """dcore = s Q^T B, dB += s Q core. bare: only dcore; else, if p is not 0, only dB."""
-    p.numbers["scale"] = 0.25
-    B = p.factor("B", shape.k, shape.other)
-    core = p.factor("core", shape.r, shape.other)
-    Q = p.place("Q", p.floats(shape.k, shape.r))
-    if shape.bare or not shape.p:
-        p.product("dcore", wide(Q).T, wide(B), scale=0.25, dtype=FLOAT, layout=PACKED)
-    if not shape.bare:
-        start = p.floats(shape.k, shape.other)
-        p.product("dB", wide(Q), wide(core), scale=0.25, dtype=FLOAT, start=start)
+def fold_grad(problem: Problem, shape: Shape, outputs: tuple[str, ...] = ("dcore", "dB")) -> None:
+    """dcore = s Q^T B, dB += s Q core."""
+    problem.kernel = "fold_grad"
+    problem.numbers["scale"] = 0.25
+    B = problem.factor("B", shape.k, shape.r_out)
+    core = problem.factor("core", shape.r, shape.r_out)
+    Q = problem.place("Q", problem.floats(shape.k, shape.r))
+    if "dcore" in outputs:
+        problem.product("dcore", wide(Q).T, wide(B), scale=0.25, dtype=FLOAT, layout=PACKED)
+    if "dB" in outputs:
+        start = problem.floats(shape.k, shape.r_out)
+        problem.product("dB", wide(Q), wide(core), scale=0.25, dtype=FLOAT, start=start)
 
 
-# ---- the few-token form: products of products, of which the inner one may be stored rounded ----
+# ---- the few-token form --------------------------------------------------------------------------
 
-SCALING = 0.125
+# Its operands may be products, which a kernel may store rounded. So the error of an output also
+# depends on those of its operands.
 
 
 class Rounded(NamedTuple):
-    """A matrix that may be stored rounded, and the mean square error in units of the type."""
+    """A matrix that may be stored rounded.
+
+    `square_error` is its mean square error, over the square of its type's unit roundoff.
+    """
 
     value: np.ndarray
-    square: np.ndarray
+    square_error: np.ndarray
 
     @property
     def T(self) -> "Rounded":
-        return Rounded(self.value.T, self.square.T)
+        return Rounded(self.value.T, self.square_error.T)
 
     def inherited(self, right: "Rounded") -> np.ndarray:
-        """Returns the mean square of the error that the operands give to self right."""
-        return self.square @ right.value**2 + self.value**2 @ right.square
+        """Returns the square error that self right has from its operands."""
+        return self.square_error @ right.value**2 + self.value**2 @ right.square_error
 
     def product(self, right: "Rounded", scale: float = 1.0) -> "Rounded":
-        """Returns scale self right. When stored it has the error of its terms, which may cancel."""
+        """Returns scale self right. Its error counts its terms' roundings, which may cancel."""
         value = scale * (self.value @ right.value)
         terms = scale**2 * (self.value**2 @ right.value**2)
         return Rounded(value, np.maximum(value**2, terms) + scale**2 * self.inherited(right))
 
 
-def exact(p: Problem, stored: np.ndarray) -> Rounded:
-    return Rounded(p.op(stored), np.zeros(stored.shape))
+def exact(problem: Problem, stored: np.ndarray) -> Rounded:
+    return Rounded(problem.operand(stored), np.zeros(stored.shape))
 
 
 def product_of_products(
-    p: Problem,
+    problem: Problem,
     name: str,
     left: Rounded,
     right: Rounded,
     start: np.ndarray | None = None,
     **output: object,
 ) -> None:
-    """Declares an output start + left right, off by at most four of the operands' errors.
-
-    For the few-token form, which multiplies with the core what is a product already.
-    """
-    unit = max(UNIT[p.dtype], 2.0**-20)  # in float32 the order of a sum matters more
-    view = p.out(name, (left.value.shape[0], right.value.shape[1]), start, **output)
+    """Declares an output start + left right, off by at most four of the operands' errors."""
+    unit = max(UNIT[problem.dtype], 2.0**-20)  # in float32 the order of a sum matters more
+    view = problem.out(name, (left.value.shape[0], right.value.shape[1]), start, **output)
     add = 0.0 if start is None else wide(start)
     truth = add + left.value @ right.value
     size = np.abs(add) + np.abs(left.value) @ np.abs(right.value)
     slack = 4 * unit * np.sqrt(left.inherited(right)) + 1e-6 * size
-    p.checks.append(partial(check_close, view, truth, truth, slack, f"{p.name}: {name}"))
-
-
-def few_tokens_forward(p: Problem, shape: Shape) -> None:
-    """u = x A, y += s (u core) B^T."""
-    p.numbers["scale"] = SCALING
-    x = exact(p, p.large("x", shape.m, shape.k))
-    A = exact(p, p.factor("A", shape.k, shape.r))
-    core = exact(p, p.factor("core", shape.r, shape.other))
-    B = exact(p, p.factor("B", shape.columns, shape.other))
-    p.product("u", x.value, A.value)
-    product_of_products(
-        p, "y", x.product(A).product(core, SCALING), B.T, p.stored(shape.m, shape.columns)
+    problem.checks.append(
+        partial(check_close, view, truth, truth, slack, f"{problem.name}: {name}")
     )
 
 
-def few_tokens_backward(p: Problem, shape: Shape) -> None:
-    """h = s g B, du = h core^T, dx += du A^T, dA += x^T du, dB += s g^T (u core), dcore = u^T h.
+def few_tokens_forward(problem: Problem, shape: Shape) -> None:
+    """u = x A, y += s (u core) B^T."""
+    problem.numbers["scale"] = SCALING
+    x = exact(problem, problem.large("x", shape.m, shape.k))
+    A = exact(problem, problem.factor("A", shape.k, shape.r))
+    core = exact(problem, problem.factor("core", shape.r, shape.r_out))
+    B = exact(problem, problem.factor("B", shape.out_features, shape.r_out))
+    problem.product("u", x.value, A.value)
+    product_of_products(
+        problem,
+        "y",
+        x.product(A).product(core, SCALING),
+        B.T,
+        problem.stored(shape.m, shape.out_features),
+    )
 
-    bare: without dx and dA.
-    """
-    p.numbers["scale"] = SCALING
-    g = exact(p, p.large("g", shape.m, shape.columns))
-    u = exact(p, p.large("u", shape.m, shape.r))
-    A = exact(p, p.factor("A", shape.k, shape.r))
-    core = exact(p, p.factor("core", shape.r, shape.other))
-    B = exact(p, p.factor("B", shape.columns, shape.other))
+
+def few_tokens_backward(problem: Problem, shape: Shape) -> None:
+    """h = s g B, du = h core^T, dx += du A^T, dA += x^T du, dB += s g^T (u core), dcore = u^T h."""
+    problem.numbers["scale"] = SCALING
+    g = exact(problem, problem.large("g", shape.m, shape.out_features))
+    u = exact(problem, problem.large("u", shape.m, shape.r))
+    A = exact(problem, problem.factor("A", shape.k, shape.r))
+    core = exact(problem, problem.factor("core", shape.r, shape.r_out))
+    B = exact(problem, problem.factor("B", shape.out_features, shape.r_out))
     h = g.product(B, SCALING)
     product_of_products(
-        p, "dB", g.T, u.product(core, SCALING), p.floats(shape.columns, shape.other), dtype=FLOAT
+        problem,
+        "dB",
+        g.T,
+        u.product(core, SCALING),
+        problem.floats(shape.out_features, shape.r_out),
+        dtype=FLOAT,
     )
-    product_of_products(p, "dcore", u.T, h, dtype=FLOAT, layout=PACKED)
-    if not shape.bare:
-        x = exact(p, p.large("x", shape.m, shape.k))
+    product_of_products(problem, "dcore", u.T, h, dtype=FLOAT, layout=PACKED)
+    if not shape.minimal:
+        x = exact(problem, problem.large("x", shape.m, shape.k))
         du = h.product(core.T)
-        product_of_products(p, "dx", du, A.T, p.stored(shape.m, shape.k))
-        product_of_products(p, "dA", x.T, du, p.floats(shape.k, shape.r), dtype=FLOAT)
+        product_of_products(problem, "dx", du, A.T, problem.stored(shape.m, shape.k))
+        product_of_products(problem, "dA", x.T, du, problem.floats(shape.k, shape.r), dtype=FLOAT)
 
 
-# ---- per-row cores ----
+# ---- per-row cores -------------------------------------------------------------------------------
 
 
 class Rows:
-    """Rows of tokens with cores, by an index in any order, some without a core.
+    """Rows of tokens, each with one of several cores or with none.
 
-    bare: by the ends of each core's rows, one row per token.
+    `index` has the core of each row, in any order, and `tokens` its token. The rows of a minimal
+    problem are sorted by core, one row per token, and `offs` has the end of each core's rows.
     """
 
-    def __init__(self, p: Problem, shape: Shape):
+    def __init__(self, problem: Problem, shape: Shape):
         self.count = shape.cores or 1 + shape.k % 9
-        self.index = p.rng.integers(-1, self.count, shape.m)
+        self.index = problem.rng.integers(-1, self.count, shape.m)
         self.index[self.index == self.count // 2] = -1  # and some cores without a row
-        if shape.bare:
+        if shape.minimal:
             self.tokens = np.arange(shape.m)
             self.index = np.sort(self.index % (self.count + 1))  # rows without a core come last
             ends = np.searchsorted(self.index, range(self.count), "right")
-            p.inputs["offs"] = ends.astype(np.int32)
+            problem.inputs["offs"] = ends.astype(np.int32)
         else:
-            self.tokens = p.rng.integers(0, shape.m // 3 + 1, shape.m)
-            p.inputs |= {"index": self.index, "tokens": self.tokens}
-        self.u = p.op(p.large("u", shape.m if shape.bare else shape.m // 3 + 1, shape.r))
-        self.cores = p.op(p.factor("cores", self.count, shape.r, shape.other))
+            self.tokens = problem.rng.integers(0, shape.m // 3 + 1, shape.m)
+            problem.inputs |= {"index": self.index, "tokens": self.tokens}
+        self.u = problem.operand(
+            problem.large("u", shape.m if shape.minimal else shape.m // 3 + 1, shape.r)
+        )
+        self.cores = problem.operand(problem.factor("cores", self.count, shape.r, shape.r_out))
 
     def by_core(self, rows: np.ndarray) -> np.ndarray:
         """Returns each row in the columns of its core: [rows, cores x columns], else zeros.
@@ -543,25 +465,25 @@ class Rows:
         return spread.reshape(len(rows), self.count * rows.shape[1])
 
 
-def row_core(p: Problem, shape: Shape) -> None:
-    p.numbers["scale"] = SCALING
-    rows = Rows(p, shape)
+def row_core(problem: Problem, shape: Shape) -> None:
+    problem.numbers["scale"] = SCALING
+    rows = Rows(problem, shape)
     u = rows.by_core(rows.u[rows.tokens])
-    p.product("h", u, rows.cores.reshape(-1, shape.other), scale=SCALING)
+    problem.product("h", u, rows.cores.reshape(-1, shape.r_out), scale=SCALING)
 
 
-def row_core_backward(p: Problem, shape: Shape) -> None:
-    p.numbers["scale"] = SCALING
-    rows = Rows(p, shape)
-    g = p.op(p.large("g", shape.m, shape.other))
+def row_core_backward(problem: Problem, shape: Shape) -> None:
+    problem.numbers["scale"] = SCALING
+    rows = Rows(problem, shape)
+    g = problem.operand(problem.large("g", shape.m, shape.r_out))
     has_token = np.arange(len(rows.u))[:, None] == rows.tokens  # [tokens, rows]
     transposed = rows.cores.transpose(0, 2, 1).reshape(-1, shape.r)
-    p.product("du", has_token @ rows.by_core(g), transposed, scale=SCALING)
+    problem.product("du", has_token @ rows.by_core(g), transposed, scale=SCALING)
     u = rows.by_core(rows.u[rows.tokens])
-    p.product("dcores", u.T, g, scale=SCALING, size=rows.cores.shape, dtype=FLOAT)
+    problem.product("dcores", u.T, g, scale=SCALING, size=rows.cores.shape, dtype=FLOAT)
 
 
-# ---- the table ----
+# ---- the table -----------------------------------------------------------------------------------
 
 KERNELS: dict[str, Callable[[Problem, Shape], None]] = {
     "shrink": shrink,
@@ -574,6 +496,8 @@ KERNELS: dict[str, Callable[[Problem, Shape], None]] = {
     "pack": pack,
     "fold": fold,
     "fold_grad": fold_grad,
+    "fold_grad_core": partial(fold_grad, outputs=("dcore",)),
+    "fold_grad_B": partial(fold_grad, outputs=("dB",)),
     "few_tokens_forward": few_tokens_forward,
     "few_tokens_backward": few_tokens_backward,
     "row_core": row_core,
@@ -581,19 +505,4 @@ KERNELS: dict[str, Callable[[Problem, Shape], None]] = {
     "gemm_lotr": gemm_lotr,
     "gemm_lotr_backward": partial(gemm_lotr, backward=True),
 }
-FUSED = ("gemm_lotr", "gemm_lotr_backward")
 CASES = [(name, kind) for name in KERNELS for kind in DTYPE if name not in FUSED or kind != "fp32"]
-
-
-SETS = {"quick": QUICK, "pipeline": PIPELINE, "some": PIPELINE[::2], "all": SHAPES + PIPELINE}
-FUSED_SETS = {
-    "quick": FUSED_QUICK,
-    "pipeline": FUSED_PIPELINE,
-    "some": FUSED_PIPELINE[::2],
-    "all": FUSED_SHAPES + FUSED_PIPELINE,
-}
-
-
-def shapes_of(kernel: str, which: str) -> list[Shape]:
-    """Returns shapes of a kernel: quick (of `make test`), pipeline, some (half of it) or all."""
-    return (FUSED_SETS if kernel in FUSED else SETS)[which]

@@ -60,9 +60,9 @@ def synchronization_sites(lib: ModuleType) -> dict[Site, list[str]]:
         assert not list(failures(lib, problems("pipeline", ["bf16"], [kernel]), ["forward"]))
         for op, file, line, calls in lib.synchronization_sites():
             path = Path(file).resolve().as_posix()
-            names = [path[path.index(folder) + 10 :] for folder in FOLDERS if folder in path]
-            if names and calls:
-                sites.setdefault((op, names[0], line), []).append(kernel)
+            if calls and any(folder in path for folder in FOLDERS):
+                name = path.rpartition("csrc/cuda/")[2]
+                sites.setdefault((op, name, line), []).append(kernel)
     return sites
 
 

@@ -5,9 +5,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 from arrays import ALIGNED, COLUMNS, ODD, PACKED
-from cases import CASES, FUSED, Problem, Shape, shapes_of
+from cases import CASES, Problem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shapes import FUSED, Shape, shapes_of
 from sweep import failures
 
 EVERY_CASE = pytest.mark.parametrize(("kernel", "kind"), CASES)
@@ -30,9 +31,9 @@ def any_shape(fused: bool) -> st.SearchStrategy[Shape]:
         layout=st.just(ALIGNED) if fused else st.sampled_from([PACKED, ALIGNED, ODD, COLUMNS]),
         p=st.sampled_from([0.0, 0.0, 0.1, 0.7]),
         sms=st.sampled_from([1, 2, 5, 16, 132]),
-        r2=st.integers(0, 70),
+        other_r=st.integers(0, 70),
         n=st.integers(1, 400),
-        bare=st.booleans(),
+        minimal=st.booleans(),
         float_factors=st.booleans(),
     )
 

@@ -11,7 +11,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 from arrays import PACKED
-from cases import FUSED, Problem, Shape
+from cases import Problem
+from shapes import FUSED, Shape
 
 from csrc.simt import build
 
@@ -33,7 +34,7 @@ SHAPES = {
     "decoding": Shape(16, 2048, 16, PACKED),
     "A100": Shape(512, 1024, 16, PACKED, sms=108),
     "base product": Shape(1024, 192, 16, PACKED, n=512, sms=6),
-    "sorted rows": Shape(4096, 64, 16, PACKED, sms=16, bare=True, cores=8),
+    "sorted rows": Shape(4096, 64, 16, PACKED, sms=16, minimal=True, cores=8),
 }
 SMALL = ("fold", "fold_grad", "row_core", "row_core_backward")
 ADAPTER_SHAPES = ("layer", "rank 64", "decoding", "A100")
@@ -49,7 +50,7 @@ CASES = [
 def counted(lib: ModuleType, problem: Problem) -> dict:
     """Returns the executor's counters after one checked call."""
     lib.reset_counters()
-    problem.checked(lib, count_memory=True)
+    problem.run(lib, count_memory=True)
     return lib.counters()
 
 
@@ -76,10 +77,12 @@ def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
     assert not more, f"{more}: bytes moved, and recorded"
     if kernel in LARGE:
         check_large_matrix(problem, kernel, moved(counters))
-        check_launches(problem, counters, LARGE[kernel] != "y")
+        # One for a product, and a second one if blocks share an output.
+        sum_of_parts = [] if LARGE[kernel] == "y" else ["sum_parts"]
+        assert launches(counters) in ([problem.kernel], [problem.kernel, *sum_of_parts])
         check_accesses(counters)
     if kernel in FUSED:  # products of a warpgroup, 64 x 256 x 16: the rank costs one per tile
-        tiles = problem.shape.m // 64 * problem.shape.columns // 256
+        tiles = problem.shape.m // 64 * problem.shape.out_features // 256
         assert counters["wgmma"] == tiles * (problem.shape.k // 16 + 1)
 
 
@@ -91,12 +94,6 @@ def check_large_matrix(problem: Problem, kernel: str, bytes_of: dict[str, list[i
         assert kernel != "expand_from" or bytes_of["start"] == [size, 0]
     else:
         assert bytes_of[LARGE[kernel]] == [problem.inputs[LARGE[kernel]].nbytes, 0]
-
-
-def check_launches(problem: Problem, counters: dict, may_share: bool) -> None:
-    """Asserts one launch for a product, and one more if blocks may share an output and do."""
-    second_launch = ["sum_parts"] if may_share else []
-    assert launches(counters) in ([problem.kernel], [problem.kernel, *second_launch])
 
 
 def check_accesses(counters: dict) -> None:

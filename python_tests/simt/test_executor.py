@@ -9,8 +9,7 @@ import pytest
 
 from csrc.simt import build
 
-PROGRAMS = Path(__file__).parent / "programs"
-SOURCE = PROGRAMS / "behavior.cpp"
+SOURCE = Path(__file__).parent / "programs" / "behavior.cpp"
 
 
 def line_of(mark: str) -> int:

@@ -30,7 +30,10 @@ def printed() -> dict:
 def a_m16n8k16(
     group: np.ndarray, thread: np.ndarray, i: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows group and group + 8, columns 2 thread + {0, 1}, and all of them again 8 columns on."""
+    """Rows group and group + 8, columns 2 thread + {0, 1}, and all of them again 8 columns on.
+
+    The sums c and d have the first eight columns: elements 0 to 3.
+    """
     return group + 8 * (i // 2 % 2), 2 * thread + i % 2 + 8 * (i // 4)
 
 
@@ -39,11 +42,6 @@ def b_m16n8k16(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows 2 thread + {0, 1} and + 8, column group."""
     return 2 * thread + i % 2 + 8 * (i // 2), group
-
-
-def c_m16n8(group: np.ndarray, thread: np.ndarray, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows group and group + 8, columns 2 thread + {0, 1}."""
-    return group + 8 * (i // 2), 2 * thread + i % 2
 
 
 def d_wgmma(group: np.ndarray, thread: np.ndarray, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -66,8 +64,8 @@ def test_mma(printed: dict, kind: str) -> None:
     registers = printed[kind]
     a = gather(registers["a"], a_m16n8k16, (16, 16))
     b = gather(registers["b"], b_m16n8k16, (16, 8))
-    c = gather(registers["c"], c_m16n8, (16, 8))
-    d = gather(registers["d"], c_m16n8, (16, 8))
+    c = gather(registers["c"], a_m16n8k16, (16, 8))
+    d = gather(registers["d"], a_m16n8k16, (16, 8))
     bound = 2.0**-22 * (np.abs(a) @ np.abs(b) + np.abs(c))
     assert (np.abs(d - (a @ b + c)) <= bound).all()
 

@@ -123,7 +123,10 @@ def test_noticed(mistake: str, mode: str, defines: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("mode", ["plain", "race", pytest.param("asan", marks=pytest.mark.full)])
 def test_no_false_alarm(mode: str) -> None:
-    schedules = [{"order": "forward"}, {"order": "reverse"}]
-    schedules += [{"order": "random", "seed": seed, "preempt": 16} for seed in range(1, 10)]
+    schedules = [
+        {"order": "forward"},
+        {"order": "reverse"},
+        *({"order": "random", "seed": seed, "preempt": 16} for seed in range(1, 10)),
+    ]
     for schedule in schedules:
         assert run("right", mode, **schedule) == (["nothing", "right"], ""), schedule
