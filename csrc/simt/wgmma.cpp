@@ -3,7 +3,14 @@
 // instructions", D fragment and matrix descriptor.
 //
 // A product reads its operands and writes its accumulators only when the thread waits for it; until
-// then the accumulators are NaN. Each thread computes its elements.
+// then the accumulators are NaN, and the first product in flight holds their values. Each thread
+// computes its elements. For two products P and Q, each a group, that add to the same d = 1:
+//
+//   call              d     held by P   held by Q
+//   P issued          NaN   1           -
+//   Q issued          NaN   1           -            Q continues with what P will leave
+//   wait, keep 1      NaN   (gone)      1 + P        P is computed, then d is hidden again for Q
+//   wait, keep 0      1 + P + Q
 #include <algorithm>
 #include <cstring>
 
@@ -181,7 +188,8 @@ void wgmma_wait(int keep, Site site) {
     multiply(t, product);
   }
   t.products.erase(t.products.begin(), t.products.begin() + std::ptrdiff_t(done));
-  // accumulators that products in flight continue with are hidden (NaN) again
+  // Accumulators that a product in flight continues with are hidden again: the first such product
+  // holds the values, and d is NaN.
   for (size_t i = 0; i < t.products.size() && done; ++i) {
     WarpgroupProduct& product = t.products[i];
     const bool first =

@@ -25,8 +25,8 @@ std::vector<int64_t> checked_values(const char* op, const Arg& arg, const char* 
   return out;
 }
 
-// Rows grouped by a key from -1 (no group) to bound - 1: a stable sort by digits, so that it costs
-// the same for many keys as for few.
+// Rows grouped by a key from -1 (no group) to bound - 1. They are sorted stably by digits, so many
+// keys cost as much as few. Example: keys {2, 0, -1, 2} are the groups 0: row 1 and 2: rows 0, 3.
 class Grouping {
  public:
   Grouping(const std::vector<int64_t>& key, int64_t bound) : bound_(bound) {

@@ -37,7 +37,8 @@ void check_sizes(const char* op, const Sizes& sizes) {
       fail(op, ": expected fewer than 2^31 rows, tokens and cores, got ", size);
 }
 
-// h = s a G, of `a` [tokens, r_in]; transposed: by G^T. missing: h where no such core or token is.
+// h = s a G, of `a` [tokens, r_in]; transposed: by G^T. missing: h of a row whose core or token
+// does not exist. The forward shows the mistake as NaN; a gradient of such a row is 0.
 void product(const CudaProducts& products, const TensorView& h, const TensorView& a,
              const RowIndex& index, const Arg& cores, bool transposed, double scaling,
              float missing) {
@@ -62,8 +63,7 @@ void product(const CudaProducts& products, const TensorView& h, const TensorView
   products.run(problem);
 }
 
-// The rows sorted by a key below `bound`, in the order of the rows where that is the same, and
-// their ends.
+// The rows sorted by a key below `bound`, stably, and where the rows of each key end.
 struct Sorted {
   Tensor keys, order, ends;
 
@@ -79,7 +79,7 @@ struct Sorted {
   }
   Segments segments() const {
     return {static_cast<const int64_t*>(order.const_data_ptr()),
-            static_cast<const int32_t*>(ends.const_data_ptr()), 0};
+            static_cast<const int32_t*>(ends.const_data_ptr()), /*from_zero=*/0};
   }
 
  private:
@@ -101,8 +101,8 @@ Tensor CudaProducts::row_core(const RowArgs& args, const Sizes& sizes, double sc
   const Rows rows(args);
   OptionalTensor h;
   product(*this, make(h, sizes[args.tokens ? ROWS : M], sizes[R_OUT], like_.dtype, true),
-          read(args.u), rows.index_in(sizes), args.cores, false, scaling,
-          std::numeric_limits<float>::quiet_NaN());
+          read(args.u), rows.index_in(sizes), args.cores, /*transposed=*/false, scaling,
+          /*missing=*/std::numeric_limits<float>::quiet_NaN());
   return *h;
 }
 
@@ -120,12 +120,14 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& args, 
     of_g.token = nullptr;
     of_g.tokens = index.rows;
     if (!rows.tokens) {
-      product(*this, du_out, read(args.g), of_g, args.cores, true, scaling, 0.f);
+      product(*this, du_out, read(args.g), of_g, args.cores, /*transposed=*/true, scaling,
+              /*missing=*/0.f);
     } else {
       const Sorted by_token(*this, like_, *rows.tokens, sizes[M]);
       OptionalTensor row_du;  // float32: not rounded before it is summed
       const TensorView row_du_out = make(row_du, index.rows, sizes[R_IN], ScalarType::Float, false);
-      product(*this, row_du_out, read(args.g), of_g, args.cores, true, scaling, 0.f);
+      product(*this, row_du_out, read(args.g), of_g, args.cores, /*transposed=*/true, scaling,
+              /*missing=*/0.f);
       SumRowsProblem problem{};
       problem.of_token = by_token.segments();
       problem.row_du = static_cast<const float*>(row_du_out.data);
@@ -142,7 +144,8 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& args, 
     if (rows.index) by_index.emplace(*this, like_, *rows.index, sizes[L]);
     const TensorView u = read(args.u);
     RowCoreGradProblem problem{};
-    problem.of_core = by_index ? by_index->segments() : Segments{nullptr, index.ends, 1};
+    problem.of_core =
+        by_index ? by_index->segments() : Segments{nullptr, index.ends, /*from_zero=*/1};
     problem.token = index.token;
     problem.u = matrix(u);
     problem.g = matrix(read(args.g));
