@@ -85,8 +85,9 @@ def attach(model: nn.Module, name: str, module: nn.Module) -> None:
     """Registers a module of the adapter with an adapted model, as `model.<name>`.
 
     A container must not get another child: nn.Sequential would call it, and sentence-transformers
-    would save it as a step of its pipeline. The module around its first adapted layer registers the
-    module instead, or that layer if there is no other, and `model.<name>` is a plain reference.
+    would save it as a step of its pipeline. The innermost module around the first adapted layer
+    that is not a container then registers the module, or the layer if there is none, and
+    `model.<name>` is a plain reference.
 
     Args:
         model: An adapted model.

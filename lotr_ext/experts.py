@@ -48,9 +48,9 @@ class Routing:
     Attributes:
         offs: Where the rows of each expert end [e] (int32). Rows past the last end belong to no
             expert.
-        reads: The row of x that row i reads [rows] (int64). None if row i reads row i.
-        tokens: The token t(i) [rows] (int64), whose task a request names. None if row i is
-            token i.
+        reads: The row of x that each row reads [rows] (int64). None if x has these rows itself.
+        tokens: The token t(i) of each row [rows] (int64), by which a request finds its task. None
+            if the rows are the tokens themselves.
     """
 
     offs: Tensor

@@ -479,7 +479,7 @@ def _expected_starts(state: AdapterState, layers: Mapping[str, LoTRLayer]) -> di
         core = layer._parameters.get("core")
         if core is None:
             raise ValueError(f"{name}: expected a computed core, got one that starts by init 'svd'")
-        # Raises here, before anything changes, if the start cannot be subtracted from it.
+        # Raises here, before anything changes, if the start could not be subtracted from W.
         layer._weight_to_write("load_adapter")
         starts |= zip(keys, (layer.factors.A.value, layer.factors.B.value, core))
     return starts
@@ -505,8 +505,8 @@ def _check_tensor(key: str, target: Tensor, tensor: Tensor, cast: bool) -> None:
 def _copy_to(model: nn.Module, state: AdapterState, model_tensors: Mapping[str, Tensor]) -> None:
     """Copies scalings, dropout, starts and values into an adapted model that fits."""
     layers = layers_in(model)
-    # All layers before the next loop, which replaces the scalings and the starts of shared factors.
-    # Giving a start back reads the old ones.
+    # For all layers before the next loop, which replaces scalings and shared starts: a start is
+    # given back with the scaling and the factors with which it was subtracted.
     for layer in layers.values():
         layer.give_start_back()
     for name, entry in state.layers.items():

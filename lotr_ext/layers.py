@@ -50,8 +50,8 @@ class _CoreAttribute:
 class LoTRLayer(nn.Module):
     """Base class of adapted layers: y = base(x) + s ((drop(x) A) G) B^T.
 
-    Subclasses for `from_linear` define `adapts`: whether they can adapt a module. They also define
-    `weight_matrix` if their weight is not W, and `to_base` if they keep the module itself.
+    Subclasses with `from_linear` define `adapts`, which says whether they can adapt a module. They
+    also define `weight_matrix` if their weight is not W, and `to_base` if they keep the module.
 
     Attributes:
         factors: The pair of A and B.
@@ -91,7 +91,9 @@ class LoTRLayer(nn.Module):
         Args:
             linear: The layer to adapt.
             factors: The pair of A and B, with the sizes of the layer.
-            alpha: See `scaling_of`, as for rslora and scaling.
+            alpha: See `scaling_of`.
+            rslora: See `scaling_of`.
+            scaling: See `scaling_of`.
             dropout: In [0, 1). The probability of dropping an element of the adapter's x in
                 training.
 
@@ -389,10 +391,10 @@ class LoTRLayer(nn.Module):
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not merged")
         weight = self._weight_to_write("unmerge")
-        original = self.weight_backup
-        if original is None:
-            original = plus(weight, -self.delta_weight())
-        weight.copy_(original)
+        restored = self.weight_backup
+        if restored is None:
+            restored = plus(weight, -self.delta_weight())
+        weight.copy_(restored)
         self.weight_backup = None
         self.merged = False
 
@@ -465,7 +467,9 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         in_features: As for nn.Linear, as are out_features, bias and device.
         rank: The rank of new factors, 8 if None.
         factors: An existing pair. Its rank is then used.
-        alpha: See `scaling_of`, as for rslora and scaling.
+        alpha: See `scaling_of`.
+        rslora: See `scaling_of`.
+        scaling: See `scaling_of`.
         dropout: The probability of dropping an element of the adapter's x in training, in [0, 1).
         dtype: The dtype of weight and bias: float32, float64, bfloat16 or float16. torch's default
             dtype if None. New factors and the core are float32, or float64 for float64.

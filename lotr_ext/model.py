@@ -280,9 +280,9 @@ def _svd_starts(selection: Selection) -> dict[str, tuple[Tensor, Tensor, Tensor]
 
 @torch.no_grad()
 def set_start(layer: LoTRLayer, A: Tensor, B: Tensor, core: Tensor) -> None:
-    """Sets where a layer that has no start begins, so that it computes as its base.
+    """Sets the start of a layer that has none. The layer still computes as its base.
 
-    The weight is reduced by s B G^T A^T.
+    The weight is reduced by s B G^T A^T, which the adapter adds.
 
     Args:
         layer: The layer.

@@ -447,7 +447,7 @@ def _check_patterns(model: nn.Module, config: LoTRConfig) -> None:
         value = getattr(config, field)
         if field == "target_modules" and config.everything:
             continue
-        # A regular expression is one pattern. Of a list, each ending is one, so that a misspelt
+        # A string is one pattern. Each ending of a list is a pattern by itself, so that a misspelt
         # name among others is noticed.
         patterns = [value] if isinstance(value, str) else [[ending] for ending in value or ()]
         for pattern in patterns:

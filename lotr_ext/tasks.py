@@ -39,7 +39,7 @@ from .task_files import TaskFormat
 Source = Mapping[str, Tensor] | str | PathLike[str]
 
 # One lock for all banks. A bank with a lock could not be copied or pickled.
-_changes = threading.RLock()
+_change_lock = threading.RLock()
 
 
 # ---- the bank ------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ class TaskBank(Attachment):
         """
         # Outside of the lock, because reading a file takes longer than all else.
         cores = self._checked_cores(source)
-        with _changes:
+        with _change_lock:
             free = (~self.taken).nonzero()
             if not len(free):
                 raise RuntimeError(
@@ -157,7 +157,7 @@ class TaskBank(Attachment):
     def replace(self, task: int, source: Source | None) -> None:
         """Replaces a task by another one. Arguments and errors are as for `add`."""
         cores = self._checked_cores(source)
-        with _changes:
+        with _change_lock:
             self._write(self._slot(task), cores, taken=True)
 
     def remove(self, task: int) -> None:
@@ -166,7 +166,7 @@ class TaskBank(Attachment):
         Raises:
             ValueError: If there is no such task.
         """
-        with _changes:
+        with _change_lock:
             self._write(self._slot(task), self._checked_cores(None), taken=False)
 
     def cores_of(self, task: int) -> dict[str, Tensor]:
@@ -187,7 +187,7 @@ class TaskBank(Attachment):
             TypeError, ValueError: If path is not a path, or there is no such task.
             OSError: If the disk refuses.
         """
-        with _changes:
+        with _change_lock:
             put_tensors(Path(path), self.cores_of(task), self._format().metadata())
 
     # ---- slots and cores -------------------------------------------------------------------------
@@ -343,7 +343,7 @@ class _Request:
     Attributes:
         index: The tasks of the rows [b], or of the tokens [b, tokens].
         flat: Whether an input [m, k] has the tokens of all rows.
-        after_cache: These columns, while a forward with a cache runs and index is per token.
+        after_cache: The columns of the running forward, if it has a cache and index is per token.
         had_cache: Whether any forward in this context had a cache.
     """
 
@@ -361,8 +361,8 @@ class _Request:
         Returns:
             [b], [b, tokens] or [m].
         """
-        # Whatever x is: a recomputation does not say which forward of the context it repeats, one
-        # with a cache or one without.
+        # For every x, because a recomputation cannot tell whether it repeats a forward with a cache
+        # or one without.
         if self.had_cache and self.after_cache is None and current_backward() >= 0:
             raise RuntimeError(
                 "use_tasks: expected no cache of keys and values in a context whose forward is "
@@ -419,7 +419,7 @@ def _before_forward(
             hook.remove()
     request = state_of(model)
     if isinstance(request, _Request) and request.index.dim() == 2:
-        request.after_cache = _after_cache(request.index, model, args, kwargs)
+        request.after_cache = _columns_after_cache(request.index, model, args, kwargs)
         # Kept after the forward, for a checkpoint that recomputes in backward.
         request.had_cache = request.had_cache or request.after_cache is not None
 
@@ -431,7 +431,7 @@ def _after_forward(model: nn.Module, args: tuple, output: object) -> None:
         request.after_cache = None
 
 
-def _after_cache(
+def _columns_after_cache(
     index: Tensor, model: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> Tensor | None:
     """Returns the columns of an index for a call of the model, None if it has no cache.

@@ -203,6 +203,7 @@ def _forward_of_host(
     m, top_k = top_k_index.shape
     # Sorted by expert, because a grouped product reads consecutive rows.
     expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    # The rows of expert c end where expert c + 1 would be inserted.
     next_expert = torch.arange(1, host.num_experts + 1, device=expert.device, dtype=expert.dtype)
     offs = torch.searchsorted(expert, next_expert, out_int32=True)
     tokens = order // top_k

@@ -77,7 +77,7 @@ def _dequantized_8bit(module: nn.Module) -> Tensor | None:
 
 
 def matrix_of(base: nn.Module) -> Tensor:
-    """Returns W [n, k] of a base with a plain weight, a view of it.
+    """Returns W [n, k] of a base with a plain weight: the parameter, or its transposed view.
 
     Raises:
         TypeError: If the base is another module.

@@ -247,7 +247,7 @@ def zero_engine(net: nn.Module, stage: int) -> Any:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    # An extension for speed, which takes minutes to compile.
+    # Otherwise DeepSpeed compiles an extension for shared memory, which takes minutes.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     optimizer = torch.optim.SGD(trained_parameters(net), lr=RATE)
     settings = {

@@ -180,7 +180,7 @@ def test_rival_with_wrong_numbers_loses_only_its_column(
     assert "lora-beta" not in measured and {"frozen", "lora-eager", "lotr_ext"} <= measured
 
 
-# Where a rival raises, and the rivals of its case that then lack rounds.
+# Where the rival "faulty" raises, and which rivals of its case then have too few rounds.
 FAULTS = {"make": {"faulty"}, "first run": {"faulty"}, "third round": {"faulty", "frozen"}}
 
 

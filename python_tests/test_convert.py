@@ -377,11 +377,12 @@ def test_the_error_of_each_lora_is_that_of_its_task(
         total += lost
         for name, delta in deltas.items():
             stacks.setdefault(name if group_by == "layer" else "all", []).append(delta / norm)
-    bounds = []  # the singular values after the second, of all D and of all D^T
+    # Of all D one below the other, and side by side: the squared singular values after the second.
+    bounds = []
     for dimension in (0, 1):
         sides = [torch.cat(matrices, dimension) for matrices in stacks.values()]
         bounds.append(sum(float(torch.linalg.svdvals(s)[2:].square().sum()) for s in sides))
-    # No pair of rank 2 loses less than one of them, and the leading vectors of both lose their sum.
+    # A pair of rank 2 loses at least the larger sum (Eckart-Young), and HOSVD at most both.
     assert max(bounds) - 1e-9 <= total <= sum(bounds)
 
 

@@ -413,6 +413,7 @@ def checks(entry: Entry, c: Case) -> Iterator[Check]:
             roundings = entry.roundings.get(key, 1)
             if key == "du" and arguments.get("du") is not None:
                 roundings = 2  # the product is rounded before it is added
+            # True only if the entry has OF_FACTORS here: a sum over tokens, in the dtype of sums.
             is_of_factors = roundings == OF_FACTORS.get(key)
             in_x_dtype = rounded_sum(c, result) if is_of_factors else result
             yield f"{key} in form {number}", in_x_dtype, exacts[key], roundings

@@ -105,7 +105,7 @@ def row_by_row(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def checkpointed(model: nn.Module, x: Tensor, reentrant: bool) -> Tensor:
-    """Runs the model in a checkpoint, also for token ids, which need no gradient."""
+    """Runs the model in a checkpoint, to which the anchor gives an input with a gradient."""
     anchor = torch.zeros((), requires_grad=True)
     return checkpoint(lambda a: zoo.output(model, x) + a, anchor, use_reentrant=reentrant)
 

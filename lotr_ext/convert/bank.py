@@ -53,7 +53,7 @@ class BankConversion:
     errors: dict[str, float]
 
 
-class Collection:
+class LoRACollection:
     """The layers and norms of many LoRAs. Factors are read on access."""
 
     def __init__(self, sources: Sequence[FilePath]):
@@ -135,7 +135,7 @@ def loras_to_bank(
             other sizes; if two sources have one name; or if rank or group_by has a wrong value.
     """
     share = _share_of(rank)
-    collection = Collection(sources)
+    collection = LoRACollection(sources)
     config = LoTRConfig(
         rank=rank if share is None else 1,
         group_by=group_by,
@@ -161,7 +161,7 @@ def _share_of(rank: object) -> float | None:
     return float(match[1])
 
 
-def _rank_that_keeps(share: float, collection: Collection, groups: Iterable[list[str]]) -> int:
+def _rank_that_keeps(share: float, collection: LoRACollection, groups: Iterable[list[str]]) -> int:
     """Returns the smallest rank at which pairs keep this share of the LoRAs' squared norms.
 
     The pairs of rank r are the first r columns of the largest ones here, before HOOI improves them.
@@ -172,7 +172,8 @@ def _rank_that_keeps(share: float, collection: Collection, groups: Iterable[list
         if loras:
             full = min(sum(lora.rank for lora in loras), max(loras[0].sizes))
             _, _, cores = tucker2_of_loras(loras, (full, full))
-            # At index r - 1: the squared norm of the leading r x r blocks of the cores.
+            # The directions are in descending order, so at index r - 1 stands what a pair of rank r
+            # keeps: the squared norm of the leading r x r blocks of the cores.
             squares.append(cores.square().sum(0).cumsum(0).cumsum(1).diagonal())
     most = max(map(len, squares), default=1)
     kept = torch.zeros(most, dtype=torch.float64)
@@ -185,7 +186,7 @@ def _rank_that_keeps(share: float, collection: Collection, groups: Iterable[list
 
 
 def _write(
-    directory: Path, collection: Collection, groups: Mapping[str, list[str]], config: LoTRConfig
+    directory: Path, collection: LoRACollection, groups: Mapping[str, list[str]], config: LoTRConfig
 ) -> BankConversion:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
@@ -211,7 +212,7 @@ def _write(
 
 
 def _factorize(
-    collection: Collection,
+    collection: LoRACollection,
     groups: Mapping[str, list[str]],
     config: LoTRConfig,
     cores: Mapping[str, Tensor],

@@ -20,7 +20,8 @@ class RowChoice(NamedTuple):
     Attributes:
         index: The core of each row [rows], -1 for none.
         offs: Where the rows of each core end [c].
-        reads: t(i), the row of x that each row reads [rows]. None if row i reads x_i.
+        reads: t(i), the row of x that each row reads [rows] (`tokens` in the operators' schemas).
+            None if row i reads x_i.
     """
 
     index: Tensor | None

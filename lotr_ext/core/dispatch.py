@@ -30,7 +30,7 @@ from .operators import PLAIN_TYPES, lotr
 from .strategy import choose_strategy
 
 # Part of the key of compiled code that torch keeps on disk. Change it with nodes.py and this file.
-VERSION = "lotr 7"
+VERSION = "lotr 8"
 
 # A pass over x costs x.numel() (r_in + READ_COST) multiplications. Below LITTLE_WORK of them, a
 # layer computes u itself. The time over the frozen model is 12.1 % if each layer computes u, and
@@ -268,14 +268,14 @@ def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
         return nodes.layer_on_projection(
             projection.route, call.base_output, projection.u, B, core, call, projection, strategy
         )
-    B_of_rows, scaling = fallback.scaling_in_range(B, call.scaling, x.dtype)
+    scaled_B, scaling = fallback.scaling_in_range(B, call.scaling, x.dtype)
     if call.choice is not None:
         h = nodes.row_core(projection.u, core, scaling, call.choice)
     else:
         # Not folded, as in fallback.expand.
         h = projection.u @ (core * scaling).to(x.dtype)
     return nodes.layer_on_rows(
-        projection.route, call.base_output, h, B_of_rows, call, projection, strategy
+        projection.route, call.base_output, h, scaled_B, call, projection, strategy
     )
 
 
@@ -306,7 +306,8 @@ def _linear_in_graph(
 
 _library = torch.library.Library("lotr", "FRAGMENT")
 _library.define(
-    "linear(Tensor x, Tensor? W, Tensor? bias, Tensor A, Tensor B, Tensor core, float scaling, "
-    "float p, Tensor? y, Tensor? index, Tensor? offs, Tensor? tokens, str version) -> Tensor"
+    "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor core, "
+    "float scaling, float p, Tensor? base_output, Tensor? index, Tensor? offs, Tensor? reads, "
+    "str version) -> Tensor"
 )
 _library.impl("linear", _linear_in_graph, "CompositeImplicitAutograd")

@@ -120,6 +120,7 @@ def _grouped_mm_backward(ctx, g: Tensor):
 
 
 def _grouped_outer_backward(ctx, dW: Tensor):
+    # dW_c = sum g_i^T x_i, so dg_i = x_i dW_c^T (returned first) and dx_i = g_i dW_c.
     g, x, offs = ctx.saved_tensors
     dx = None if g is None else grouped_mm(g, dW.mT, offs)
     return grouped_mm(x, dW, offs), dx, None

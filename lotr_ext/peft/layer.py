@@ -46,7 +46,7 @@ class LoTRPeftAdapter(nn.Module):
         set_unregistered(self, "factors", factors)
         set_unregistered(self, "form", form)
         for part, parameter in self.parts():
-            # For good, because `parameters` does not yield them.
+            # PEFT never changes it back, because it sees only what `parameters` yields.
             if part not in self.trained:
                 parameter.requires_grad_(False)
 

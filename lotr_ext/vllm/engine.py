@@ -294,13 +294,13 @@ class _LayerWithCores:
         """
         full = self.lotr_factors.tensors[key]
         rows = full if self.tp_size == 1 else self._rows_of_process(full, side, packed_index)
-        # Layers may cut one factor in different ways. Each cut is kept once.
-        cut = None
+        # Layers may take different parts of one factor. Each part is kept once.
+        part_of_weight = None
         if rows.shape != full.shape:
-            cut = (type(self).__name__, packed_index, self.input_size, self.output_size)
+            part_of_weight = (type(self).__name__, packed_index, self.input_size, self.output_size)
         dtype = self.lora_config.lora_dtype
         on_device = self.lotr_factors.on_device
-        key_on_device = (key, dtype, str(self.device), cut)
+        key_on_device = (key, dtype, str(self.device), part_of_weight)
         if key_on_device not in on_device:
             on_device[key_on_device] = rows.to(self.device, dtype).contiguous()
         return on_device[key_on_device]

@@ -122,8 +122,8 @@ def test_a_thread_that_has_used_no_gpu(index: int) -> None:
     assert same(results, step(t))
 
 
-@pytest.mark.usefixtures("shared")
-def test_siblings_on_two_streams() -> None:
+@pytest.mark.parametrize("form", ["shared"], indirect=True)
+def test_siblings_on_two_streams(form: str) -> None:
     """The first stream is delayed, in forward and in backward.
 
     A layer on the second stream that reused u of the first would read too early. So would a sum of
