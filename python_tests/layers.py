@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from helpers import CLOSE, sums_dtype, worst
 from torch import Tensor, nn
-from torch.nn import functional as nnf
 
 from lotr_ext import (
     LoTRConv1D,
@@ -150,8 +149,7 @@ class Net(nn.Module):
 
         pairs = [LoTRFactors(K, K, (R, R + 1), dtype=adapter_dtype)]
         for _ in range(self.kind.pairs - 1):
-            B = LoTRFactor(K, R + 1, dtype=adapter_dtype)
-            pairs.append(LoTRFactors.of(pairs[0].A, B))
+            pairs.append(LoTRFactors.of(pairs[0].A, LoTRFactor(K, R + 1, dtype=adapter_dtype)))
 
         self.layers = nn.ModuleList()
         for i in range(self.kind.layers):
@@ -236,10 +234,10 @@ class Net(nn.Module):
 
     def plain_base(self, W: Tensor, bias: Tensor, x: Tensor) -> Tensor:
         if self.kind.base is Scaled:
-            return nnf.linear(x, 2 * W, 2 * bias)
+            return nn.functional.linear(x, 2 * W, 2 * bias)
         if self.kind.base is Conv1D:
-            return nnf.linear(x, W.T, bias)
-        return nnf.linear(x, W, bias)
+            return nn.functional.linear(x, W.T, bias)
+        return nn.functional.linear(x, W, bias)
 
     def dropped(self, i: int, x: Tensor) -> Tensor:
         """Drops elements of x by the mask that the kernels draw for a layer.

@@ -22,8 +22,7 @@ from lotr_ext.info import main
 
 def on_cuda() -> FakeTensor:
     """Returns a tensor [4, 8] that claims to be on a GPU."""
-    meta = torch.empty(4, 8, device="meta")
-    return FakeTensor(FakeTensorMode(), meta, torch.device("cuda", 0))
+    return FakeTensor(FakeTensorMode(), torch.empty(4, 8, device="meta"), torch.device("cuda", 0))
 
 
 def test_first_line_says_which_kernels_run_here(capsys: pytest.CaptureFixture[str]) -> None:

@@ -611,8 +611,7 @@ def each_in_a_checkpoint(side: Side) -> Results:
     def call(i: int, x: Tensor) -> Tensor:
         return checkpoint(partial(side.net.call, i), x, use_reentrant=True)
 
-    y = side.net.wire(call, torch.tanh(side.x))
-    return [layer_output, *backward_of(side, y)]
+    return [layer_output, *backward_of(side, side.net.wire(call, torch.tanh(side.x)))]
 
 
 def with_full_backward_hooks(side: Side) -> Results:
@@ -907,8 +906,7 @@ def test_parameters_can_be_swapped(trained_x: bool, form: str, swap_parameters: 
 def test_layers_made_in_inference_mode(dtype: torch.dtype, form: str) -> None:
     with torch.inference_mode():
         net = Net("siblings", dtype)
-    x = inputs(6, dtype=dtype)
-    agree(net, without_graph, x, CLOSE[dtype], trains_x=False)
+    agree(net, without_graph, inputs(6, dtype=dtype), CLOSE[dtype], trains_x=False)
 
 
 # ---- unusual tensors -----------------------------------------------------------------------------

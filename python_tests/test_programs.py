@@ -15,7 +15,6 @@ import torch
 from helpers import relative
 from layers import K, Net, R, Side, cores_of_rows, inputs, sides
 from torch import Tensor, nn
-from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
 from lotr_ext import lotr_linear
@@ -40,7 +39,7 @@ JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "product": lambda a, b: torch.tanh(a) * b,
     "sum": lambda a, b: a + torch.sigmoid(b),
     "tanh": lambda a, b: torch.tanh(a - b),
-    "norm": lambda a, b: nnf.layer_norm(a, (K,), eps=0.1) + 0 * b,
+    "norm": lambda a, b: nn.functional.layer_norm(a, (K,), eps=0.1) + 0 * b,
 }
 
 number = st.integers(0, 7)

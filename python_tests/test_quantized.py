@@ -19,7 +19,6 @@ import zoo
 from helpers import relative, run_python, worst
 from models import moved
 from torch import Tensor, nn
-from torch.nn import functional as nnf
 
 from lotr_ext import (
     LoTRConfig,
@@ -54,8 +53,8 @@ class Packed(Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is nnf.linear:
-            return nnf.linear(args[0], args[1].dequantize(), args[2])
+        if function is nn.functional.linear:
+            return nn.functional.linear(args[0], args[1].dequantize(), args[2])
         return super().__torch_function__(function, types, args, kwargs or {})
 
     @classmethod

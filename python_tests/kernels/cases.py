@@ -227,8 +227,7 @@ def shrink_core(problem: Problem, shape: Shape) -> None:
     x = problem.large("x", shape.m, shape.k)
     A = problem.factor("A", shape.k, shape.r)
     core = problem.factor("core", shape.r, shape.r_out)
-    u = problem.product("u", x, A, scale=0.5)
-    problem.product("h", u, core, scale=3.0)
+    problem.product("h", problem.product("u", x, A, scale=0.5), core, scale=3.0)
 
 
 def expand(
