@@ -166,14 +166,21 @@ inline void sum_block(const Sums<K>& c, const Broadcast& a, const typename K::Un
   }
 }
 
-constexpr int power_of_two_below(int n) {
-  return n > 2 ? 2 * power_of_two_below((n + 1) / 2) : 1;
-}
-// Calls f(Int<n>, first row) for blocks of MR rows, then of 8, 4, 2, 1 for what is left.
+// Calls f(Int<MR>, first row) for blocks of kMost rows, then 8, 4, 2, 1 for what is left.
 template <int MR, typename F>
-LOTR_INLINE void row_blocks(int64_t rows, F&& f, int64_t i = 0) {
-  for (; i + MR <= rows; i += MR) f(Int<MR>{}, i);
-  if constexpr (MR > 1) row_blocks<power_of_two_below(MR)>(rows, f, i);
+LOTR_INLINE void last_block(int64_t rows, int64_t& i, F& f) {
+  if (i + MR > rows) return;
+  f(Int<MR>{}, i);
+  i += MR;
+}
+template <int kMost, typename F>
+LOTR_INLINE void row_blocks(int64_t rows, F&& f) {
+  int64_t i = 0;
+  for (; i + kMost <= rows; i += kMost) f(Int<kMost>{}, i);
+  if constexpr (kMost > 8) last_block<8>(rows, i, f);
+  if constexpr (kMost > 4) last_block<4>(rows, i, f);
+  last_block<2>(rows, i, f);
+  last_block<1>(rows, i, f);
 }
 
 // c[rows][rank vectors] (+)= product over n units, in groups of at most kMaxVectors vectors.

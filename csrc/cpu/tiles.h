@@ -49,10 +49,16 @@ struct Type {
 // Calls f with the Type of the elements that a dtype stores.
 template <typename F>
 LOTR_INLINE void by_dtype(DType t, F&& f) {
-  if (t == DType::float32) return f(Type<float>{});
-  if (t == DType::float64) return f(Type<double>{});
-  if (t == DType::bfloat16) return f(Type<bf16>{});
-  f(Type<f16>{});
+  switch (t) {
+    case DType::float32:
+      return f(Type<float>{});
+    case DType::float64:
+      return f(Type<double>{});
+    case DType::bfloat16:
+      return f(Type<bf16>{});
+    case DType::float16:
+      return f(Type<f16>{});
+  }
 }
 
 template <typename K>
