@@ -19,10 +19,9 @@
 //   panel           F^T for one group of columns of y: [units of the rank][columns]
 //   block           rows x vectors of sums that stay in registers (block.h)
 //   piece           a rectangle of a tensor that is prefetched while another one is multiplied
-//                   (prefetch.h). cold: a tile that was not prefetched; warm: one in cache already
+//                   (block.h). cold: a tile that was not prefetched; warm: one in cache already
 //   fresh           sums that start at zero, instead of being added to
 //   in place        read from the tensor's memory, without a copy. native: of such a layout
-//   turned          a tile transposed for AMX
 //   rectangle       rows and columns of a tensor that are copied or multiplied together
 //   chunk           the rows of x whose sums one task computes; sums of chunks are added in order
 //
@@ -131,10 +130,8 @@ inline void parts(Part<K>* dst, const S* src, int64_t cs, int64_t n, const uint3
 // Rows [i0, i0 + rows) and columns [c0, c0 + cols) of a tensor.
 struct Rectangle {
   const TensorView& a;
-  int64_t i0;
-  int64_t rows;
-  int64_t c0;
-  int64_t cols;
+  int64_t i0, rows;
+  int64_t c0, cols;
 };
 
 // Row i of a rectangle, as parts. Dropped elements become zero. `mask` is a buffer of
