@@ -7,11 +7,10 @@
 //              tmm5   tmm2   tmm3    A: 16 rows down, 16 units across
 //
 // One such product, of up to 16 units, is a step. A packed factor is rounded up to full steps.
+// Subnormal numbers count as zero, as in the dot products of AVX-512.
 //
 // Example: u [100, 32] = x [100, 80] A. Rows: three times RA = 2, then a tile of 4 rows. Columns:
-// RB = 2. A row of x has 40 units: two steps are read in place, and the 8 other units copied and
-// padded.
-// Subnormal numbers count as zero, as in the dot products of AVX-512.
+// RB = 2. A row of x has 40 units: two steps in place, then 8 units that are copied and padded.
 #pragma once
 
 #include "cpu/block.h"
@@ -192,7 +191,7 @@ inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, in
       multiply_tiles<RA, 2>(a, b, steps);
       store_tiles<RA, 2>(sums + v * kSide, kWidth);
     }
-    // Down this panel, then from the top of the next one.
+    // Prefetches down this panel, then from the top of the next one.
     const bool below = i + n < rows;
     const T* from_ahead = from + (below ? (i + n) * ldfrom : kWidth);
     const T* y_ahead = y + (below ? (i + n) * ldy : kWidth);
@@ -213,8 +212,8 @@ inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, in
   });
 }
 
-// v [units][ldv] as tiles of A, of units rounded up: to[vectors of r][steps][16 of the rank]
-// [16 units], zero padded.
+// v [units][ldv] as tiles of A: to[vectors of r][steps][16 of the rank][16 units]. v has room
+// for full steps, which are filled with zeros.
 template <typename K>
 inline void turn_units(typename K::Unit* to, typename K::Unit* v, int64_t ldv, int64_t units,
                        int64_t r) {

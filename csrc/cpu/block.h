@@ -41,7 +41,7 @@ LOTR_INLINE void by_vectors(int64_t vectors, F&& f) {
 }
 
 // A rectangle of a tensor that is prefetched while another one is multiplied. Its rows are too
-// short and too far apart for the hardware's prefetcher. One line per step, because a burst of
+// short and too far apart for the hardware's prefetcher. One line per unit, because a burst of
 // prefetches would stall the loads of the multiplication.
 struct Piece {
   const char* row = nullptr;
@@ -92,7 +92,7 @@ enum class Layout { along_row, down_columns };
 
 // acc += the product over n units. `step` is the distance of a's rows (along_row) or of its units
 // (down_columns), in bytes because a row of bf16 may start at half a unit; the other distance is
-// one unit. ahead: prefetched meanwhile, one line per unit; null for nothing.
+// one unit. ahead: prefetched meanwhile, one cache line per unit; null for nothing.
 template <typename K, int MR, int RV, Layout layout>
 LOTR_INLINE void multiply(typename K::Vec (&acc)[MR][RV], const char* a, int64_t step,
                           const typename K::Unit* b, int64_t ldb, int64_t n,
@@ -136,8 +136,7 @@ struct Broadcast {
   }
 };
 
-// b: a packed factor, or a tile of v. Each unit has a row of `vectors` vectors; rows are `ld`
-// apart.
+// b: a packed factor or a tile of v. Each unit has a row of `vectors` vectors, `ld` units apart.
 template <typename K>
 struct Factor {
   const typename K::Unit* data;
@@ -166,13 +165,13 @@ inline void sum_block(const Sums<K>& c, const Broadcast& a, const typename K::Un
   }
 }
 
-// Calls f(Int<MR>, first row) for blocks of kMost rows, then 8, 4, 2, 1 for what is left.
 template <int MR, typename F>
 LOTR_INLINE void last_block(int64_t rows, int64_t& i, F& f) {
   if (i + MR > rows) return;
   f(Int<MR>{}, i);
   i += MR;
 }
+// Calls f(Int<MR>, first row) for blocks of kMost rows, then 8, 4, 2, 1 for what is left.
 template <int kMost, typename F>
 LOTR_INLINE void row_blocks(int64_t rows, F&& f) {
   int64_t i = 0;
@@ -271,9 +270,9 @@ LOTR_INLINE void expand_full_block(T* y, int64_t ldy, const T* from, int64_t ldf
   }
 }
 
-// y[MR][cols] = from + bias + scale * (mask applied to u f), where f is a panel of RV vectors of n,
-// for a panel that is cut short, strided columns, a scale or dropout. `from` and `bias` are zero if
-// they are null; `keep` (row stride RV vectors) is null without dropout.
+// y[MR][cols] = from + bias + scale * (mask applied to u f) for any other panel: cut short, with
+// strided columns, a scale or dropout. f: [n][RV vectors]. `from` and `bias` count as zero if null;
+// `keep` (row stride RV vectors) is null without dropout.
 template <typename K, typename T, int MR, int RV>
 inline void expand_ragged_block(T* y, int64_t ldy, int64_t y_step, const T* from, int64_t ldfrom,
                                 int64_t from_step, int64_t cols, const Broadcast& u,

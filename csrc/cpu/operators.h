@@ -76,9 +76,8 @@ struct ChunkSums {
   OuterSums<K> of_chunk(int64_t chunk) const {
     return OuterSums<K>::in_block(block_of(chunk), transposed, r);
   }
-  // Whether a chunk's sums start at zero.
   bool fresh(int64_t chunk) const { return chunk == 0 || blocks > 1; }
-  // Called when a chunk is summed. With one thread it is added to the first block.
+  // Called when a chunk is summed.
   void finish(int64_t chunk) const {
     if (!one_thread || chunk == 0 || blocks == 1) return;
     Acc* const first = block_of(0);
@@ -111,8 +110,7 @@ struct ChunkSums {
       }
     });
   }
-  // tile [kPairColumns][n] = the sums of S [n][kPairColumns], which are in the order of pair_at
-  // (vec.h), transposed.
+  // tile [kPairColumns][n] = S [n][kPairColumns], summed, transposed and in order (pair_at, vec.h).
   void add_transposed(Acc* tile, int64_t ld, const Acc* S, int64_t n, int64_t count) const {
     for (int64_t column = 0; column < kPairColumns<K>; column += K::kLanes) {
       decltype(load(S)) square[K::kLanes] = {};
@@ -129,8 +127,7 @@ struct ChunkSums {
   }
 };
 
-// Tokens up to which an outer product is computed without copies, if its rank is not a multiple of
-// the vector.
+// The most tokens that outer_few is for.
 constexpr int64_t kFewRows = 4;
 
 inline TensorView core_of(const TensorView& cores, int64_t core_stride, int64_t index) {
@@ -207,8 +204,7 @@ struct Operators {
     });
   }
 
-  // For few tokens each panel is packed where it is used: F passes through L1, and no packed copy
-  // is written.
+  // For few tokens: each panel is packed by the task that uses it, and is then still in L1.
   static void expand_few(const TensorView& y, const TensorView& u, const TensorView& F,
                          const Drop& drop, const Start& start) {
     const Panels<K> panels(F);
@@ -244,7 +240,7 @@ struct Operators {
     }
     outer_in_chunks(D, x, v, drop, add);
   }
-  // With the sums in D itself: few tokens then read and write it once.
+  // With the sums in D itself, which is then read and written only once per tile of rows.
   static void outer_in_output(const TensorView& D, const TensorView& x, const TensorView& v,
                               const Drop& drop, bool add) {
     const int64_t tile_rows = Outer<T>::tile_rows(x, drop, v.cols);
@@ -315,8 +311,8 @@ struct Operators {
     chunk_sums.add_to(D, drop.scale, add);
   }
 
-  // du = g F, Q (+)= g^T u. Reads a tile of g once from memory and uses it twice in cache, if the
-  // tile and its operands fit there.
+  // du = g F, Q (+)= g^T u. If a tile of g and its operands fit in cache, the
+  // tile is read from memory only once.
   static void shrink_grad(const TensorView& du, const TensorView& Q, const TensorView& g,
                           const TensorView& F, const TensorView& u, bool add) {
     const int64_t tile_rows = rows_read_twice(g, F.cols);
@@ -334,7 +330,7 @@ struct Operators {
       const size_t du_bytes = size_t(tile_rows * ld) * sizeof(Acc);
       Scratch memory(du_bytes + size_t(larger(shrink_bytes<K>(), Outer<T>::bytes(F.cols))));
       Acc* du_sums = memory.get<Acc>();
-      char* space = memory.get<char>() + du_bytes;  // of one product at a time
+      char* space = memory.get<char>() + du_bytes;  // used by one product, then by the other
       const Outer<T> outer(space, F.cols);
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t first = chunk * chunks.rows;
@@ -344,7 +340,7 @@ struct Operators {
           for (int64_t i0 = i; i0 < tile_end; i0 += kTileRows) {
             ShrinkRows rows{i0, smaller(kTileRows, tile_end - i0)};
             rows.cold = chunk == begin && i == first;
-            // outer_rows prefetches the rows below as well. With pairs only its last blocks do, in
+            // Outer::add prefetches the rows below too. With pairs only its last blocks do, in
             // bursts, so some of these rows are prefetched here.
             rows.prefetch_below = pairs<K>;
             shrink_tile<K, T>(du_sums, ld, g, Drop{}, packed.units, rows, space);
@@ -368,8 +364,7 @@ struct Operators {
   static int64_t rows_read_twice(const TensorView& g, int64_t r) {
     if (3 * g.cols * r * int64_t(sizeof(Acc)) > l2_bytes()) return 0;
     const int64_t unit_bytes = g.cols * element_size(g.dtype) * K::kPair;  // a row, or two rows
-    // Sums in AMX tiles are added to the others once for each tile of rows, so tall tiles cost
-    // less.
+    // With AMX a tile's sums are added to S in memory at its end, so tall tiles cost less.
     if (in_tiles<K> && 2 * unit_bytes * kDeepUnits <= l2_bytes()) return kDeepUnits * K::kPair;
     return (2 * unit_bytes * kTileUnits > l2_bytes() ? kTileUnits / 2 : kTileUnits) * K::kPair;
   }

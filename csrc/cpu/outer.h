@@ -2,12 +2,10 @@
 // a column of x, j a column of v. A tile of rows of v stays in cache as units while all columns of
 // x are multiplied with it. The sums have two forms (OuterSums):
 //
-//   S[j][c]   for 32 columns of x at a time, if these are pairs in place: v is broadcast, and two
-//   rows
-//             of x become pairs in registers
-//   P[c][j]   for other columns: x is broadcast (block.h), in place or copied as units, which takes
-//   a
-//             quarter of the time for pairs
+//   S[j][c]   if x holds pairs in place, for 32 columns at a time: v is broadcast, and two
+//             rows of x become pairs in registers
+//   P[c][j]   for other columns: x is broadcast (block.h), in place or as a copy in units. With
+//             pairs the copying takes a quarter of the time, which S saves
 //
 // Example: x [300, 100] in bfloat16, r = 20. The tiles have 64, 64 and 22 pairs of rows. Columns 0
 // to 95 of x are added to S [20][96], columns 96 to 99 to P [4][32], since 20 is padded to two
@@ -34,11 +32,11 @@ struct RowPairs {
   int64_t step;          // elements between pairs
 };
 
-// S[MR][32] (+)= sum over n units, which are summed by themselves first, as in sum_block (block.h):
-// what is added at a time must not depend on where the sum is kept. The first block of these
-// columns leaves its units in `x_units`, and the others read them there: rows of x that are a power
-// of two apart fall into the same few places of L1 and would not stay there. The last block
-// prefetches the next tile, because the blocks before it load more themselves.
+// S[MR][32] (+)= sum over n units, which are summed by themselves first, as in sum_block (block.h),
+// so that no bit depends on where the sum is kept. The first block of these columns stores its
+// units in `x_units`, and the others read them there: rows of x that are a power of two apart share
+// the same few places of L1 and would not stay in it. The last block prefetches the next tile,
+// because the blocks before it load more themselves.
 template <typename K, int MR, bool kFirst, bool kLast>
 inline void outer_block(const Sums<K>& S, const RowPairs& x, typename K::Unit* x_units,
                         const typename K::Unit* v, int64_t ldv, int64_t n, Ahead& ahead) {
@@ -82,8 +80,8 @@ inline void outer_block(const Sums<K>& S, const RowPairs& x, typename K::Unit* x
   }
 }
 
-// S[r][32] (+)= v^T x for 32 columns of a tile of x. v: the tile's units, [units][ldv]; x_units:
-// room for the units of these columns. The columns of S are in the order of pairs_of (vec.h).
+// S[r][32] (+)= v^T x for 32 columns of a tile of x. v: its rows of v as units, [units][ldv].
+// x_units: room for the units of these columns. S's columns are in the order of pairs_of (vec.h).
 template <typename K>
 inline void outer_columns(const Sums<K>& S, const Rectangle& x, const typename K::Unit* v,
                           int64_t ldv, int64_t r, typename K::Unit* x_units, Ahead& ahead) {
@@ -137,7 +135,7 @@ class Outer {
   using Unit = typename K::Unit;
   using Acc = typename K::Acc;
 
-  // Copies of a part of x, of a tile of v, and of that turned for AMX.
+  // Room for a part of x, a tile of v, and that tile of v turned for AMX (turn_units).
   static constexpr int64_t kCopiesOfV = in_tiles<K> ? 2 : 1;
   Unit *x_, *v_, *turned_;
   uint32_t* mask_;
@@ -183,8 +181,8 @@ class Outer {
       const bool fresh = range.fresh && i == range.i0;
       const Factor<K> tile_of_v = rows_of_v(v, i, rows);
       int64_t c = range.c0;
-      // A warm tile prefetches the rows below while all its columns are multiplied. A cold one the
-      // columns to the right, and from its last columns the first ones of the rows below.
+      // A warm tile prefetches the rows below while all its columns are multiplied. A cold one
+      // prefetches the columns to the right, and with its last columns the first ones below.
       const int64_t below = i + range.tile_rows;
       Ahead ahead{Rectangle{x, below, range.tile_rows, range.c0, range.c1 - range.c0}, {}};
       const auto prefetch_next = [&](int64_t width) {

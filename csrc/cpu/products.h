@@ -16,7 +16,7 @@
 namespace lotr::cpu::LOTR_ISA {
 
 constexpr int64_t kTileRows = 96;  // a multiple of every block's rows
-constexpr int64_t kBlockRows = 8;  // at most
+constexpr int64_t kBlockRows = 8;  // of a block along a row (block.h), at most
 constexpr int64_t kMinStep = 64;   // units of a step
 constexpr int64_t kMaxStep = 256;
 constexpr int64_t kHalfL1 = 16384;  // bytes
@@ -60,7 +60,7 @@ struct PackedFactor {
   }
 };
 
-// Bytes of memory that shrink_tile needs: a copy of a step of x, then a row's mask.
+// Bytes of shrink_tile's memory: a copy of a step of x, then a row's mask.
 template <typename K>
 constexpr int64_t shrink_bytes() {
   return kTileRows * kMaxStep * int64_t(sizeof(typename K::Unit)) +
@@ -75,8 +75,8 @@ struct ShrinkRows {
 };
 
 // What the step of `width` columns from c0 on prefetches: the next step of these rows, or after the
-// last one the first step of the rows below. The first step of cold rows starts with its own rows
-// below the first block.
+// last one the first step of the rows below. The first step of cold rows begins by
+// prefetching its own rows below the first block.
 inline Ahead ahead_of_step(const TensorView& x, const ShrinkRows& rows, int64_t c0, int64_t width) {
   Piece next;
   const bool last = c0 + width >= x.cols;
@@ -186,7 +186,9 @@ constexpr int64_t kExpandRows = LOTR_VB == 64 ? 2 : kRows[kMaxVectors];
 // The panels of F^T, and the memory in which one is packed and masked.
 template <typename K>
 struct Panels {
-  int64_t units, count, size;  // of the rank; of panels; units of a panel
+  int64_t units;  // of the rank
+  int64_t count;  // panels of F^T
+  int64_t size;   // units of a panel
   size_t row_bytes, mask_bytes;
 
   explicit Panels(const TensorView& F)

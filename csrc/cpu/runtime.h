@@ -1,5 +1,4 @@
-// What the kernels need from outside: torch's thread pool and scratch memory, without torch
-// headers.
+// What the kernels need from outside, without torch headers: torch's thread pool and memory.
 #pragma once
 
 #include <cstddef>

@@ -134,8 +134,7 @@ struct Rectangle {
   int64_t c0, cols;
 };
 
-// Row i of a rectangle, as parts. Dropped elements become zero. `mask` is a buffer of
-// cols + kMaskSlack, used with dropout.
+// Row i of a rectangle, as parts. Dropped elements become zero. mask: room for cols + kMaskSlack.
 template <typename K, typename T, typename S>
 inline void row_parts(Part<K>* dst, const Rectangle& from, int64_t i, const Drop& drop,
                       uint32_t* mask) {
@@ -150,8 +149,7 @@ inline void row_parts(Part<K>* dst, const Rectangle& from, int64_t i, const Drop
   parts<K, T>(dst, src, a.col_stride, from.cols, keep);
 }
 
-// Copies a rectangle with units along its rows. A tile row has `ld` units; those past the columns
-// become zero.
+// Copies a rectangle with units along its rows. Tile rows have `ld` units, zero past the columns.
 template <typename K, typename T>
 inline void tile_along_row(typename K::Unit* tile, int64_t ld, const Rectangle& from,
                            const Drop& drop = {}, uint32_t* mask = nullptr) {
@@ -170,8 +168,7 @@ template <typename K, typename T, typename S>
 inline void elements_down_columns(typename K::Unit* tile, int64_t ld, const Rectangle& from,
                                   const Drop& drop, uint32_t* mask) {
   if constexpr (std::is_same_v<S, float> && std::is_same_v<T, float>) {
-    // A rank that is not a multiple of the lanes: loads each row's elements and its padding at
-    // once.
+    // For a rank that is not a multiple of the lanes: loads elements and padding at once.
     const TensorView& a = from.a;
     if (a.col_stride == 1 && !drop.on && ld % K::kLanes == 0) {
       const float* src = static_cast<const float*>(a.data) + from.i0 * a.row_stride + from.c0;
@@ -264,8 +261,7 @@ inline bool native(const TensorView& a) {
 }
 
 // Transposes rows [n0, n0 + width) of F [N, r]: panel[packed unit of r][width], zero past the end.
-// `width` is a multiple of the lanes; `buffer` has room for kLanes rows of r rounded up to kLanes
-// units.
+// `width` is a multiple of the lanes. `buffer`: kLanes rows of r, rounded up to kLanes units.
 template <typename K, typename T>
 inline void pack_panel(typename K::Unit* panel, int64_t width, const TensorView& F, int64_t n0,
                        typename K::Unit* buffer) {
