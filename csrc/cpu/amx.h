@@ -198,15 +198,18 @@ inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, in
     for (int64_t j = 0; j < n; ++j) {
       T* const to = y + (i + j) * ldy;
       const T* const start = from + (i + j) * ldfrom;
-      prefetch_row<kWidth * sizeof(T)>(from_ahead + j * ldfrom);
-      if (y != from) prefetch_row<kWidth * sizeof(T)>(y_ahead + j * ldy);
-      const auto sum = [&](int64_t v) {
-        return start_of<form>(start + v, bias + v) + load(sums + j * kWidth + v);
-      };
+      for (int64_t c = 0; c < kWidth * int64_t(sizeof(T)); c += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(from_ahead + j * ldfrom) + c, 1, 2);
+        if (y != from)
+          __builtin_prefetch(reinterpret_cast<const char*>(y_ahead + j * ldy) + c, 1, 2);
+      }
 #pragma GCC unroll 4
       for (int64_t v = 0; v < kWidth; v += 2 * K::kLanes) {
-        const auto left = sum(v);
-        store(to + v, left, sum(v + K::kLanes));
+        const float* product = sums + j * kWidth + v;
+        const auto sum = [&](int64_t w) {
+          return start_of<form>(start + v + w, bias + v + w) + load(product + w);
+        };
+        store(to + v, sum(0), sum(K::kLanes));
       }
     }
   });

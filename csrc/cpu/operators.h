@@ -77,7 +77,6 @@ struct ChunkSums {
     return OuterSums<K>::in_block(block_of(chunk), transposed, r);
   }
   bool fresh(int64_t chunk) const { return chunk == 0 || blocks > 1; }
-  // Called when a chunk is summed.
   void finish(int64_t chunk) const {
     if (!one_thread || chunk == 0 || blocks == 1) return;
     Acc* const first = block_of(0);

@@ -185,8 +185,7 @@ LOTR_INLINE void store(T* p, vf a, vf b) {
   store(p + LOTR_VB / 4, b);
 }
 
-// Kinds of arithmetic. A unit is what one lane multiplies at once: one number, or a pair of bf16
-// neighbors along the summed dimension, whose two products one instruction adds.
+// Kinds of arithmetic, with single numbers as units or with pairs of bfloat16 (tiles.h).
 template <typename T>
 struct Plain {
   using Unit = T;
