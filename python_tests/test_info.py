@@ -9,12 +9,12 @@ from helpers import run_python
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import lotr_ext
-from lotr_ext.core import strategy
 from lotr_ext.core.kernel_support import build_info
 from lotr_ext.core.strategy import (
     BETA_TOKENS,
     STRATEGIES,
     choose_strategy,
+    strategy_from_environment,
     strategy_note,
 )
 from lotr_ext.info import main
@@ -70,8 +70,8 @@ def test_strategy_of_the_environment(name: str, monkeypatch: pytest.MonkeyPatch)
     """It sets what layers run on CUDA. Layers that gemm_lotr refuses run as beta."""
     monkeypatch.setenv("LOTR_STRATEGY", name)
     assert f"strategy   {name} on CUDA" in run_python("-m", "lotr_ext.info").stdout
-    not_cached = strategy.strategy_from_environment.__wrapped__
-    monkeypatch.setattr(strategy, "strategy_from_environment", not_cached)
+    not_cached = strategy_from_environment.__wrapped__
+    monkeypatch.setattr("lotr_ext.core.strategy.strategy_from_environment", not_cached)
     has_fused = "90a" in build_info()["cuda"]["archs"]
     expected = name if name != "fused" or has_fused else "beta"
     assert choose_strategy(4, on_cuda()) == STRATEGIES[expected]

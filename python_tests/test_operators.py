@@ -56,7 +56,6 @@ from torch.utils._pytree import tree_map_only
 from lotr_ext import reference
 from lotr_ext.core import fallback, kernel_support
 from lotr_ext.core.call import RowChoice
-from lotr_ext.core.kernel_support import trial_obstacle
 
 ops = torch.ops.lotr
 # M, K, N, r_in: full blocks of each kernel, their remainders, panels that are cut short. r_out is
@@ -625,8 +624,8 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
 
 def test_the_check_of_a_device_also_while_a_caller_traces() -> None:
     with FakeTensorMode():
-        assert trial_obstacle(torch.device("cpu")) is None
-        assert "meta" in trial_obstacle(torch.device("meta"))
+        assert kernel_support.trial_obstacle(torch.device("cpu")) is None
+        assert "meta" in kernel_support.trial_obstacle(torch.device("meta"))
 
 
 def test_a_gpu_on_which_the_first_layer_is_wrong_warns() -> None:

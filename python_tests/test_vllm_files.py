@@ -17,7 +17,6 @@ from lotr_ext.adapter_state import AdapterState
 from lotr_ext.convert import export_lora
 from lotr_ext.files import adapter_of
 from lotr_ext.storage import tensors_in
-from lotr_ext.vllm import export_factors, export_task
 
 FILE_NAME = "lotr_task.safetensors"
 KEY = "model.layers.0.self_attn.k_proj.core"
@@ -58,9 +57,9 @@ def test_a_task_is_read_over_the_factors_of_its_model(
     bank = TaskBank(model, 3)
     cores = {f"{name}.core": torch.randn(layer.core.shape) for name, layer in layers.items()}
     task = bank.add(cores)
-    export_factors(model, tmp_path / "factors")
-    export_task(model, tmp_path / "model")
-    export_task(model, tmp_path / "task", task=task, base_model="base")
+    vllm.export_factors(model, tmp_path / "factors")
+    vllm.export_task(model, tmp_path / "model")
+    vllm.export_task(model, tmp_path / "task", task=task, base_model="base")
     bank.save(task, tmp_path / "saved" / FILE_NAME)
     assert same(bank.cores_of(bank.add(tmp_path / "task" / FILE_NAME)), cores)
     factors = vllm.factors_of(AdapterState.read(tmp_path / "factors"), "test")
@@ -83,7 +82,7 @@ def test_a_task_is_read_over_the_factors_of_its_model(
 @pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
 def test_a_file_that_is_not_a_task_is_refused(change: Change, message: str, tmp_path: Path) -> None:
     model = adapted()
-    export_task(model, tmp_path)
+    vllm.export_task(model, tmp_path)
     tensors, metadata = tensors_in(tmp_path / FILE_NAME, "adapter")
     change(tensors, metadata)
     save_file(tensors, tmp_path / FILE_NAME, metadata)
@@ -110,7 +109,7 @@ def test_what_the_engine_cannot_hold_is_not_exported(
     net: str, settings: dict, message: str, tmp_path: Path
 ) -> None:
     model = adapted(net, **settings)
-    for export in (export_factors, export_task):
+    for export in (vllm.export_factors, vllm.export_task):
         with pytest.raises(ValueError, match=message):
             export(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
