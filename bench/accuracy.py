@@ -257,7 +257,7 @@ def points_of(recorded: pd.DataFrame, task: str) -> list[Point]:
 
 
 def at_best_rate(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns the runs by seed at the rate of most seeds; of several, validation decides."""
+    """Returns the runs, by seed, at the rate that most seeds have; of several, at the best one."""
     seeds = runs.groupby("lr")["seed"].nunique()
     of_most = runs[runs["lr"].map(seeds) == seeds.max()]
     lr = of_most.loc[of_most["validation"].idxmin(), "lr"]
@@ -310,7 +310,7 @@ def interval(value: Callable[..., np.ndarray], *points: Point) -> Interval:
 
 
 def deviations(value: Callable[..., np.ndarray], samples: list[np.ndarray]) -> np.ndarray:
-    """How far a function of the samples' means is from its value, for each of RESAMPLES draws."""
+    """Returns value(means of drawn samples) - value(means of the samples), RESAMPLES times."""
 
     def statistic(*drawn: np.ndarray, axis: int = -1) -> np.ndarray:
         return value(*(sample.mean(axis) for sample in drawn))

@@ -191,7 +191,7 @@ def shared_factors(
     """Returns the pair of each layer.
 
     Args:
-        shapes: (in_features, out_features) of the layers.
+        shapes: [n, k] of each layer's weight.
         group_by: One of the groupings of LoTRConfig.
         make: (the layers that share a factor, its side) -> the factor.
     """
@@ -323,7 +323,7 @@ def fixed_pairs(
         shapes = {name: tuple(weight.shape) for name, weight in base_weights(target).items()}
         return random_pairs(shapes, group_by, ranks, seed)
     rank = max(ranks)
-    if source not in TRAINED_SOURCES:  # fewer leading directions are cut from stored ones
+    if source not in TRAINED_SOURCES:  # stored at a few ranks; at_rank cuts them below
         rank = next(stored for stored in STORED_RANKS if rank <= stored)
     about = target if source in ("own", "known") else "all"
     name = f"pair-{source}-{about}-{group_by}-{rank}"

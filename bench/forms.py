@@ -117,7 +117,7 @@ class Vectors(nn.Module):
         self.base = base
         self.register_buffer("A", A.to(base.weight.dtype))
         self.register_buffer("B", (norm * (n / r) ** 0.5 * B).to(base.weight.dtype))
-        # A product of zeros would have no gradient.
+        # If d and b both started at zero, neither would have a gradient.
         self.d = nn.Parameter(torch.full((r,), 0.1 if with_b else 0.0))
         self.b = nn.Parameter(torch.zeros(n)) if with_b else None
 

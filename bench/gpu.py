@@ -257,6 +257,7 @@ def work(parts: list[Part], options: argparse.Namespace) -> int:
         seconds = round(time.monotonic() - begin)
         print(f"{part.name}: {outcome}, {seconds} s", flush=True)
         outcomes[part.name] = {"outcome": outcome, "seconds": seconds}
+        # A build that was skipped is a failure: without it, nothing can run.
         if not outcome.startswith("done" if part.name == "build" else GOOD):
             failed.append(part.name)
             for line in summary.error_lines(log):

@@ -10,8 +10,8 @@ Weights are random, because times do not depend on them. A step is forward, a lo
 AdamW. The frozen model goes forward and backward through all layers as well. All methods share its
 weights. The gradients of our cores are compared with the three-line formula's first. "-as-lotr" is
 LoRA or VeRA at the rank at which its size is nearest to LoTR's, "-as-lora" is LoTR at LoRA's, and
-"-core" trains only the cores. Adapters have the dtype that their users get: PEFT's and ours
-float32, the original's the model's.
+"-core" trains only the cores. Adapters have the dtype that their users get: float32 for PEFT's
+and ours, the model's for LoTR in three lines.
 """
 
 import argparse

@@ -308,7 +308,7 @@ def changed(net: nn.Sequential, shared: float, generator: torch.Generator) -> nn
 Texts = tuple[np.ndarray, Tensor]  # lists of token ids, and labels
 
 
-class Classified(Problem):
+class RatedTexts(Problem):
     """MiniLM with a new linear head on the mean of its last hidden states.
 
     The texts are rated above or below 0. The loss is nats per text.
@@ -361,7 +361,7 @@ class Classified(Problem):
 # ---- a text --------------------------------------------------------------------------------------
 
 
-class Written(Problem):
+class PlainText(Problem):
     """SmolLM2-135M in bfloat16 with trained parts in float32, on a text. Nats per token."""
 
     measured_at_once = 8
@@ -415,7 +415,7 @@ def missing(task: Task) -> str:
 
 @lru_cache(maxsize=1)  # a process keeps the problem of its last run
 def problem_of(task: Task) -> Problem:
-    return {"teacher": Teacher, "classifier": Classified, "language": Written}[task.kind](task)
+    return {"teacher": Teacher, "classifier": RatedTexts, "language": PlainText}[task.kind](task)
 
 
 # ---- training ------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ class Program:
         return options
 
     def all_cases(self, options: argparse.Namespace) -> list[Case]:
-        shapes = self.cases(options)[: 1 if options.quick else None]
+        shapes = self.cases(options)[:1] if options.quick else self.cases(options)
         return [
             {**shape, "dtype": dtype, **threads}
             for dtype, threads, shape in itertools.product(options.dtypes, options.threads, shapes)

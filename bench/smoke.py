@@ -119,7 +119,7 @@ def outcome_of(
         place = f"{' x '.join(map(str, shape))} {layout}"
         before(place)
         try:
-            with mock.patch.object(operators, "ops", on_device):
+            with mock.patch.object(operators, "ops", on_device):  # else they run on a CPU
                 tests.check(name, partial(operators.Case, shape, *DTYPES[dtype], layout, p), place)
         except AssertionError as error:
             return f"wrong: {telling_line(str(error))}"

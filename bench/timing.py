@@ -49,7 +49,7 @@ class Step:
     Attributes:
         stages: By name, timed one after the other. Each gets the result of the one before.
         prepare: Runs before the stages and is not timed.
-        layers: a time is divided by this.
+        layers: What each time is divided by.
         facts: Further columns of the rival's rows. `Rounds` adds the peak of memory.
     """
 
@@ -296,7 +296,7 @@ def seconds_of(times: Sequence[Times], rival: str, stage: str) -> np.ndarray:
 
 
 def interval(ratios: np.ndarray) -> tuple[float, float, float]:
-    """Returns the median and its 95 % interval by the bootstrap, NaN with fewer than three."""
+    """Returns the median and its 95 % bootstrap interval, NaN for fewer than three rounds."""
     middle = float(np.median(ratios))
     if len(ratios) < 3:
         return middle, float("nan"), float("nan")

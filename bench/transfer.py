@@ -118,11 +118,11 @@ class Result(NamedTuple):
     """A form or a method on a target.
 
     Attributes:
-        runs: Its runs at the best rate. Their `method` is the form.
+        point: Its runs at the best rate. The `method` is the form.
         kept: The share of LoRA r 4's gain.
     """
 
-    runs: accuracy.Point
+    point: accuracy.Point
     kept: accuracy.Interval
 
 
@@ -143,7 +143,7 @@ def results_of(recorded: pd.DataFrame, target: str) -> list[Result]:
         lora = accuracy.point_of("lora", 4, lora_runs.loc[seeds])
         point = accuracy.point_of(name, 0, of_form.loc[seeds])
         results.append(Result(point, accuracy.share_of_gain(base, point, lora)))
-    return sorted(results, key=lambda result: result.runs.parameters)
+    return sorted(results, key=lambda result: result.point.parameters)
 
 
 def short_runs(recorded: pd.DataFrame) -> pd.DataFrame:
@@ -165,15 +165,15 @@ def tables(recorded: pd.DataFrame) -> None:
     for target in TARGETS:
         rows = [
             {
-                "": runs.method,
-                "parameters": f"{runs.parameters:,}",
-                "KiB": f"{runs.parameters / 256:,.0f}",
-                "rate": f"{runs.lr:g}",
-                "seeds": len(runs.seeds),
-                "held-out loss": accuracy.interval(lambda loss: loss, runs).text("{:.3f}"),
+                "": point.method,
+                "parameters": f"{point.parameters:,}",
+                "KiB": f"{point.parameters / 256:,.0f}",
+                "rate": f"{point.lr:g}",
+                "seeds": len(point.seeds),
+                "held-out loss": accuracy.interval(lambda loss: loss, point).text("{:.3f}"),
                 "of LoRA r 4's gain": kept.text("{:.0%}"),
             }
-            for runs, kept in results_of(recorded, target)
+            for point, kept in results_of(recorded, target)
         ]
         show(target, pd.DataFrame(rows))
     shorter = short_runs(recorded).sort_values(["target", "steps", "validation"])
@@ -248,8 +248,8 @@ def picture(recorded: pd.DataFrame, path: Path) -> None:
 def draw_results(ax: Axes, results: list[Result]) -> None:
     """Draws the gain that is kept against the size of a task."""
     for family, (names, mark, color) in FAMILIES.items():
-        members = [result for result in results if re.fullmatch(names, result.runs.method)]
-        sizes = [result.runs.parameters / 256 for result in members]
+        members = [result for result in results if re.fullmatch(names, result.point.method)]
+        sizes = [result.point.parameters / 256 for result in members]
         gains = [result.kept.value for result in members]
         ax.plot(sizes, gains, mark, color=color, label=family)
     ax.axvline(256, color="0.6", linestyle="--", linewidth=1)

@@ -592,7 +592,7 @@ PADDED = {"u", "F", "h", "du", "dh"}
 
 
 @pytest.mark.parametrize("dtype", [t for t in DTYPES if t != torch.float64], ids=str)
-@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "linear"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_strides_on_cuda(name: str, dtype: torch.dtype) -> None:
     """The fake kernels promise torch.compile the strides that csrc/torch makes on CUDA."""
 
@@ -615,7 +615,7 @@ def test_strides_on_cuda(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "linear"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     """The fake kernels, by which torch.compile works, have the results' shapes, dtypes, strides.
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bench import common, donors, forms, transfer
-from bench.problems import TASKS, Written
+from bench.problems import TASKS, PlainText
 
 
 def projection(columns: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def test_a_layer_with_vectors_computes_its_equation(with_b: bool) -> None:
     assert relative(layer(x), base(x) + scale * (x @ A @ torch.diag(layer.d) @ B.mT) * b) < 1e-12
 
 
-class Counting(Written):
+class Counting(PlainText):
     """A text that counts in steps, for the zoo's Llama."""
 
     def __init__(self, name: str) -> None:

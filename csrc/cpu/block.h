@@ -7,12 +7,15 @@
 //   expand        a = u rows                             b = packed F^T panel     sums over r
 //   factor_grad   a = x columns (units down a column)    b = packed v             sums over m
 //
-// Each loaded b is used by all rows and each broadcast by all vectors, so a block of MR x RV does
-// MR * RV multiplications for RV + MR loads. Rows are few enough that rows whose distance is a
-// multiple of 4 KiB stay within the ways of L1.
+// Each loaded b is used by all rows and each broadcast by all vectors, so a block of MR rows and RV
+// vectors does MR * RV multiplications for RV + MR loads. Rows are few enough that rows whose
+// distance is a multiple of 4 KiB stay within the ways of L1.
+//
+// Example: a rank of 40 in float32 with AVX-512 is 3 vectors of 16. 13 rows are multiplied in
+// blocks of kRows[3] = 8, of 4 and of 1.
 #pragma once
 
-#include "cpu/prefetch.h"
+#include "cpu/tiles.h"
 
 namespace lotr::cpu::LOTR_ISA {
 
@@ -28,29 +31,75 @@ constexpr int kRows[] = {0, 8, 6};
 constexpr int kColumnRows[] = {0, 8, 6};
 #endif
 
-template <typename F>
+// Calls f(Int<vectors>) for 1 to kMaxVectors vectors.
+template <int n = 1, typename F>
 LOTR_INLINE void by_vectors(int64_t vectors, F&& f) {
-  if (vectors == 1) return f(Int<1>{});
-  if constexpr (kMaxVectors == 2) return f(Int<2>{});
-  if (vectors == 2) return f(Int<2>{});
-  if (vectors == 3) return f(Int<3 <= kMaxVectors ? 3 : 1>{});  // the 1 only has to compile
-  return f(Int<kMaxVectors>{});
+  if constexpr (n < kMaxVectors) {
+    if (vectors > n) return by_vectors<n + 1>(vectors, f);
+  }
+  f(Int<n>{});
 }
 
-// Elements may sit at any address a tensor view has.
-template <typename U>
-struct Loose {
-  typedef U type __attribute__((aligned(sizeof(U) / 2), may_alias));
+// A rectangle of a tensor that is prefetched while another one is multiplied. Its rows are too
+// short and too far apart for the hardware's prefetcher. One line per unit, because a burst of
+// prefetches would stall the loads of the multiplication.
+struct Piece {
+  const char* row = nullptr;
+  int64_t step = 0;   // bytes between rows
+  int64_t rows = 0;   // that are left
+  int64_t bytes = 0;  // of a row
+  int64_t at = 0;     // bytes of the first row that are prefetched
+
+  Piece() = default;
+  // A rectangle may extend past the tensor: only its part inside is prefetched.
+  Piece(const Rectangle& part) {
+    const TensorView& a = part.a;
+    if (a.col_stride != 1 || part.i0 >= a.rows || part.c0 >= a.cols) return;
+    const int64_t size = element_size(a.dtype);
+    row = static_cast<const char*>(a.data) + (part.i0 * a.row_stride + part.c0) * size;
+    step = a.row_stride * size;
+    bytes = smaller(part.cols, a.cols - part.c0) * size;
+    rows = smaller(part.rows, a.rows - part.i0);
+  }
+  LOTR_INLINE void next() {
+    if (rows <= 0) return;
+    __builtin_prefetch(row + at, 0, 2);
+    at += 64;
+    if (at < bytes) return;
+    at = 0;
+    row += step;
+    --rows;
+  }
 };
 
-// acc += the product over n units. `step` is the distance of a's rows (kAlongRow) or of its units
-// (else), in bytes because a row of bf16 may start at half a unit; the other distance is one unit.
-template <typename K, int MR, int RV, bool kAlongRow>
+// Two pieces, one after the other.
+struct Ahead {
+  Piece now;
+  Piece later;
+
+  // The current one, to be kept in registers while it advances.
+  LOTR_INLINE Piece take() {
+    if (now.rows <= 0) {
+      now = later;
+      later.rows = 0;
+    }
+    return now;
+  }
+};
+
+// Where a's units are along the summed dimension (tiles.h).
+enum class Layout { along_row, down_columns };
+
+// acc += the product over n units. `step` is the distance of a's rows (along_row) or of its units
+// (down_columns), in bytes because a row of bf16 may start at half a unit; the other distance is
+// one unit. ahead: prefetched meanwhile, one cache line per unit; null for nothing.
+template <typename K, int MR, int RV, Layout layout>
 LOTR_INLINE void multiply(typename K::Vec (&acc)[MR][RV], const char* a, int64_t step,
                           const typename K::Unit* b, int64_t ldb, int64_t n,
                           Piece* ahead = nullptr) {
-  constexpr int64_t kUnit = sizeof(typename K::Unit);
-  using Loaded = typename Loose<typename K::Unit>::type;
+  using Unit = typename K::Unit;
+  constexpr int64_t kUnit = sizeof(Unit);
+  typedef Unit Loaded __attribute__((aligned(sizeof(Unit) / 2), may_alias));  // at any element
 #pragma GCC unroll 4
   for (int64_t t = 0; t < n; ++t) {
     if (ahead) ahead->next();
@@ -60,7 +109,7 @@ LOTR_INLINE void multiply(typename K::Vec (&acc)[MR][RV], const char* a, int64_t
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       const typename K::Unit s = *reinterpret_cast<const Loaded*>(
-          kAlongRow ? a + i * step + t * kUnit : a + t * step + i * kUnit);
+          layout == Layout::along_row ? a + i * step + t * kUnit : a + t * step + i * kUnit);
 #pragma GCC unroll 8
       for (int v = 0; v < RV; ++v) acc[i][v] = K::madd(acc[i][v], bv[v], s);
     }
@@ -75,29 +124,36 @@ struct Sums {
   bool fresh;
 };
 
-// a: its rows (kAlongRow) or its units are `step` bytes apart.
+// a: its rows (along_row) or its units (down_columns) are `step` bytes apart.
 struct Broadcast {
   const char* data;
   int64_t step;
+
+  // Of an array whose rows or units are `step` of its elements apart.
+  template <typename E>
+  static Broadcast of(const E* data, int64_t step) {
+    return {reinterpret_cast<const char*>(data), step * int64_t(sizeof(E))};
+  }
 };
 
-// b: a packed factor, or a tile of v. Each unit has a row of `vectors` vectors; rows are `ld`
-// apart.
+// b: a packed factor or a tile of v. Each unit has a row of `vectors` vectors, `ld` units apart.
 template <typename K>
 struct Factor {
   const typename K::Unit* data;
   int64_t ld;
   int64_t vectors;
+
+  Factor from_unit(int64_t t) const { return {data + t * ld, ld, vectors}; }
 };
 
 // One block of sums. The n products are summed by themselves first: a long sum made of short ones
 // rounds less.
-template <typename K, int MR, int RV, bool kAlongRow>
+template <typename K, int MR, int RV, Layout layout>
 inline void sum_block(const Sums<K>& c, const Broadcast& a, const typename K::Unit* b, int64_t ldb,
                       int64_t n, Ahead& ahead) {
   typename K::Vec acc[MR][RV] = {};
   Piece piece = ahead.take();
-  multiply<K, MR, RV, kAlongRow>(acc, a.data, a.step, b, ldb, n, &piece);
+  multiply<K, MR, RV, layout>(acc, a.data, a.step, b, ldb, n, &piece);
   ahead.now = piece;
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
@@ -109,13 +165,13 @@ inline void sum_block(const Sums<K>& c, const Broadcast& a, const typename K::Un
   }
 }
 
-// Calls f(Int<MR>, first row) for blocks of kMost rows, then 8, 4, 2, 1 for what is left.
 template <int MR, typename F>
 LOTR_INLINE void last_block(int64_t rows, int64_t& i, F& f) {
   if (i + MR > rows) return;
   f(Int<MR>{}, i);
   i += MR;
 }
+// Calls f(Int<MR>, first row) for blocks of kMost rows, then 8, 4, 2, 1 for what is left.
 template <int kMost, typename F>
 LOTR_INLINE void row_blocks(int64_t rows, F&& f) {
   int64_t i = 0;
@@ -127,9 +183,10 @@ LOTR_INLINE void row_blocks(int64_t rows, F&& f) {
 }
 
 // c[rows][rank vectors] (+)= product over n units, in groups of at most kMaxVectors vectors.
-template <typename K, bool kAlongRow>
+template <typename K, Layout layout>
 inline void sum_tile(const Sums<K>& c, const Broadcast& a, int64_t rows, const Factor<K>& b,
                      int64_t n, Ahead& ahead) {
+  constexpr bool kAlongRow = layout == Layout::along_row;
   // Bytes from one row of a to the next.
   const int64_t next_row = kAlongRow ? a.step : int64_t(sizeof(typename K::Unit));
   for (int64_t v = 0; v < b.vectors;) {
@@ -142,9 +199,9 @@ inline void sum_tile(const Sums<K>& c, const Broadcast& a, int64_t rows, const F
       constexpr int kMost = kAlongRow ? kRows[RV] : kColumnRows[RV];
       row_blocks<kMost>(rows, [&](auto mr, int64_t i) {
         constexpr int MR = decltype(mr)::value;
-        sum_block<K, MR, RV, kAlongRow>({c.data + i * c.ld + v * K::kLanes, c.ld, c.fresh},
-                                        {a.data + i * next_row, a.step}, b.data + v * K::kLanes,
-                                        b.ld, n, ahead);
+        sum_block<K, MR, RV, layout>({c.data + i * c.ld + v * K::kLanes, c.ld, c.fresh},
+                                     {a.data + i * next_row, a.step}, b.data + v * K::kLanes, b.ld,
+                                     n, ahead);
       });
     });
     v += group;
@@ -159,6 +216,13 @@ LOTR_INLINE auto start_of(const T* from, const A* bias) {
   if constexpr (form == Form::matrix) return load(from);
   if constexpr (form == Form::bias) return load(bias);
   return load(from) + load(bias);
+}
+
+// Prefetches `bytes` of a row that will be written.
+template <int64_t bytes>
+LOTR_INLINE void prefetch_row(const void* row) {
+  for (int64_t i = 0; i < bytes; i += 64)
+    __builtin_prefetch(static_cast<const char*>(row) + i, 1, 2);
 }
 
 // y[MR][RV vectors] = start_of(from, bias) + u f, in full vectors of neighbors. Rows of y are `ldy`
@@ -178,12 +242,8 @@ LOTR_INLINE void expand_full_block(T* y, int64_t ldy, const T* from, int64_t ldf
   for (int i = 0; i < MR; ++i) {
     // A later block of `from`, and of y if that is another matrix: the rows of a block are too
     // short for the hardware's prefetcher.
-    for (int v = 0; v < kPanel * int(sizeof(T)); v += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(from_ahead + i * ldfrom) + v, 1, 2);
-    if (y_ahead) {
-      for (int v = 0; v < kPanel * int(sizeof(T)); v += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(y_ahead + i * ldy) + v, 1, 2);
-    }
+    prefetch_row<kPanel * sizeof(T)>(from_ahead + i * ldfrom);
+    if (y_ahead) prefetch_row<kPanel * sizeof(T)>(y_ahead + i * ldy);
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
       if constexpr (kStartsAtY) {
@@ -193,7 +253,7 @@ LOTR_INLINE void expand_full_block(T* y, int64_t ldy, const T* from, int64_t ldf
       }
     }
   }
-  multiply<K, MR, RV, true>(acc, u.data, u.step, f, kPanel, n);
+  multiply<K, MR, RV, Layout::along_row>(acc, u.data, u.step, f, kPanel, n);
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
@@ -210,9 +270,9 @@ LOTR_INLINE void expand_full_block(T* y, int64_t ldy, const T* from, int64_t ldf
   }
 }
 
-// y[MR][cols] = from + bias + scale * (mask applied to u f), where f is a panel of RV vectors of n,
-// for a panel that is cut short, strided columns, a scale or dropout. `from` and `bias` are zero if
-// they are null; `keep` (row stride RV vectors) is null without dropout.
+// y[MR][cols] = from + bias + scale * (mask applied to u f) for any other panel: cut short, with
+// strided columns, a scale or dropout. f: [n][RV vectors]. `from` and `bias` count as zero if null;
+// `keep` (row stride RV vectors) is null without dropout.
 template <typename K, typename T, int MR, int RV>
 inline void expand_ragged_block(T* y, int64_t ldy, int64_t y_step, const T* from, int64_t ldfrom,
                                 int64_t from_step, int64_t cols, const Broadcast& u,
@@ -221,7 +281,7 @@ inline void expand_ragged_block(T* y, int64_t ldy, int64_t y_step, const T* from
   constexpr int kLanes = K::kLanes;
   constexpr int kPanel = RV * kLanes;
   typename K::Vec acc[MR][RV] = {};
-  multiply<K, MR, RV, true>(acc, u.data, u.step, f, kPanel, n);
+  multiply<K, MR, RV, Layout::along_row>(acc, u.data, u.step, f, kPanel, n);
   typename K::Acc sums[kPanel];
   for (int i = 0; i < MR; ++i) {
     for (int v = 0; v < RV; ++v) store(sums + v * kLanes, acc[i][v]);

@@ -66,13 +66,9 @@ struct FewTokens {
   }
 
   static void widen(Acc* out, const TensorView& a) {
-    by_dtype(a.dtype, [&](auto stored) {
-      using S = typename decltype(stored)::type;
-      for (int64_t i = 0; i < a.rows; ++i)
-        for (int64_t j = 0; j < a.cols; ++j)
-          out[i * a.cols + j] =
-              Acc(to_float(static_cast<const S*>(a.data)[i * a.row_stride + j * a.col_stride]));
-    });
+    const T* row = static_cast<const T*>(a.data);
+    for (int64_t i = 0; i < a.rows; ++i, out += a.cols, row += a.row_stride)
+      parts<Plain<Acc>, T>(out, row, a.col_stride, a.cols, nullptr);
   }
   static void narrow(T* out, const Acc* in, int64_t n) {
     for (int64_t i = 0; i < n; ++i) out[i] = Narrow<T>::from(in[i]);

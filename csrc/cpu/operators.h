@@ -1,19 +1,20 @@
-// The operators for one element type T: how the work is divided into tasks. Equations are in
-// torch/schema.cpp, words in tiles.h. K is the kind of arithmetic of T, Unit what one of its lanes
-// multiplies, Acc the type of sums (vec.h). Work is counted in multiplications.
+// The operators for one element type T: each is a product of products.h or outer.h, divided
+// among threads. Equations are in torch/schema.cpp, words in tiles.h. K is the kind of arithmetic
+// of T, Unit what one of its lanes multiplies, Acc the type of sums (vec.h). Work is counted in
+// multiplications.
+//
+// Example: factor_grad with x [1000, 4096] and 16 threads has 8 chunks. They are fewer than the
+// threads, so each is cut into 4 ranges of 1056 columns or fewer: 32 tasks.
 #pragma once
 
-#include "cpu/products.h"
+#include "cpu/outer.h"
 
 namespace lotr::cpu::LOTR_ISA {
 
 // Multiplications per thread: below this, waking a thread takes longer.
 constexpr int64_t kThreadWork = 3 << 15;
 
-// Tokens up to which an outer product is computed without copies, if its rank is not a multiple of
-// the vector.
-constexpr int64_t kFewRows = 4;
-
+// Runs body(begin, end) over [0, tasks), in this thread if there is too little work for two.
 template <typename F>
 inline void run_tasks(int64_t tasks, int64_t work, F&& body) {
   if (work < 2 * kThreadWork || tasks <= 1) {
@@ -35,17 +36,98 @@ inline void run_rows(int64_t rows, int64_t work, F&& body) {
             [&](int64_t begin, int64_t end) { body(begin * kBlock, smaller(end * kBlock, rows)); });
 }
 
-// Chunks of rows, each with a sum. These are added in order. Their size depends only on m, never on
-// the threads: 128 rows up to m = 1024, then a multiple of 128, in at most 64 chunks.
+// Rows of a sum over tokens that are summed independently. The sums are added in order, and their
+// size depends only on m, so the number of threads changes no bit. 100 rows are 1 chunk, 1000 rows
+// 8 of 128 (the last has 104), 3000 rows 8 of 384, 65536 rows 64 of 1024.
 struct Chunks {
   int64_t count;
-  int64_t rows;
+  int64_t rows;  // of a chunk
   explicit Chunks(int64_t m) {
-    const int64_t target = m <= 1024 ? ceil_div(m, 128) : smaller(64, larger(8, m / 256));
-    rows = round_up(ceil_div(m, larger(1, target)), 2 * kTileUnits);
+    constexpr int64_t kStep = 2 * kTileUnits;  // 128
+    const int64_t target = m <= 1024 ? ceil_div(m, kStep) : smaller(64, larger(8, m / 256));
+    rows = round_up(ceil_div(m, larger(1, target)), kStep);
     count = ceil_div(m, larger(1, rows));
   }
 };
+
+// The sums of chunks of x^T v, each a block of numbers (OuterSums, outer.h), added in order when
+// all are computed. With one thread there are at most two blocks: each chunk is added to the first
+// block as soon as it is summed, and a chunk of a single tile is summed there. The sum has the same
+// bits, and it never leaves the cache.
+template <typename K>
+struct ChunkSums {
+  using Acc = typename K::Acc;
+  const bool one_thread = threads() == 1;
+  const int64_t transposed;  // columns of x that are summed in S
+  const int64_t r;
+  const int64_t size;  // of a block
+  const int64_t blocks;
+  Scratch memory;
+
+  ChunkSums(const Chunks& chunks, int64_t tile_rows, int64_t cols, int64_t transposed, int64_t r)
+      : transposed(transposed),
+        r(r),
+        size(OuterSums<K>::size(cols, transposed, r)),
+        blocks(one_thread ? smaller(chunks.count, chunks.rows <= tile_rows ? 1 : 2) : chunks.count),
+        memory(size_t(blocks * size) * sizeof(Acc)) {}
+  Acc* block_of(int64_t chunk) const {
+    return memory.template get<Acc>() + larger(0, smaller(chunk, blocks - 1)) * size;
+  }
+  OuterSums<K> of_chunk(int64_t chunk) const {
+    return OuterSums<K>::in_block(block_of(chunk), transposed, r);
+  }
+  bool fresh(int64_t chunk) const { return chunk == 0 || blocks > 1; }
+  void finish(int64_t chunk) const {
+    if (!one_thread || chunk == 0 || blocks == 1) return;
+    Acc* const first = block_of(0);
+    const Acc* const sums = block_of(chunk);
+    for (int64_t j = 0; j < size; j += K::kLanes)
+      store(first + j, load(first + j) + load(sums + j));
+  }
+
+  // out [cols, r] (+)= scale * the sum of all chunks. Its first rows are S^T, the others P.
+  void add_to(const TensorView& out, double scale, bool add) const {
+    constexpr int kRowsAtOnce = kPairColumns<K>;  // which divides `transposed`
+    const int64_t ld = padded_rank<K>(r);
+    const OuterSums<K> first = of_chunk(0);
+    const int64_t count = one_thread ? smaller(1, blocks) : blocks;
+    run_rows<kRowsAtOnce>(out.rows, count * out.rows * r * 4, [&](int64_t i0, int64_t i1) {
+      Scratch rows_memory(size_t(kRowsAtOnce * ld) * sizeof(Acc));
+      Acc* tile = rows_memory.get<Acc>();
+      for (int64_t i = i0; i < i1; i += kRowsAtOnce) {
+        const int64_t rows = smaller(kRowsAtOnce, i1 - i);
+        for (int64_t j = 0; j < r; j += K::kLanes) {
+          if (i < transposed) {
+            add_transposed(tile + j, ld, first.S + j * transposed + i, smaller(K::kLanes, r - j),
+                           count);
+            continue;
+          }
+          const Acc* P = first.P + (i - transposed) * ld + j;
+          for (int64_t v = 0; v < rows; ++v) store(tile + v * ld + j, sum(P + v * ld, count));
+        }
+        write_rows<K>(out, i, rows, tile, ld, scale, add);
+      }
+    });
+  }
+  // tile [kPairColumns][n] = S [n][kPairColumns], summed, transposed and in order (pair_at, vec.h).
+  void add_transposed(Acc* tile, int64_t ld, const Acc* S, int64_t n, int64_t count) const {
+    for (int64_t column = 0; column < kPairColumns<K>; column += K::kLanes) {
+      decltype(load(S)) square[K::kLanes] = {};
+      for (int64_t v = 0; v < n; ++v) square[v] = sum(S + v * transposed + column, count);
+      transpose<K::kLanes>(square);
+      for (int64_t v = 0; v < K::kLanes; ++v) store(tile + pair_at(column + v) * ld, square[v]);
+    }
+  }
+  // A vector of sums of `count` blocks, from its place in the first one.
+  LOTR_INLINE auto sum(const Acc* first, int64_t count) const {
+    auto total = decltype(load(first)){};
+    for (int64_t p = 0; p < count; ++p) total += load(first + p * size);
+    return total;
+  }
+};
+
+// The most tokens that outer_few is for.
+constexpr int64_t kFewRows = 4;
 
 inline TensorView core_of(const TensorView& cores, int64_t core_stride, int64_t index) {
   TensorView core = cores;
@@ -72,186 +154,121 @@ struct Operators {
   // out (+)= scale * drop(x) A: rows of x times a packed factor.
   static void product(const TensorView& out, const TensorView& x, const TensorView& A,
                       const Drop& drop, bool add) {
-    const int64_t ld = vectors_of<K>(A.cols) * K::kLanes;
+    const int64_t ld = padded_rank<K>(A.cols);
     run_rows(x.rows, x.rows * x.cols * A.cols, [&](int64_t i0, int64_t i1) {
-      const PackedFactor<K, T> b(A);  // one per thread: other cores' caches are slow
+      const PackedFactor<K, T> packed(A);  // one per thread: other cores' caches are slow
       const size_t sum_bytes = size_t(kTileRows * ld) * sizeof(Acc);
-      Scratch memory(sum_bytes + tile_space<K>(A.cols));
+      Scratch memory(sum_bytes + size_t(shrink_bytes<K>()));
       for (int64_t i = i0; i < i1; i += kTileRows) {
-        const int64_t rows = smaller(kTileRows, i1 - i);
-        const bool cold = i == i0;
-        shrink_tile<K, T>(memory.get<Acc>(), ld, x, drop, b.units, {i, rows, cold, true},
+        ShrinkRows rows{i, smaller(kTileRows, i1 - i)};
+        rows.cold = i == i0;
+        rows.prefetch_below = true;
+        shrink_tile<K, T>(memory.get<Acc>(), ld, x, drop, packed.units, rows,
                           memory.get<char>() + sum_bytes);
-        write_rows<K>(out, i, rows, memory.get<Acc>(), ld, drop.scale, add);
+        write_rows<K>(out, i, rows.count, memory.get<Acc>(), ld, drop.scale, add);
       }
     });
   }
 
-  static constexpr int64_t kColumns = kPanel<K>;  // of a panel
-  // The panels of F^T, and the memory in which one is packed and masked.
-  struct Panels {
-    int64_t units;  // of the rank
-    int64_t count;
-    int64_t size;  // units of a panel
-    size_t row_bytes;
-    size_t mask_bytes;
-
-    explicit Panels(const TensorView& F)
-        : units(packed_units<K>(F.cols)),
-          count(ceil_div(F.rows, kColumns)),
-          size(units * kColumns),
-          row_bytes(size_t(K::kLanes * round_up(units, K::kLanes)) * sizeof(Unit)),
-          mask_bytes(size_t((kExpandRows + 1) * kColumns + kMaskSlack) * sizeof(uint32_t)) {}
-  };
-
   static void expand(const TensorView& y, const TensorView& u, const TensorView& F,
                      const Drop& drop, const Start& start) {
     if (y.rows <= kTileRows) return expand_few(y, u, F, drop, start);
-    const Panels panels(F);
+    const Panels<K> panels(F);
     const auto pack = [&](Unit* to, int64_t begin, int64_t end) {
-      Scratch buffer(panels.row_bytes);
+      Scratch rows(panels.row_bytes);
       for (int64_t p = begin; p < end; ++p)
-        pack_panel<K, T>(to + p * panels.size, kColumns, F, p * kColumns, buffer.get<Unit>());
+        pack_panel<K, T>(to + p * panels.size, kPanel<K>, F, p * kPanel<K>, rows.get<Unit>());
     };
-    // Threads share the packing if it is enough work for two. Otherwise each packs all of F.
-    const int64_t pack_work = panels.count * panels.size;
-    const bool shared = pack_work >= 2 * kThreadWork;
-    Scratch packed(shared ? size_t(pack_work) * sizeof(Unit) : 0);
-    if (shared)
-      run_tasks(panels.count, pack_work,
-                [&](int64_t begin, int64_t end) { pack(packed.get<Unit>(), begin, end); });
+    // Threads pack the panels together if that is work for two. Otherwise each packs all of them.
+    const int64_t all_units = panels.count * panels.size;
+    const bool together = all_units >= 2 * kThreadWork;
+    Scratch packed_together(together ? size_t(all_units) * sizeof(Unit) : 0);
+    if (together)
+      run_tasks(panels.count, all_units,
+                [&](int64_t begin, int64_t end) { pack(packed_together.get<Unit>(), begin, end); });
     run_rows(y.rows, y.rows * y.cols * u.cols, [&](int64_t i0, int64_t i1) {
-      Scratch u_memory(u_bytes(u));
+      Scratch u_memory(UnitRows<K, T>::bytes(u, kTileRows));
       Scratch mask(panels.mask_bytes);
-      Scratch packed_here(shared ? 0 : size_t(pack_work) * sizeof(Unit));
-      if (!shared) pack(packed_here.get<Unit>(), 0, panels.count);
-      const Unit* const all = (shared ? packed : packed_here).template get<Unit>();
+      Scratch packed_by_thread(together ? 0 : size_t(all_units) * sizeof(Unit));
+      if (!together) pack(packed_by_thread.get<Unit>(), 0, panels.count);
+      const Unit* packed = (together ? packed_together : packed_by_thread).template get<Unit>();
       for (int64_t i = i0; i < i1; i += kTileRows) {
         const int64_t rows = smaller(kTileRows, i1 - i);
-        const Broadcast rows_of_u = u_rows(u, i, rows, u_memory.get<Unit>());
+        const Broadcast rows_of_u = UnitRows<K, T>::read(u, i, rows, u_memory.get<Unit>());
         for (int64_t p = 0; p < panels.count; ++p) {
-          expand_panel<K, T>({y, i, rows, p * kColumns, kColumns}, rows_of_u, panels.units,
-                             all + p * panels.size, drop, start, mask.get<uint32_t>());
+          expand_panel<K, T>({y, i, rows, p * kPanel<K>, kPanel<K>}, rows_of_u, panels.units,
+                             packed + p * panels.size, drop, start, mask.get<uint32_t>());
         }
       }
     });
   }
 
-  // For few tokens each panel is packed where it is used: F passes through L1, and no packed copy
-  // is written.
+  // For few tokens: each panel is packed by the task that uses it, and is then still in L1.
   static void expand_few(const TensorView& y, const TensorView& u, const TensorView& F,
                          const Drop& drop, const Start& start) {
-    const Panels panels(F);
-    Scratch u_memory(u_bytes(u));
-    const Broadcast rows_of_u = u_rows(u, 0, y.rows, u_memory.get<Unit>());
+    const Panels<K> panels(F);
+    Scratch u_memory(UnitRows<K, T>::bytes(u, kTileRows));
+    const Broadcast rows_of_u = UnitRows<K, T>::read(u, 0, y.rows, u_memory.get<Unit>());
     run_tasks(panels.count, y.rows * y.cols * u.cols, [&](int64_t begin, int64_t end) {
       const size_t panel_bytes = size_t(panels.size) * sizeof(Unit);
       Scratch memory(panel_bytes + panels.row_bytes + panels.mask_bytes);
       Unit* panel = memory.get<Unit>();
       auto* mask = reinterpret_cast<uint32_t*>(memory.get<char>() + panel_bytes + panels.row_bytes);
       for (int64_t p = begin; p < end; ++p) {
-        pack_panel<K, T>(panel, kColumns, F, p * kColumns, panel + panels.size);
-        expand_panel<K, T>({y, 0, y.rows, p * kColumns, kColumns}, rows_of_u, panels.units, panel,
+        pack_panel<K, T>(panel, kPanel<K>, F, p * kPanel<K>, panel + panels.size);
+        expand_panel<K, T>({y, 0, y.rows, p * kPanel<K>, kPanel<K>}, rows_of_u, panels.units, panel,
                            drop, start, mask);
       }
     });
   }
 
-  // Rows of u as units, in place or copied.
-  static bool u_in_place(const TensorView& u) {
-    return native<K, T>(u) && u.cols == packed_units<K>(u.cols) * K::kPair;
-  }
-  static size_t u_bytes(const TensorView& u) {
-    return u_in_place(u) ? 0 : size_t(kTileRows * packed_units<K>(u.cols)) * sizeof(Unit);
-  }
-  static Broadcast u_rows(const TensorView& u, int64_t i, int64_t rows, Unit* memory) {
-    if (u_in_place(u)) {
-      return {reinterpret_cast<const char*>(static_cast<const Part<K>*>(u.data) + i * u.row_stride),
-              u.row_stride * int64_t(sizeof(Part<K>))};
+  // D (+)= scale * drop(x)^T v: summed in D itself, without copies, or in chunks.
+  static void factor_grad(const TensorView& D, const TensorView& x, const TensorView& v,
+                          const Drop& drop, bool add) {
+    const bool sums_dtype =
+        D.dtype == (std::is_same_v<Acc, double> ? DType::float64 : DType::float32);
+    const bool holds_sums = sums_dtype && D.col_stride == 1;
+    const bool better_in_tiles =
+        in_tiles<K> && Outer<T>::transposed_columns(x, drop) > 0 && x.rows >= kSide;
+    if (holds_sums && Chunks(x.rows).count == 1 && !better_in_tiles && drop.scale == 1.0 &&
+        v.cols % K::kLanes == 0)
+      return outer_in_output(D, x, v, drop, add);
+    if constexpr (std::is_same_v<T, Acc>) {
+      const bool in_place = native<K, T>(x) && native<K, T>(v) && !drop.on;
+      if (holds_sums && in_place && x.rows <= kFewRows) return outer_few(D, x, v, drop.scale, add);
     }
-    const int64_t units = packed_units<K>(u.cols);
-    tile_along_row<K, T>(memory, units, {u, i, rows, 0, u.cols});
-    return {reinterpret_cast<const char*>(memory), units * int64_t(sizeof(Unit))};
+    outer_in_chunks(D, x, v, drop, add);
   }
-
-  // out (+)= scale * the sum of `count` blocks (OuterSums, products.h), in order. The first
-  // `transposed` rows of out are S^T, in the order of pair_at (vec.h); the others are P.
-  static void add_partials(const TensorView& out, Acc* partials, int64_t count, int64_t transposed,
-                           double scale, bool add) {
-    constexpr int kLanes = K::kLanes;
-    constexpr int kRowsAtOnce = kPairColumns<K>;  // which divides `transposed`
-    const int64_t size = OuterSums<K>::size(out.rows, transposed, out.cols);
-    const auto first = OuterSums<K>::in_block(partials, transposed, out.cols);
-    run_rows<kRowsAtOnce>(out.rows, count * out.rows * out.cols * 4, [&](int64_t i0, int64_t i1) {
-      Scratch memory(size_t(kRowsAtOnce * first.ld) * sizeof(Acc));
-      Acc* tile = memory.get<Acc>();
-      for (int64_t i = i0; i < i1; i += kRowsAtOnce) {
-        const int64_t rows = smaller(kRowsAtOnce, i1 - i);
-        for (int64_t j = 0; j < out.cols; j += kLanes) {
-          if (i >= transposed) {
-            const Acc* P = first.P + (i - transposed) * first.ld + j;
-            for (int64_t v = 0; v < rows; ++v)
-              store(tile + v * first.ld + j, sum_of(P + v * first.ld, count, size));
-            continue;
-          }
-          for (int64_t lanes = 0; lanes < kRowsAtOnce; lanes += kLanes) {
-            decltype(load(partials)) square[kLanes] = {};
-            for (int64_t v = 0; v < smaller(kLanes, out.cols - j); ++v)
-              square[v] = sum_of(first.S + (j + v) * transposed + i + lanes, count, size);
-            transpose<kLanes>(square);
-            for (int64_t v = 0; v < kLanes; ++v)
-              store(tile + pair_at(lanes + v) * first.ld + j, square[v]);
-          }
-        }
-        write_rows<K>(out, i, rows, tile, first.ld, scale, add);
-      }
+  // With the sums in D itself, which is then read and written only once per tile of rows.
+  static void outer_in_output(const TensorView& D, const TensorView& x, const TensorView& v,
+                              const Drop& drop, bool add) {
+    const int64_t tile_rows = Outer<T>::tile_rows(x, drop, v.cols);
+    const int64_t blocks = ceil_div(x.cols, kTileColumns);
+    run_tasks(blocks, x.rows * x.cols * v.cols, [&](int64_t begin, int64_t end) {
+      Scratch memory(size_t(Outer<T>::bytes(v.cols)));
+      const Outer<T> outer(memory.get<char>(), v.cols);
+      const int64_t c0 = begin * kTileColumns;
+      const int64_t c1 = smaller(end * kTileColumns, x.cols);
+      const OuterSums<K> sums{nullptr, 0, static_cast<Acc*>(D.data), D.row_stride};
+      OuterRange range{0, x.rows, c0, c1, tile_rows};
+      range.fresh = !add;
+      outer.add(sums, x, drop, v, range);
     });
   }
-  static LOTR_INLINE auto sum_of(const Acc* partials, int64_t count, int64_t step) {
-    auto sum = decltype(load(partials)){};
-    for (int64_t p = 0; p < count; ++p) sum += load(partials + p * step);
-    return sum;
+  // For a rank that is not a multiple of the vector: padding v and the sums would take longer than
+  // the sums. Each element of D is written once, and no operand is copied.
+  static void outer_few(const TensorView& D, const TensorView& x, const TensorView& v, double scale,
+                        bool add) {
+    run_rows(x.cols, x.rows * x.cols * v.cols, [&](int64_t c0, int64_t c1) {
+      int64_t j = 0;
+      for (; j + 8 <= v.cols; j += 8) outer_few_columns<8>(D, c0, c1, x, v, j, scale, add);
+      for (; j + 4 <= v.cols; j += 4) outer_few_columns<4>(D, c0, c1, x, v, j, scale, add);
+      for (; j < v.cols; ++j) outer_few_columns<1>(D, c0, c1, x, v, j, scale, add);
+    });
   }
-
-  // The memory of the chunks' sums: one block per chunk, added in order when all are computed. With
-  // one thread there are at most two blocks: each chunk is added to the first block as soon as it
-  // is summed, and a chunk of a single tile is summed there. The sum has the same bits, and it
-  // never leaves the cache.
-  struct Blocks {
-    int64_t size;
-    int64_t count;
-    bool adds_at_once;
-    Scratch memory;
-
-    Blocks(const Chunks& chunks, int64_t tile_m, int64_t size)
-        : size(size),
-          count(smaller(chunks.count, most(chunks, tile_m))),
-          adds_at_once(threads() == 1),
-          memory(size_t(count * size) * sizeof(Acc)) {}
-    static int64_t most(const Chunks& chunks, int64_t tile_m) {
-      if (threads() > 1) return chunks.count;
-      return chunks.rows <= tile_m ? 1 : 2;
-    }
-    Acc* sums_of(int64_t chunk) const {
-      return memory.template get<Acc>() + larger(0, smaller(chunk, count - 1)) * size;
-    }
-    // Whether a chunk's sums start anew.
-    bool fresh(int64_t chunk) const { return chunk == 0 || count > 1; }
-    // Called when a chunk is summed. With one thread it is added to the first block.
-    void finish(int64_t chunk) const {
-      if (!adds_at_once || chunk == 0 || count == 1) return;
-      Acc* const first = sums_of(0);
-      const Acc* const sums = sums_of(chunk);
-      for (int64_t j = 0; j < size; j += K::kLanes)
-        store(first + j, load(first + j) + load(sums + j));
-    }
-    int64_t to_add() const { return adds_at_once ? smaller(1, count) : count; }
-  };
-
-  // Rows [c0, c1) and columns [j, j + n) of out (+)= scale * x^T v, each element written once, no
-  // operand copied.
+  // Columns [j, j + n) of rows [c0, c1) of D.
   template <int n>
-  static void outer_few_columns(const TensorView& out, int64_t c0, int64_t c1, const TensorView& x,
+  static void outer_few_columns(const TensorView& D, int64_t c0, int64_t c1, const TensorView& x,
                                 const TensorView& v, int64_t j, double scale, bool add) {
     typedef Acc Run __attribute__((vector_size(n * sizeof(Acc)), aligned(sizeof(Acc)), may_alias));
     for (int64_t c = c0; c < c1; ++c) {
@@ -260,54 +277,16 @@ struct Operators {
       const Acc* b = static_cast<const Acc*>(v.data) + j;
       for (int64_t i = 0; i < x.rows; ++i, a += x.row_stride, b += v.row_stride)
         sum += *a * *reinterpret_cast<const Run*>(b);
-      write_run<n>(static_cast<Acc*>(out.data) + c * out.row_stride + j,
+      write_run<n>(static_cast<Acc*>(D.data) + c * D.row_stride + j,
                    reinterpret_cast<const Acc*>(&sum), Acc(scale), add);
     }
   }
-  static void outer_few(const TensorView& out, const TensorView& x, const TensorView& v,
-                        double scale, bool add) {
-    run_rows(x.cols, x.rows * x.cols * v.cols, [&](int64_t c0, int64_t c1) {
-      int64_t j = 0;
-      for (; j + 8 <= v.cols; j += 8) outer_few_columns<8>(out, c0, c1, x, v, j, scale, add);
-      for (; j + 4 <= v.cols; j += 4) outer_few_columns<4>(out, c0, c1, x, v, j, scale, add);
-      for (; j < v.cols; ++j) outer_few_columns<1>(out, c0, c1, x, v, j, scale, add);
-    });
-  }
-
-  // D (+)= drop(x)^T v, with the sums in D itself: few tokens then read and write it once.
-  static void outer_in_output(const TensorView& D, const TensorView& x, const TensorView& v,
-                              const Drop& drop, int64_t tile_m, bool add) {
-    const int64_t blocks = ceil_div(x.cols, kTileColumns);
-    run_tasks(blocks, x.rows * x.cols * v.cols, [&](int64_t begin, int64_t end) {
-      Scratch memory(tile_space<K>(v.cols));
-      const int64_t c0 = begin * kTileColumns;
-      const int64_t c1 = smaller(end * kTileColumns, x.cols);
-      const auto sums = OuterSums<K>::in_output(static_cast<Acc*>(D.data), D.row_stride);
-      OuterRange range{0, x.rows, c0, c1, tile_m};
-      range.fresh = !add;
-      outer_rows<K, T>(sums, x, drop, v, range, memory.get<char>());
-    });
-  }
-
-  // D (+)= scale * drop(x)^T v.
-  static void factor_grad(const TensorView& D, const TensorView& x, const TensorView& v,
-                          const Drop& drop, bool add) {
+  static void outer_in_chunks(const TensorView& D, const TensorView& x, const TensorView& v,
+                              const Drop& drop, bool add) {
     const Chunks chunks(x.rows);
-    const int64_t tile_m = factor_grad_tile_rows<K, T>(x, drop, v.cols);
-    const bool wide = D.dtype == (std::is_same_v<Acc, double> ? DType::float64 : DType::float32);
-    const int64_t transposed = transposed_columns<K, T>(x, drop);
-    const bool better_in_tiles = in_tiles<K> && transposed > 0 && x.rows >= kSide;
-    const bool in_output = chunks.count == 1 && !better_in_tiles && drop.scale == 1.0 && wide &&
-                           D.col_stride == 1 && v.cols % K::kLanes == 0;
-    if (in_output) return outer_in_output(D, x, v, drop, tile_m, add);
-    if constexpr (std::is_same_v<T, Acc>) {
-      // Few tokens, and a rank that is not a multiple of the vector: padding v and the sums would
-      // take longer than the sums.
-      if (x.rows <= kFewRows && wide && D.col_stride == 1 && native<K, T>(x) && native<K, T>(v) &&
-          !drop.on)
-        return outer_few(D, x, v, drop.scale, add);
-    }
-    const Blocks blocks(chunks, tile_m, OuterSums<K>::size(x.cols, transposed, v.cols));
+    const int64_t tile_rows = Outer<T>::tile_rows(x, drop, v.cols);
+    const int64_t transposed = Outer<T>::transposed_columns(x, drop);
+    const ChunkSums<K> chunk_sums(chunks, tile_rows, x.cols, transposed, v.cols);
     // With fewer chunks than threads x is cut by columns too, which changes no sum.
     const int64_t cuts = chunks.count ? ceil_div(2 * threads(), chunks.count) : 1;
     const int64_t columns = threads() == 1 ? x.cols : ceil_div(x.cols, cuts);
@@ -315,20 +294,78 @@ struct Operators {
     const int64_t across = ceil_div(x.cols, width);
     const int64_t work = x.rows * x.cols * v.cols;
     run_tasks(chunks.count * across, work, [&](int64_t begin, int64_t end) {
-      Scratch memory(tile_space<K>(v.cols));
+      Scratch memory(size_t(Outer<T>::bytes(v.cols)));
+      const Outer<T> outer(memory.get<char>(), v.cols);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t chunk = task / across;
         const int64_t c0 = task % across * width;
         const int64_t i0 = chunk * chunks.rows;
-        const auto sums = OuterSums<K>::in_block(blocks.sums_of(chunk), transposed, v.cols);
         OuterRange range{i0, smaller(i0 + chunks.rows, x.rows), c0, smaller(c0 + width, x.cols),
-                         tile_m};
-        range.fresh = blocks.fresh(chunk);
-        outer_rows<K, T>(sums, x, drop, v, range, memory.get<char>());
-        blocks.finish(chunk);
+                         tile_rows};
+        range.fresh = chunk_sums.fresh(chunk);
+        outer.add(chunk_sums.of_chunk(chunk), x, drop, v, range);
+        chunk_sums.finish(chunk);
       }
     });
-    add_partials(D, blocks.sums_of(0), blocks.to_add(), transposed, drop.scale, add);
+    chunk_sums.add_to(D, drop.scale, add);
+  }
+
+  // du = g F, Q (+)= g^T u. If a tile of g and its operands fit in cache, the
+  // tile is read from memory only once.
+  static void shrink_grad(const TensorView& du, const TensorView& Q, const TensorView& g,
+                          const TensorView& F, const TensorView& u, bool add) {
+    const int64_t tile_rows = rows_read_twice(g, F.cols);
+    if (tile_rows == 0) {
+      shrink(du, g, F, {});
+      factor_grad(Q, g, u, {}, add);
+      return;
+    }
+    const Chunks chunks(g.rows);
+    const int64_t ld = padded_rank<K>(F.cols);
+    const int64_t transposed = Outer<T>::transposed_columns(g, Drop{});
+    const ChunkSums<K> chunk_sums(chunks, tile_rows, g.cols, transposed, F.cols);
+    run_tasks(chunks.count, 2 * g.rows * g.cols * F.cols, [&](int64_t begin, int64_t end) {
+      const PackedFactor<K, T> packed(F);
+      const size_t du_bytes = size_t(tile_rows * ld) * sizeof(Acc);
+      Scratch memory(du_bytes + size_t(larger(shrink_bytes<K>(), Outer<T>::bytes(F.cols))));
+      Acc* du_sums = memory.get<Acc>();
+      char* space = memory.get<char>() + du_bytes;  // used by one product, then by the other
+      const Outer<T> outer(space, F.cols);
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t first = chunk * chunks.rows;
+        const int64_t last = smaller(first + chunks.rows, g.rows);
+        for (int64_t i = first; i < last; i += tile_rows) {
+          const int64_t tile_end = smaller(i + tile_rows, last);
+          for (int64_t i0 = i; i0 < tile_end; i0 += kTileRows) {
+            ShrinkRows rows{i0, smaller(kTileRows, tile_end - i0)};
+            rows.cold = chunk == begin && i == first;
+            // Outer::add prefetches the rows below too. With pairs only its last blocks do, in
+            // bursts, so some of these rows are prefetched here.
+            rows.prefetch_below = pairs<K>;
+            shrink_tile<K, T>(du_sums, ld, g, Drop{}, packed.units, rows, space);
+            write_rows<K>(du, i0, rows.count, du_sums, ld, 1.0, false);
+          }
+          OuterRange range{i, tile_end, 0, g.cols, tile_rows};
+          range.fresh = chunk_sums.fresh(chunk) && i == first;
+          range.warm = true;
+          outer.add(chunk_sums.of_chunk(chunk), g, Drop{}, u, range);
+        }
+        chunk_sums.finish(chunk);
+      }
+    });
+    chunk_sums.add_to(Q, 1.0, add);
+  }
+
+  // Rows of a tile of g [m, n] that shrink_grad reads twice, or 0 where two passes over g cost
+  // less. The tile, the next tile, the factor [n, r] and the two sums of its size must stay in L2.
+  // Factor and sums are used again for each tile: if these exceed L2, the taller tiles of two
+  // passes read them less often.
+  static int64_t rows_read_twice(const TensorView& g, int64_t r) {
+    if (3 * g.cols * r * int64_t(sizeof(Acc)) > l2_bytes()) return 0;
+    const int64_t unit_bytes = g.cols * element_size(g.dtype) * K::kPair;  // a row, or two rows
+    // With AMX a tile's sums are added to S in memory at its end, so tall tiles cost less.
+    if (in_tiles<K> && 2 * unit_bytes * kDeepUnits <= l2_bytes()) return kDeepUnits * K::kPair;
+    return (2 * unit_bytes * kTileUnits > l2_bytes() ? kTileUnits / 2 : kTileUnits) * K::kPair;
   }
 
   static void add(const TensorView& out, const TensorView& a) {
@@ -340,52 +377,6 @@ struct Operators {
             Narrow<T>::from(to_float(to[j * out.col_stride]) + to_float(from[j * a.col_stride]));
       }
     }
-  }
-
-  // Reads a tile of g once from memory and uses it twice in cache, if the tile and its operands fit
-  // there.
-  static void shrink_grad(const TensorView& du, const TensorView& Q, const TensorView& g,
-                          const TensorView& F, const TensorView& u, bool add) {
-    const Chunks chunks(g.rows);
-    const int64_t ld = vectors_of<K>(F.cols) * K::kLanes;
-    const int64_t tile_m = shrink_grad_tile_rows<K>(g, F.cols);
-    if (tile_m == 0) {
-      shrink(du, g, F, {});
-      factor_grad(Q, g, u, {}, add);
-      return;
-    }
-    const int64_t transposed = transposed_columns<K, T>(g, Drop{});
-    const Blocks blocks(chunks, tile_m, OuterSums<K>::size(g.cols, transposed, F.cols));
-    run_tasks(chunks.count, 2 * g.rows * g.cols * F.cols, [&](int64_t begin, int64_t end) {
-      const PackedFactor<K, T> b(F);
-      const size_t du_bytes = size_t(tile_m * ld) * sizeof(Acc);
-      Scratch memory(du_bytes + tile_space<K>(F.cols));
-      char* space = memory.get<char>() + du_bytes;
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        const int64_t first = chunk * chunks.rows;
-        const int64_t last = smaller(first + chunks.rows, g.rows);
-        const auto sums = OuterSums<K>::in_block(blocks.sums_of(chunk), transposed, F.cols);
-        for (int64_t i = first; i < last; i += tile_m) {
-          const int64_t tile_end = smaller(i + tile_m, last);
-          for (int64_t i0 = i; i0 < tile_end; i0 += kTileRows) {
-            const int64_t rows = smaller(kTileRows, tile_end - i0);
-            const bool cold = chunk == begin && i == first;
-            // outer_rows prefetches the rows below as well. With pairs only its last blocks do, in
-            // bursts, so some of these rows are prefetched here.
-            const bool below = pairs<K>;
-            shrink_tile<K, T>(memory.get<Acc>(), ld, g, Drop{}, b.units, {i0, rows, cold, below},
-                              space);
-            write_rows<K>(du, i0, rows, memory.get<Acc>(), ld, 1.0, false);
-          }
-          OuterRange range{i, tile_end, 0, g.cols, tile_m};
-          range.fresh = blocks.fresh(chunk) && i == first;
-          range.warm = true;
-          outer_rows<K, T>(sums, g, Drop{}, u, range, space);
-        }
-        blocks.finish(chunk);
-      }
-    });
-    add_partials(Q, blocks.sums_of(0), blocks.to_add(), transposed, 1.0, add);
   }
 };
 

@@ -32,8 +32,7 @@ LOTR_INLINE vq every_other(vq a, vq b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, ((I % 2) * kCounters + I / 2 * 2 + odd)...);
 }
 
-// keep[0 .. n + kMaskSlack): all ones where the element is kept, else 0. Returns where element e0
-// is.
+// keep[0 .. n + kMaskSlack): all ones where an element is kept, else 0. Returns e0's place.
 inline const uint32_t* keep_mask(uint32_t* keep, uint64_t e0, int64_t n, uint64_t seed,
                                  uint32_t threshold) {
   const uint64_t q0 = e0 / 4;

@@ -139,20 +139,6 @@ struct RowProducts {
     }
   }
 
-  // The group of one of the rows.
-  static int64_t group_of(const Groups& groups, int64_t row) {
-    int64_t low = 0;
-    int64_t high = groups.count;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (groups.first[middle + 1] <= row)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return low;
-  }
-
   // The rows of a short group: h[row[j]] = scaling u[..] core, without copies of the core.
   static void row_core_of_few(const TensorView& h, const TensorView& u, const int64_t* row,
                               const int64_t* token, int64_t n, const TensorView& core,
@@ -171,14 +157,14 @@ struct RowProducts {
       write_rows<K>(h, row[j], 1, sums + j * core.cols, core.cols, 1.0, false);
   }
 
-  // h has contiguous rows, of T or wider.
   static void row_core(const TensorView& h, const TensorView& u, const int64_t* token,
                        const TensorView& cores, int64_t core_stride, const Groups& by_core,
                        double scaling) {
     const int64_t total = by_core.first[by_core.count];
     const int64_t row_bytes = h.cols * element_size(h.dtype);
     run_rows(total, total * cores.rows * cores.cols, [&](int64_t begin, int64_t end) {
-      int64_t group = group_of(by_core, begin);
+      int64_t group = 0;
+      while (by_core.first[group + 1] <= begin) ++group;
       // A group is divided from its first row: a thread computes the parts that start in its rows.
       const int64_t first = by_core.first[group];
       int64_t i = smaller(first + round_up(begin - first, kRowsOfGroup), by_core.first[group + 1]);

@@ -1,5 +1,4 @@
-// What the kernels need from outside: torch's thread pool and scratch memory, without torch
-// headers.
+// What the kernels need from outside, without torch headers: torch's thread pool and memory.
 #pragma once
 
 #include <cstddef>
@@ -15,8 +14,7 @@ void parallel_for(int64_t tasks, int64_t grain, void (*body)(int64_t, int64_t, v
 // Threads of that pool.
 int64_t threads();
 
-// Bytes of a core's L2: 256 KiB to 2 MiB on CPUs of one instruction set. 512 KiB if the system
-// does not report it.
+// Bytes of a core's L2 (CPUs have 256 KiB to 2 MiB), 512 KiB if the system does not report it.
 int64_t l2_bytes();
 
 // 64-byte aligned memory of the calling thread, reused from call to call up to a cap. Throws

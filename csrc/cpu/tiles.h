@@ -19,10 +19,9 @@
 //   panel           F^T for one group of columns of y: [units of the rank][columns]
 //   block           rows x vectors of sums that stay in registers (block.h)
 //   piece           a rectangle of a tensor that is prefetched while another one is multiplied
-//                   (prefetch.h). cold: a tile that was not prefetched; warm: one in cache already
+//                   (block.h). cold: a tile that was not prefetched; warm: one in cache already
 //   fresh           sums that start at zero, instead of being added to
 //   in place        read from the tensor's memory, without a copy. native: of such a layout
-//   turned          a tile transposed for AMX
 //   rectangle       rows and columns of a tensor that are copied or multiplied together
 //   chunk           the rows of x whose sums one task computes; sums of chunks are added in order
 //
@@ -131,14 +130,11 @@ inline void parts(Part<K>* dst, const S* src, int64_t cs, int64_t n, const uint3
 // Rows [i0, i0 + rows) and columns [c0, c0 + cols) of a tensor.
 struct Rectangle {
   const TensorView& a;
-  int64_t i0;
-  int64_t rows;
-  int64_t c0;
-  int64_t cols;
+  int64_t i0, rows;
+  int64_t c0, cols;
 };
 
-// Row i of a rectangle, as parts. Dropped elements become zero. `mask` is a buffer of
-// cols + kMaskSlack, used with dropout.
+// Row i of a rectangle, as parts. Dropped elements become zero. mask: room for cols + kMaskSlack.
 template <typename K, typename T, typename S>
 inline void row_parts(Part<K>* dst, const Rectangle& from, int64_t i, const Drop& drop,
                       uint32_t* mask) {
@@ -153,8 +149,7 @@ inline void row_parts(Part<K>* dst, const Rectangle& from, int64_t i, const Drop
   parts<K, T>(dst, src, a.col_stride, from.cols, keep);
 }
 
-// Copies a rectangle with units along its rows. A tile row has `ld` units; those past the columns
-// become zero.
+// Copies a rectangle with units along its rows. Tile rows have `ld` units, zero past the columns.
 template <typename K, typename T>
 inline void tile_along_row(typename K::Unit* tile, int64_t ld, const Rectangle& from,
                            const Drop& drop = {}, uint32_t* mask = nullptr) {
@@ -173,8 +168,7 @@ template <typename K, typename T, typename S>
 inline void elements_down_columns(typename K::Unit* tile, int64_t ld, const Rectangle& from,
                                   const Drop& drop, uint32_t* mask) {
   if constexpr (std::is_same_v<S, float> && std::is_same_v<T, float>) {
-    // A rank that is not a multiple of the lanes: loads each row's elements and its padding at
-    // once.
+    // For a rank that is not a multiple of the lanes: loads elements and padding at once.
     const TensorView& a = from.a;
     if (a.col_stride == 1 && !drop.on && ld % K::kLanes == 0) {
       const float* src = static_cast<const float*>(a.data) + from.i0 * a.row_stride + from.c0;
@@ -267,8 +261,7 @@ inline bool native(const TensorView& a) {
 }
 
 // Transposes rows [n0, n0 + width) of F [N, r]: panel[packed unit of r][width], zero past the end.
-// `width` is a multiple of the lanes; `buffer` has room for kLanes rows of r rounded up to kLanes
-// units.
+// `width` is a multiple of the lanes. `buffer`: kLanes rows of r, rounded up to kLanes units.
 template <typename K, typename T>
 inline void pack_panel(typename K::Unit* panel, int64_t width, const TensorView& F, int64_t n0,
                        typename K::Unit* buffer) {

@@ -106,17 +106,18 @@ template <typename T, typename = std::enable_if_t<std::is_arithmetic_v<T>>>
 LOTR_INLINE typename VecOf<T>::type load(const T* p) {
   return *reinterpret_cast<const typename VecOf<T>::memory*>(p);
 }
-LOTR_INLINE vf load(const bf16* p) {
-  // Intrinsics if there are any, because GCC converts a vector in two halves.
+// Intrinsics if there are any, because GCC converts a vector in two halves.
+LOTR_INLINE vi load_wide(const void* p) {
 #if LOTR_VB == 64 && defined(__AVX512F__)
-  const vi wide =
-      (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
 #elif LOTR_VB == 32 && defined(__AVX2__)
-  const vi wide = (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
 #else
-  const vi wide = __builtin_convertvector(*reinterpret_cast<const vh_memory*>(p), vi);
+  return __builtin_convertvector(*static_cast<const vh_memory*>(p), vi);
 #endif
-  return reinterpret_cast<vf>(wide << 16);
+}
+LOTR_INLINE vf load(const bf16* p) {
+  return reinterpret_cast<vf>(load_wide(p) << 16);
 }
 LOTR_INLINE vf load(const f16* p) {
 #if LOTR_VB == 64 && defined(__AVX512F__)
@@ -184,8 +185,7 @@ LOTR_INLINE void store(T* p, vf a, vf b) {
   store(p + LOTR_VB / 4, b);
 }
 
-// Kinds of arithmetic. A unit is what one lane multiplies at once: one number, or a pair of bf16
-// neighbors along the summed dimension, whose two products one instruction adds.
+// Kinds of arithmetic, with single numbers as units or with pairs of bfloat16 (tiles.h).
 template <typename T>
 struct Plain {
   using Unit = T;
@@ -197,6 +197,15 @@ struct Plain {
 };
 using F32 = Plain<float>;
 using F64 = Plain<double>;
+// The kind for an element type.
+template <typename T>
+struct KindOf {
+  using type = F32;
+};
+template <>
+struct KindOf<double> {
+  using type = F64;
+};
 #if defined(__AVX512BF16__)
 struct BF2 {
   using Unit = uint32_t;
@@ -210,25 +219,9 @@ struct BF2 {
   }
   // The units of two rows: low[i] | high[i] << 16.
   static LOTR_INLINE vi pair_up(const uint16_t* low, const uint16_t* high) {
-    const vi a =
-        (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
-    const vi b =
-        (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
-    return a | b << 16;
+    return load_wide(low) | load_wide(high) << 16;
   }
 };
-#endif
-
-// The kind of arithmetic for an element type.
-template <typename T>
-struct KindOf {
-  using type = F32;
-};
-template <>
-struct KindOf<double> {
-  using type = F64;
-};
-#if defined(__AVX512BF16__)
 template <>
 struct KindOf<bf16> {
   using type = BF2;

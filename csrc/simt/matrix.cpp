@@ -11,7 +11,7 @@ namespace {
 
 constexpr uint32_t WARP = ~0u;
 
-struct Rows {
+struct LaneRow {
   alignas(16) unsigned char row[16];
   uint32_t offset;
   uint32_t out[4];
@@ -22,7 +22,7 @@ struct TileLoad {
 };
 
 // Eight rows of 16 bytes over eight groups of four banks; the same row twice is one access.
-int wavefronts(Rows* const* rows) {
+int wavefronts(LaneRow* const* rows) {
   int in_group[8] = {}, worst = 0;
   for (int i = 0; i < 8; ++i) {
     bool seen = false;
@@ -34,11 +34,12 @@ int wavefronts(Rows* const* rows) {
 
 void load_tiles(Warp& warp, uint32_t, void* context) {
   const auto& load = *static_cast<const TileLoad*>(context);
-  Rows* rows[32];
-  for (int lane = 0; lane < 32; ++lane) rows[lane] = static_cast<Rows*>(warp.thread[lane].operand);
+  LaneRow* rows[32];
+  for (int lane = 0; lane < 32; ++lane)
+    rows[lane] = static_cast<LaneRow*>(warp.thread[lane].operand);
   ++totals.ldmatrix;
   for (int tile = 0; tile < load.tiles; ++tile) {
-    Rows* const* const of_tile = rows + 8 * tile;
+    LaneRow* const* const of_tile = rows + 8 * tile;
     count_shared_phase(wavefronts(of_tile));
     for (int lane = 0; lane < 32; ++lane) {
       uint32_t& out = rows[lane]->out[tile];
@@ -109,7 +110,7 @@ void multiply(Warp& warp, uint32_t, void*) {
   ++totals.mma;
 }
 
-void check_whole_warp(const char* op, Site site) {
+void check_full_warp(const char* op, Site site) {
   if (self().warp->present != WARP)
     fail("%s at %s:%d: the warp has fewer than 32 threads", op, site.file, site.line);
 }
@@ -123,8 +124,8 @@ float half_to_float(uint32_t bits, bool is_bf16) {
 void ldmatrix(uint32_t* r, const void* row, int tiles, bool trans, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter(trans ? "ldmatrix.trans" : "ldmatrix", site);
-  check_whole_warp(t.op, site);
-  Rows rows{};
+  check_full_warp(t.op, site);
+  LaneRow rows{};
   if (t.lane < uint32_t(8 * tiles)) {  // the other lanes' addresses are ignored
     check_shared(row, 16, 16, t.op, site);
     rows.offset = shared_offset(row);
@@ -141,7 +142,7 @@ void ldmatrix(uint32_t* r, const void* row, int tiles, bool trans, Site site) {
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool is_bf16, Site site) {
   race::ExecutorScope scope;
   const char* op = is_bf16 ? "mma.m16n8k16.bf16" : "mma.m16n8k16.f16";
-  check_whole_warp(op, site);
+  check_full_warp(op, site);
   Fragments f{d, a, b};
   warp_collective(op, WARP, site, &f, is_bf16 ? multiply<from_bf16> : multiply<from_fp16>, nullptr,
                   false);

@@ -9,8 +9,8 @@ namespace {
 
 // Stored in the 8 bytes of an mbarrier, so that overwriting it is noticed.
 constexpr char MARK[] = "mbarrier";
-// Arrivals, and bytes that are announced or have come early.
-constexpr int64_t MOST = (1 << 20) - 1;
+// The most arrivals, and the most bytes, that a phase waits for.
+constexpr int64_t MOST_PENDING = (1 << 20) - 1;
 
 void arrive(MemoryBarrier& b, Site site) {
   if (!b.pending)
@@ -69,7 +69,7 @@ void mbarrier_init(void* barrier, uint32_t arrivals, Site site) {
   race::ExecutorScope scope;
   Block& block = *enter("mbarrier.init", site).block;
   check_shared(barrier, 8, 8, self().op, site);
-  if (!arrivals || arrivals > MOST)
+  if (!arrivals || arrivals > MOST_PENDING)
     fail("mbarrier.init at %s:%d: %u arrivals, expected 1 to 2^20 - 1", site.file, site.line,
          arrivals);
   memcpy(barrier, MARK, 8);
@@ -96,7 +96,7 @@ void mbarrier_arrive(void* barrier, uint32_t bytes, Site site) {
   MemoryBarrier& b = memory_barrier(barrier, site);
   race::release(b.sync);
   b.bytes += bytes;
-  if (b.bytes > MOST)
+  if (b.bytes > MOST_PENDING)
     fail("%s at %s:%d: %lld bytes are announced, expected at most 2^20 - 1", self().op, site.file,
          site.line, (long long)b.bytes);
   arrive(b, site);

@@ -168,7 +168,7 @@ Cell* cell_of(uintptr_t address) {
   const std::ptrdiff_t shared = shared_place(address);
   if (shared >= 0) {
     Cell& cell = detector.shared[size_t(shared) / GRANULE];
-    if (cell.write.cluster != detector.cluster) cell.write = Event{};
+    if (cell.write.cluster != detector.cluster) cell.write = Event{};  // of other blocks' memory
     uint32_t kept = 0;
     for (uint32_t i = 0; i < cell.read_count; ++i)
       if (cell.reads[i].cluster == detector.cluster) cell.reads[kept++] = cell.reads[i];

@@ -40,8 +40,8 @@ void forget_sites() {
   sites.clear();
 }
 
-void skip_synchronization(const Skip& line) {
-  skip = line;
+void skip_synchronization(const Skip& at) {
+  skip = at;
 }
 
 std::vector<SynchronizationSite> synchronization_sites() {

@@ -103,8 +103,8 @@ struct Arg {
   int32_t device_type = 0;
   int32_t device_index = 0;
   TensorView matrix;  // [.., cols] as [rows, cols]; without data and dtype, see view_of
-  // The last leading dimension whose stride is not the next one's stride times its size, or -1. If
-  // there is one, the rows have no common stride.
+  // The last leading dimension whose stride is not the stride times the size of the next one, or
+  // -1. If there is one, the rows have no common stride.
   int64_t split = -1;
 
   explicit Arg(const char* name) : name(name) {}

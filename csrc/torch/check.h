@@ -67,12 +67,12 @@ struct Check {
            device_name(first.device_type), ", index ", first.device_index, "), got ",
            device_name(arg.device_type), ", index ", arg.device_index);
   }
-  // The addresses of a tensor's first byte and of the byte after its last; both 0 if it has no
+  // The addresses of a tensor's first byte and of the byte after its last one; both 0 if it has no
   // elements. Its storage may have been freed, as sharded training does between two uses, or be too
   // short.
   struct Bytes {
     uintptr_t first = 0;
-    uintptr_t last = 0;
+    uintptr_t end = 0;
   };
   Bytes memory(const Arg& arg) const {
     int64_t reach = 1;
@@ -116,7 +116,7 @@ struct Check {
   // in no particular order.
   void apart(const Arg& written, const Bytes& written_bytes, const Arg& other,
              const Bytes& other_bytes) const {
-    if (written_bytes.first < other_bytes.last && other_bytes.first < written_bytes.last)
+    if (written_bytes.first < other_bytes.end && other_bytes.first < written_bytes.end)
       fail(op, ": ", written.name,
            ": expected memory of its own (it is written), got memory that overlaps ", other.name,
            "; give a clone() of one of them");

@@ -42,7 +42,7 @@ void check_sizes(const char* op, const Sizes& sizes) {
 void product(const CudaProducts& products, const TensorView& h, const TensorView& a,
              const RowIndex& index, const Arg& cores, bool transposed, double scaling,
              float missing) {
-  const TensorView G = read(cores);  // [cores * r_in, r_out]; its row stride is that of one core
+  const TensorView G = read(cores);  // [cores * r_in, r_out], with the row stride inside a core
   RowCoreProblem problem{};
   problem.index = index;
   problem.a = products.matrix(a);
@@ -86,8 +86,8 @@ struct Sorted {
   static std::tuple<Tensor, Tensor> sort(const Tensor& key) {
     using torch::stable::detail::from;
     using torch::stable::detail::to;
-    std::array<StableIValue, 4> stack{from(key), from(std::optional<bool>(true)), from(int64_t(0)),
-                                      from(false)};
+    std::array<StableIValue, 4> stack{from(key), from(/*stable=*/std::optional<bool>(true)),
+                                      from(/*dim=*/int64_t(0)), from(/*descending=*/false)};
     STABLE_TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
     return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};

@@ -55,8 +55,8 @@ struct Sum {
   explicit operator bool() const { return view.data; }
 };
 
-// t in `dtype`, or an undefined tensor, which is None in Python.
-inline Tensor defined(const OptionalTensor& t, ScalarType dtype) {
+// What an operator returns for t: t in `dtype`, or an undefined tensor, which is None in Python.
+inline Tensor as_result(const OptionalTensor& t, ScalarType dtype) {
   if (!t) return Tensor();
   return t->scalar_type() == dtype ? *t : torch::stable::to(*t, dtype);
 }
@@ -182,8 +182,8 @@ struct LayerGradients {
   }
   // dx, dA, dB, dcore: undefined if they are not needed, or were added to an argument.
   std::tuple<Tensor, Tensor, Tensor, Tensor> results(const BackwardArgs& args) const {
-    return {args.dx ? Tensor() : dx.tensor, defined(new_dA, dtype), defined(new_dB, dtype),
-            defined(new_dcore, dtype)};
+    return {args.dx ? Tensor() : dx.tensor, as_result(new_dA, dtype), as_result(new_dB, dtype),
+            as_result(new_dcore, dtype)};
   }
 };
 
@@ -281,7 +281,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward_projected(
   if (args.du) products.add(new_du, args.du);
   if (args.weight) products.base(out.dx, args.g, *args.weight.tensor);
   const auto [new_dx, new_dA, new_dB, new_dcore] = out.results(args);
-  return {new_dx, defined(new_du, args.g.dtype), new_dB, new_dcore};
+  return {new_dx, as_result(new_du, args.g.dtype), new_dB, new_dcore};
 }
 
 template <class Products>
@@ -311,7 +311,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_backward_rows(
     dx_out = args.dx ? products.onto(args.dx) : products.output(args.g, sizes[K]);
     products.base(dx_out, args.g, *args.weight.tensor);
   }
-  return {args.dx ? Tensor() : dx_out.tensor, defined(new_dh, args.g.dtype), defined(new_dB, sums)};
+  return {args.dx ? Tensor() : dx_out.tensor, as_result(new_dh, args.g.dtype),
+          as_result(new_dB, sums)};
 }
 
 // dx += drop(du A^T); dA += drop(x)^T du, returned if it is new.
@@ -339,7 +340,7 @@ Tensor shrink_backward(const Tensor& du, const OptionalTensor& dx, const Optiona
     Output dx_out = products.onto(args.dx);
     products.expand(dx_out, du_view, read(args.A), true);
   }
-  return defined(new_dA, sums);
+  return as_result(new_dA, sums);
 }
 
 }  // namespace lotr

@@ -36,15 +36,15 @@ class CpuProducts {
   Output output(const Arg& like, int64_t cols) const {
     OptionalTensor matrix;
     const TensorView view = make(matrix, like.matrix.rows, cols, like_.dtype);
-    return {with_leading(*matrix, like, cols), *matrix, view, true};
+    return {with_leading(*matrix, like, cols), *matrix, view, /*fresh=*/true};
   }
   Output onto(const Arg& given) const {
     return {*given.tensor, matrix_view(given), written(given)};
   }
   Sum sum(const Arg& given, OptionalTensor& owner, int64_t rows, int64_t cols,
           ScalarType dtype) const {
-    if (given) return {written(given), true};
-    return {make(owner, rows, cols, dtype), false};
+    if (given) return {written(given), /*add=*/true};
+    return {make(owner, rows, cols, dtype), /*add=*/false};
   }
 
   // Adds x weight to `out`, by the library that torch's own linear layers use. The adapter's

@@ -77,15 +77,15 @@ class CudaProducts {
   Output output(const Arg& like, int64_t cols) const {
     OptionalTensor owner;
     const TensorView view = make(owner, like.matrix.rows, cols, like_.dtype, false);
-    return {with_leading(*owner, like, cols), *owner, view, true};
+    return {with_leading(*owner, like, cols), *owner, view, /*fresh=*/true};
   }
   Output onto(const Arg& given) const {
     return {*given.tensor, matrix_view(given), written(given)};
   }
   // A sum in float32. A new one is cast to its dtype after all launches are queued.
   Sum sum(const Arg& given, OptionalTensor& owner, int64_t rows, int64_t cols, ScalarType) const {
-    if (given) return {written(given), true};
-    return {make(owner, rows, cols, ScalarType::Float, false), false};
+    if (given) return {written(given), /*add=*/true};
+    return {make(owner, rows, cols, ScalarType::Float, false), /*add=*/false};
   }
 
   // Adds x weight to `out`, which starts from its bias if it is fresh.

@@ -224,7 +224,8 @@ void product(const Arguments& args, const RowIndex& index, Matrix a, DType a_typ
 
 void row_core(const Arguments& args) {
   product(args, index_of(args, args.extent("h", 0)), matrix(args, "u"), args.type("u"),
-          matrix(args, "h"), args.type("h"), false, std::numeric_limits<float>::quiet_NaN());
+          matrix(args, "h"), args.type("h"), /*transposed=*/false,
+          /*missing=*/std::numeric_limits<float>::quiet_NaN());
 }
 
 // Rows sorted by a key, and the ends of the rows of each key.
@@ -241,7 +242,7 @@ struct Sorted {
     for (int64_t i = 0; i < rows; ++i) keys.as<int64_t>()[i] = key[places[i]];
     launch(call, RowEndsProblem{keys.as<int64_t>(), ends.as<int32_t>(), rows, bound});
   }
-  Segments segments() { return {order.as<int64_t>(), ends.as<int32_t>(), 0}; }
+  Segments segments() { return {order.as<int64_t>(), ends.as<int32_t>(), /*from_zero=*/0}; }
 };
 
 // du, the sum over the rows of each token.
@@ -252,7 +253,7 @@ void sum_over_rows(const Arguments& args, const cuda::Call& call, const RowIndex
   Sorted by_token(call, args.integers<int64_t>("tokens"), rows, tokens);
   Memory row_du(nullptr, size_t(rows * r_in) * 4);
   product(args, of_g, g, args.type("g"), {row_du.as<float>(), r_in, 1, Access::element},
-          DType::float32, true, 0.f);
+          DType::float32, /*transposed=*/true, /*missing=*/0.f);
   SumRowsProblem problem{};
   problem.of_token = by_token.segments();
   problem.row_du = row_du.as<float>();
@@ -274,11 +275,13 @@ void row_core_backward(const Arguments& args) {
   if (args.has("tokens"))
     sum_over_rows(args, call, of_g, rows, g);
   else
-    product(args, of_g, g, args.type("g"), matrix(args, "du"), args.type("du"), true, 0.f);
+    product(args, of_g, g, args.type("g"), matrix(args, "du"), args.type("du"),
+            /*transposed=*/true, /*missing=*/0.f);
   std::optional<Sorted> by_index;
   if (index.core) by_index.emplace(call, index.core, rows, index.cores);
   RowCoreGradProblem problem{};
-  problem.of_core = by_index ? by_index->segments() : Segments{nullptr, index.ends, 1};
+  problem.of_core =
+      by_index ? by_index->segments() : Segments{nullptr, index.ends, /*from_zero=*/1};
   problem.token = index.token;
   problem.u = matrix(args, "u");
   problem.g = g;
