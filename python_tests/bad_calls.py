@@ -4,10 +4,10 @@ A row is (id, the argument that the message names, a call that must be refused b
 changes). The arguments of operators need no rows: a walk over the schemas makes their tests.
 """
 
-import math
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from math import inf, nan
 from pathlib import Path
 from unittest import mock
 
@@ -44,7 +44,6 @@ from lotr_ext.peft import LoTRPeftConfig
 from lotr_ext.vllm import export_factors
 
 Row = tuple[str, str, Callable[[], object]]
-NAN = math.nan
 
 # ---- layers and calls ----------------------------------------------------------------------------
 
@@ -155,19 +154,19 @@ LAYERS: list[Row] = [
     ("dtype integer, layer", "dtype", layer(dtype=torch.int64)),
     ("dtype complex", "dtype", layer(dtype=torch.complex64)),
     ("dtype float8", "dtype", layer(dtype=torch.float8_e4m3fn)),
-    ("scaling NaN", "scaling", layer(scaling=NAN)),
-    ("scaling infinite", "scaling", layer(scaling=math.inf)),
+    ("scaling NaN", "scaling", layer(scaling=nan)),
+    ("scaling infinite", "scaling", layer(scaling=inf)),
     ("scaling with alpha", "scaling", layer(scaling=2, alpha=8)),
     ("scaling with rslora", "scaling", layer(scaling=2, rslora=True)),
     ("scaling a string", "scaling", layer(scaling="1")),
     ("scaling a bool", "scaling", layer(scaling=True)),
-    ("alpha infinite", "alpha", layer(alpha=math.inf)),
-    ("alpha NaN", "alpha", layer(alpha=NAN)),
+    ("alpha infinite", "alpha", layer(alpha=inf)),
+    ("alpha NaN", "alpha", layer(alpha=nan)),
     ("alpha a string", "alpha", layer(alpha="8")),
     ("rslora a number", "rslora", layer(rslora=1)),
     ("dropout 1", "dropout", layer(dropout=1.0)),
     ("dropout negative", "dropout", layer(dropout=-0.1)),
-    ("dropout NaN", "dropout", layer(dropout=NAN)),
+    ("dropout NaN", "dropout", layer(dropout=nan)),
     ("dropout None", "dropout", layer(dropout=None)),
     ("init unknown", "init", partial(LoTRFactors, 6, 4, 2, init="ones")),
     ("train unknown", "train", lambda: LoTRLinear(6, 4, 2).set_trained(("A", "G"))),
@@ -218,7 +217,7 @@ LAYERS: list[Row] = [
     ("core of another shape in a call", "core", call(core=torch.randn(3, 2))),
     ("core of tasks without an index", "core", call(core=torch.randn(3, 2, 2))),
     ("one core with an index", "core", call(core_index=torch.zeros(5, dtype=torch.int64))),
-    ("scaling NaN in a call", "scaling", call(scaling=NAN)),
+    ("scaling NaN in a call", "scaling", call(scaling=nan)),
     ("scaling a tensor in a call", "scaling", call(scaling=torch.ones(2))),
     ("dropout_p 1", "dropout_p", call(dropout_p=1.0, training=True)),
     ("dropout_p None", "dropout_p", call(dropout_p=None)),
@@ -309,7 +308,7 @@ EXPERTS: list[Row] = [
         "core_index",
         grouped_tasks(torch.zeros(M + 1, dtype=torch.int64)),
     ),
-    ("grouped scaling NaN", "scaling", grouped(scaling=NAN)),
+    ("grouped scaling NaN", "scaling", grouped(scaling=nan)),
     # the operator that computes with a core per row
     ("row_core, index too large", "index", partial(row_core, index=torch.tensor([0, 1, 2, 0]))),
     ("row_core, index -2", "index", partial(row_core, index=torch.tensor([0, 1, -2, 0]))),
@@ -417,10 +416,10 @@ SETTINGS_OF_LORA = [
 ]
 SETTINGS = [
     ("rank", [0, -1, 2.0, "8", True, (1, 2, 3), None]),
-    ("alpha", ["1", True, NAN]),
+    ("alpha", ["1", True, nan]),
     ("rslora", [1, "yes"]),
-    ("scaling", ["Auto", None, float("inf"), True]),
-    ("dropout", [1.0, -0.1, "0", None, NAN]),
+    ("scaling", ["Auto", None, inf, True]),
+    ("dropout", [1.0, -0.1, "0", None, nan]),
     ("target_modules", [[], [""], [1], "(", 3]),
     ("exclude_modules", [[], "(", 3]),
     ("modules_to_save", [[], "head", [""], 3]),

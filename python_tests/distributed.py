@@ -290,8 +290,9 @@ def recomputed_and_resharded(net: nn.Module) -> nn.Module:
 
 
 RESHARDED = partial(shard, reshard=True)
-BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-IN_BFLOAT16 = partial(shard, mp_policy=BFLOAT16)  # compared with one process in float32
+IN_BFLOAT16 = partial(  # compared with one process in float32
+    shard, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+)
 FINDS_UNUSED = partial(DDP, find_unused_parameters=True)
 STATIC = partial(DDP, static_graph=True)
 CHECKS: dict[str, Callable[[], None]] = {

@@ -89,7 +89,7 @@ def bits_of(t: Tensor) -> Tensor:
 
 
 def check_refused(name: str, arguments: dict[str, object], words: str) -> None:
-    """Expects that an operator raises an error with these words, and changes nothing."""
+    """Expects an error with the name of an operator and these words, and that nothing changes."""
     before = {
         argument: value.clone()
         for argument, value in arguments.items()
@@ -97,7 +97,7 @@ def check_refused(name: str, arguments: dict[str, object], words: str) -> None:
     }
     with pytest.raises((RuntimeError, TypeError)) as raised:
         operator(name)(*arguments.values())
-    assert re.search(words, str(raised.value)), raised.value
+    assert re.search(rf"lotr::\w+: {words}", str(raised.value)), raised.value
     for argument, copy in before.items():
         assert torch.equal(bits_of(arguments[argument]), bits_of(copy))
 
@@ -113,7 +113,7 @@ def test_operator_refuses_freed_and_short_memory(
     view = torch.cat([elements[:1], elements])[1:].view_as(good[argument])
     storage = view.untyped_storage()
     storage.resize_(0 if is_freed else storage.nbytes() - view.element_size())
-    check_refused(name, {**good, argument: view}, rf"lotr::\w+: {argument}: expected")
+    check_refused(name, {**good, argument: view}, f"{argument}: expected")
 
 
 @EACH
@@ -124,18 +124,17 @@ def test_operator_refuses_other_dtypes(name: str, form: int, argument: str) -> N
         allowed |= {*HALVES}
     for dtype in ALL_DTYPES - allowed:
         wrong = torch.zeros_like(good[argument]).to(dtype)
-        check_refused(name, {**good, argument: wrong}, r"lotr::\w+: \w+: expected .*dtype")
+        check_refused(name, {**good, argument: wrong}, r"\w+: expected .*dtype")
 
 
 @EACH
 def test_operator_refuses_none_and_another_device(name: str, form: int, argument: str) -> None:
     good = good_arguments(name)[form]
     on_meta = {**good, argument: good[argument].to("meta")}
-    check_refused(name, on_meta, r"lotr::\w+: .*expected .* device\b.*, got (meta|cpu)")
+    check_refused(name, on_meta, r".*expected .* device\b.*, got (meta|cpu)")
     types = {declared.name: str(declared.type) for declared in SCHEMAS[name].arguments}
     if types[argument] == "Tensor":  # not optional
-        expected = rf"lotr::\w+: {argument}: expected a tensor, got None"
-        check_refused(name, {**good, argument: None}, expected)
+        check_refused(name, {**good, argument: None}, f"{argument}: expected a tensor, got None")
 
 
 @WRITTEN
@@ -144,8 +143,7 @@ def test_operator_refuses_outputs_that_it_cannot_write(name: str, form: int, arg
     good = good_arguments(name)[form]
     output = good[argument]
     repeated = {**good, argument: output[:1].expand_as(output)}
-    expected = rf"lotr::\w+: {argument}: expected a tensor without repeated elements"
-    check_refused(name, repeated, expected)
+    check_refused(name, repeated, f"{argument}: expected a tensor without repeated elements")
     for other, value in good.items():
         if other == argument or not isinstance(value, Tensor):
             continue
@@ -154,5 +152,4 @@ def test_operator_refuses_outputs_that_it_cannot_write(name: str, form: int, arg
             other: torch.empty(0, dtype=value.dtype).set_(memory, 0, value.shape).copy_(value),
             argument: torch.empty(0).set_(memory, 0, output.shape),
         }
-        either = rf"lotr::\w+: ({argument}|{other}): expected memory of its own"
-        check_refused(name, {**good, **shared}, either)
+        check_refused(name, {**good, **shared}, f"({argument}|{other}): expected memory of its own")

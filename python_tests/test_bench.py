@@ -87,8 +87,7 @@ def test_require_kernels_refuses_the_fallback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("kernel_support", "dispatch"):
-        name = f"lotr_ext.core.{module}.kernel_obstacle"
-        monkeypatch.setattr(name, lambda *arguments: "they are asleep")
+        monkeypatch.setattr(f"lotr_ext.core.{module}.kernel_obstacle", lambda *_: "they are asleep")
     # Rank 7, because dispatch keeps the answer for each rank.
     assert run("layer", tmp_path, "--require-kernels", "--shapes", "32x48x40x7") == 1
     assert "they are asleep" in capsys.readouterr().err
@@ -273,8 +272,7 @@ def test_accuracy_continues_from_recorded_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.jsonl"
-    usual = "--quick --steps 12 --methods base,lotr:2,lora:1 --jobs 1".split()
-    words = [*usual, "--results", str(path)]
+    words = f"--quick --steps 12 --methods base,lotr:2,lora:1 --jobs 1 --results {path}".split()
     assert accuracy.main(words) == 0
     recorded = accuracy.runs_in(path)
     assert len(recorded) == 7 and recorded["loss"].notna().all()

@@ -638,8 +638,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ]
     for run in runs:
         command, source, destination, *options = run.split()
-        words = [command, str(tmp_path / source), str(tmp_path / destination), *options]
-        assert main(words) == 0
+        assert main([command, str(tmp_path / source), str(tmp_path / destination), *options]) == 0
     printed = capsys.readouterr().out
     for line in ("blocks.0.q  error", "blocks.0.q  16 x 16  rank 15", "lora  error"):
         assert line in printed
@@ -654,8 +653,7 @@ def test_the_command_says_what_is_missing(
     command: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rank = ["--rank", "4"] if command.startswith("lora") else []
-    words = [command, str(tmp_path / place), str(tmp_path / "out"), *rank]
-    assert main(words) == 2
+    assert main([command, str(tmp_path / place), str(tmp_path / "out"), *rank]) == 2
     message = capsys.readouterr().err
     assert re.match(r"error: \w+: expected a .*, got ", message), message
     assert "Errno" not in message and not (tmp_path / "out").exists()

@@ -76,8 +76,9 @@ def test_a_build_contains_the_requested_sets(tmp_path: Path) -> None:
     process = configured(tmp_path / "bad", "generic,mmx")
     error = " ".join(process.stderr.split())
     assert process.returncode != 0
-    assert "LOTR_CPU_ISAS: expected AUTO, all, native, or names of generic" in error
-    assert "got generic,mmx" in error
+    assert re.search(
+        "LOTR_CPU_ISAS: expected AUTO, .* or names of generic.* got generic,mmx", error
+    )
 
 
 @pytest.mark.slow

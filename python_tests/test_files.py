@@ -14,9 +14,10 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, reduce
 from multiprocessing import get_context
 from multiprocessing.pool import Pool, ThreadPool
+from operator import getitem
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -517,32 +518,21 @@ def edit(folder: Path, change: Change) -> None:
     write(folder, document, tensors)
 
 
-def document_with(**fields: object) -> Change:
-    return lambda document, tensors: document.update(fields)
+def document_with(*path: str, **fields: object) -> Damage:
+    """Replaces fields of the document, or of the object at a path in it."""
+    return partial(edit, change=lambda document, _: reduce(getitem, path, document).update(fields))
 
 
-def config_with(**fields: object) -> Change:
-    return lambda document, tensors: document["config"].update(fields)
+config_with = partial(document_with, "config")
+layer_with = partial(document_with, "layers", UP)
 
 
-def layer_with(**fields: object) -> Change:
-    return lambda document, tensors: document["layers"][UP].update(fields)
+def tensor_with(name: str, values: Tensor) -> Damage:
+    return partial(edit, change=lambda document, tensors: tensors.update({name: values}))
 
 
-def tensor_with(name: str, values: Tensor) -> Change:
-    return lambda document, tensors: tensors.update({name: values})
-
-
-def edits(changes: dict[str, Change]) -> dict[str, Damage]:
-    return {name: partial(edit, change=change) for name, change in changes.items()}
-
-
-def rewrite(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
-    (folder / name).write_bytes(change((folder / name).read_bytes()))
-
-
-def rewrites(name: str, changes: dict[str, Callable[[bytes], bytes]]) -> dict[str, Damage]:
-    return {key: partial(rewrite, name=name, change=change) for key, change in changes.items()}
+def rewritten(change: Callable[[bytes], bytes], name: str = FILE_NAME) -> Damage:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
 def change_metadata(folder: Path, **changes: str) -> None:
@@ -567,11 +557,11 @@ def use_huge_cores(document: dict[str, Any], tensors: dict[str, Tensor]) -> None
 
 
 # What may be wrong with a document, in either version.
-DOCUMENT_CHANGES: dict[str, Change] = {
+DOCUMENT_DAMAGES: dict[str, Damage] = {
     "a list of layers": document_with(layers=[]),
     "no layers": document_with(layers={}),
-    "a layer that is a number": lambda document, tensors: document["layers"].update({UP: 3}),
-    "a layer less": lambda document, tensors: document["layers"].pop(UP),
+    "a layer that is a number": document_with("layers", **{UP: 3}),
+    "a layer less": partial(edit, change=lambda document, tensors: document["layers"].pop(UP)),
     "a scaling that is a word": layer_with(scaling="auto"),
     "a scaling that is not finite": layer_with(scaling=float("inf")),
     "a scaling that is true": layer_with(scaling=True),
@@ -594,34 +584,30 @@ DOCUMENT_CHANGES: dict[str, Change] = {
     "computed cores that the file lacks": config_with(core="tucker"),
     "an unknown dtype": config_with(adapter_dtype="complex64"),
 }
-# Only in version 3, of which a test can write the tensors.
-VERSION_3_CHANGES: dict[str, Change] = {
+# Of version 3 a test can also write the tensors.
+DAMAGES = DOCUMENT_DAMAGES | {
     "a base that is a list": document_with(base=[]),
     "a base with an unknown field": document_with(base={"names": "x"}),
-    "values that are a list": lambda document, tensors: document["base"].update(values=[1.0]),
-    "a value that is a word": lambda document, tensors: document["base"]["values"].update(x=["x"]),
+    "values that are a list": document_with("base", values=[1.0]),
+    "a value that is a word": document_with("base", "values", x=["x"]),
     "another tensor": tensor_with("extra", torch.zeros(2)),
-    "a tensor less": lambda document, tensors: tensors.pop("head.bias"),
-    "no core": lambda document, tensors: tensors.pop(f"{UP}.core"),
+    "a tensor less": partial(edit, change=lambda document, tensors: tensors.pop("head.bias")),
+    "no core": partial(edit, change=lambda document, tensors: tensors.pop(f"{UP}.core")),
     "a tensor of another shape": tensor_with(f"{UP}.core", torch.zeros(3, 2)),
     "a tensor of another dtype": tensor_with(f"{UP}.core", torch.zeros(3, 3).half()),
     "integers": tensor_with(f"{UP}.core", torch.zeros(3, 3).int()),
     "a factor of three dimensions": tensor_with("lotr_factors.0.value", torch.zeros(16, 3, 1)),
     "a factor of another size": tensor_with("lotr_factors.0.value", torch.zeros(15, 3)),
     "part of a start": tensor_with(f"{UP}.start_core", torch.zeros(3, 3)),
-    "cores of rank 700": use_huge_cores,
-}
-BYTE_CHANGES: dict[str, Callable[[bytes], bytes]] = {
-    "cut off": lambda data: data[:200],
-    "one byte less": lambda data: data[:8] + data[9:],
-    "another dtype in the header": lambda data: data.replace(b'"F32"', b'"I32"', 1),
-    "empty": lambda data: b"",
-    "one bit of a tensor changed": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
-    "one digit of the document changed": lambda data: data.replace(
-        b'\\"scaling\\": 1.5', b'\\"scaling\\": 1.6', 1
+    "cores of rank 700": partial(edit, change=use_huge_cores),
+    "cut off": rewritten(lambda data: data[:200]),
+    "one byte less": rewritten(lambda data: data[:8] + data[9:]),
+    "another dtype in the header": rewritten(lambda data: data.replace(b'"F32"', b'"I32"', 1)),
+    "empty": rewritten(lambda data: b""),
+    "one bit of a tensor changed": rewritten(lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+    "one digit of the document changed": rewritten(
+        lambda data: data.replace(b'\\"scaling\\": 1.5', b'\\"scaling\\": 1.6', 1)
     ),
-}
-FILE_DAMAGES: dict[str, Damage] = {
     "no file": lambda folder: (folder / FILE_NAME).unlink(),
     "a folder": partial(replace_file, make=Path.mkdir),
     "a pipe": partial(replace_file, make=os.mkfifo),
@@ -631,7 +617,7 @@ FILE_DAMAGES: dict[str, Damage] = {
     "another document": partial(change_metadata, adapter="{}"),
     "a document that is a list": partial(write, document=[], tensors={}),
 }
-VERSION_2_DOCUMENT_CHANGES: dict[str, Change] = {
+VERSION_2_DAMAGES = DOCUMENT_DAMAGES | {
     "another format": document_with(format="lora"),
     "a newer version": document_with(format_version=99),
     "no version": document_with(format_version=None),
@@ -639,25 +625,13 @@ VERSION_2_DOCUMENT_CHANGES: dict[str, Change] = {
     "a number as the tensors' file": document_with(tensors_file=3),
     "another checksum": document_with(tensors_sha256="0" * 64),
     "no checksum": document_with(tensors_sha256=None),
-}
-VERSION_2_BYTE_CHANGES: dict[str, Callable[[bytes], bytes]] = {
-    "JSON cut off": lambda data: data[:100],
-    "JSON a list": lambda data: b"[]",
-    "JSON of bytes": lambda data: b"\xff\xfe\x00",
-    "JSON of endless brackets": lambda data: b"[" * 200_000,
-}
-VERSION_2_FILE_DAMAGES: dict[str, Damage] = {
+    "JSON cut off": rewritten(lambda data: data[:100], JSON_NAME),
+    "JSON a list": rewritten(lambda data: b"[]", JSON_NAME),
+    "JSON of bytes": rewritten(lambda data: b"\xff\xfe\x00", JSON_NAME),
+    "JSON of endless brackets": rewritten(lambda data: b"[" * 200_000, JSON_NAME),
     "no tensors": lambda folder: (folder / OLD_TENSORS).unlink(),
-    "tensors cut off": partial(rewrite, name=OLD_TENSORS, change=lambda data: data[:200]),
+    "tensors cut off": rewritten(lambda data: data[:200], OLD_TENSORS),
 }
-DAMAGES = (
-    FILE_DAMAGES | rewrites(FILE_NAME, BYTE_CHANGES) | edits(DOCUMENT_CHANGES | VERSION_3_CHANGES)
-)
-VERSION_2_DAMAGES = (
-    VERSION_2_FILE_DAMAGES
-    | rewrites(JSON_NAME, VERSION_2_BYTE_CHANGES)
-    | edits(DOCUMENT_CHANGES | VERSION_2_DOCUMENT_CHANGES)
-)
 HOSTILE = {name: [damage] for name, damage in DAMAGES.items()} | {
     f"version 2, {name}": [as_version_2, damage] for name, damage in VERSION_2_DAMAGES.items()
 }

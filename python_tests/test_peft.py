@@ -326,14 +326,13 @@ def test_a_second_adapter_that_is_refused_leaves_the_first_one() -> None:
 
 def test_the_status_of_a_model() -> None:
     model, _ = two_adapters()
-    expected = {
+    assert {
         "enabled": True,
         "active_adapters": ["default"],
         "num_adapter_layers": len(layers(model)),
         "merged_adapters": [],
         "requires_grad": {"default": True, "other": False},
-    }
-    assert expected.items() <= vars(model.get_model_status()).items()
+    }.items() <= vars(model.get_model_status()).items()
 
 
 def test_pefts_conversion_to_lora() -> None:

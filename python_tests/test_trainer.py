@@ -43,11 +43,7 @@ def test_a_run_that_is_resumed_equals_one_that_is_not(tmp_path: Path) -> None:
     assert {"lotr_adapter.safetensors", "optimizer.pt"} <= files
     assert "model.safetensors" not in files
 
-    resumed = trainer(tmp_path / "two")
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert resumed.state.global_step == 4
-    assert same(trained_values(resumed.model), expected)
-
+    trainer(tmp_path / "two").train(resume_from_checkpoint=str(checkpoint))
     loaded = load_adapter(zoo.net("llama"), tmp_path / "two" / "checkpoint-4")
     assert same(trained_values(loaded), expected)
 

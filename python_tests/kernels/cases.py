@@ -116,9 +116,8 @@ class Problem:
         layout: Layout | None = None,
     ) -> np.ndarray:
         """Declares an output, by default of the kernel's type. It holds `start`, or NaN."""
-        array = Array(size, dtype or self.dtype, layout or self.shape.layout, start)
-        self.outputs[name] = array
-        return array.view
+        self.outputs[name] = Array(size, dtype or self.dtype, layout or self.shape.layout, start)
+        return self.outputs[name].view
 
     def product(
         self,
@@ -180,8 +179,7 @@ class Problem:
         eager = start + mask * (a.astype("f4") @ b.astype("f4"))
         size = np.abs(start) + np.abs(mask) * (np.abs(a) @ np.abs(b))
         slack = 8 * 2.0**-24 * size  # of another order of summation in float32
-        result = output.view.reshape(truth.shape)
-        check_close(result, truth, eager, slack, f"{self.name}: {name}")
+        check_close(output.view.reshape(truth.shape), truth, eager, slack, f"{self.name}: {name}")
 
     # ---- the call ----
 

@@ -22,12 +22,11 @@ def test_kernel(lib: ModuleType, kernel: str, kind: str) -> None:
 
 
 def any_shape(fused: bool) -> st.SearchStrategy[Shape]:
-    most = 128 if fused else 256
     return st.builds(
         Shape,
         m=st.integers(0, 300),
         k=st.integers(1, 400),
-        r=st.one_of(st.integers(1, 40), st.integers(1, most)),
+        r=st.one_of(st.integers(1, 40), st.integers(1, 128 if fused else 256)),
         layout=st.just(ALIGNED) if fused else st.sampled_from([PACKED, ALIGNED, ODD, COLUMNS]),
         p=st.sampled_from([0.0, 0.0, 0.1, 0.7]),
         sms=st.sampled_from([1, 2, 5, 16, 132]),
