@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import models
 import pytest
 import torch
 import torch.distributed as dist
 import zoo
 from helpers import refused, run_python, worst
-from models import trained_parameters, trained_values
+from models import started, trained_parameters, trained_values
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -64,7 +63,7 @@ def build(name: str = "attention", dtype: str = "float64", **settings: Any) -> n
     torch.manual_seed(0)
     head = "head" if name == "attention" else "lm_head"
     settings = {"rank": 4, "scaling": 0.5, "modules_to_save": [head], **settings}
-    net = models.started(name, adapter_dtype=dtype, **settings).to(getattr(torch, dtype))
+    net = started(name, adapter_dtype=dtype, **settings).to(getattr(torch, dtype))
     return zoo.fill(net, only=lambda key: key.endswith(".core"))
 
 
@@ -137,7 +136,7 @@ def gradient_start() -> None:
     """`init_from_gradient` with one batch per process: A, B and the captured shares."""
 
     def start(ranks: list[int]) -> dict[str, Tensor]:
-        net = models.started("attention", adapter_dtype="float64").double()
+        net = started("attention", adapter_dtype="float64").double()
         batches = [batch(rank, 0) for rank in ranks]
         captured = init_from_gradient(net, batches, lambda net, ids: net(ids).square().mean())
         return {**trained_values(net), "captured": torch.tensor(list(captured.layers.values()))}

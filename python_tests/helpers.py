@@ -63,8 +63,7 @@ def relative(actual: Tensor | None, expected: Tensor | None) -> float:
 
 def worst(actual: Iterable[Tensor | None], expected: Iterable[Tensor | None]) -> float:
     """Returns the largest relative error of pairs of tensors."""
-    pairs = zip(actual, expected, strict=True)
-    return max((relative(a, b) for a, b in pairs), default=0.0)
+    return max((relative(a, b) for a, b in zip(actual, expected, strict=True)), default=0.0)
 
 
 class Exact(NamedTuple):

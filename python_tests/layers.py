@@ -248,8 +248,7 @@ class Net(nn.Module):
         if not (p and self.training):
             return x
         seed = torch.randint(-(2**63), 2**63 - 1, (1,))
-        mask = reference.dropout_mask(x[..., 0].numel(), K, p, int(seed))
-        return x * mask.view(x.shape)
+        return x * reference.dropout_mask(x[..., 0].numel(), K, p, int(seed)).view(x.shape)
 
 
 def cores_of_rows(cores: Tensor, index: Tensor) -> Tensor:

@@ -173,8 +173,21 @@ def good_arguments(
             {"index": None, "offs": offs, "tokens": None},
         ],
         "row_core_backward": [{"g": c.h, "index": None, "offs": offs, "tokens": tokens}],
-        "grouped_mm": [{"weight": c.make(2, c.n, c.k), "offs": offs}],
-        "grouped_outer": [{"offs": offs}],
+        # These two have a formula for their backward.
+        "grouped_mm": [
+            {
+                "x": c.make(c.m, c.k).requires_grad_(),
+                "weight": c.make(2, c.n, c.k).requires_grad_(),
+                "offs": offs,
+            }
+        ],
+        "grouped_outer": [
+            {
+                "g": c.make(c.m, c.n).requires_grad_(),
+                "x": c.make(c.m, c.k).requires_grad_(),
+                "offs": offs,
+            }
+        ],
         "dropout_mask": [{"rows": c.m, "cols": c.n}],
     }
     return [c.arguments(name, **form) for form in forms[name]]

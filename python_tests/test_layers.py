@@ -112,8 +112,7 @@ def interleaved(side: Side) -> Results:
     first = side()
     second = side()
     first_gradients = side.grad(loss(first), retain_graph=side.net.wire is again)
-    third = side()
-    return [*first_gradients, *side.grad(loss(second) + loss(third))]
+    return [*first_gradients, *side.grad(loss(second) + loss(side()))]
 
 
 def double(side: Side) -> Results:

@@ -160,8 +160,8 @@ def test_a_copy_shares_nothing(name: str, way: str, copied: Callable) -> None:
 @pytest.mark.parametrize("name", zoo.NETS)
 def test_half_precision_model_with_float32_adapter(name: str) -> None:
     model = moved(apply_lotr(zoo.net(name, torch.bfloat16), config(name)))
-    bound = 0.6 if name == "mixture" else 0.1  # rounding routes tokens to other experts
-    check_with_truth(model, name, bound)
+    # Rounding routes tokens of the mixture to other experts.
+    check_with_truth(model, name, 0.6 if name == "mixture" else 0.1)
     assert {p.grad.dtype for p in lotr_parameters(model)} == {torch.float32}
 
 

@@ -178,8 +178,7 @@ def test_a_recommended_adapter_has_the_size_of_a_lora(name: str, like: int) -> N
     def size(settings: LoTRConfig) -> int:
         return trainable_summary(apply_lotr(zoo.net(name), settings)).adapter
 
-    endings = tuple(zoo.TARGETS[name])
-    targets = [m for n, m in model.named_modules() if n.endswith(endings)]
+    targets = [m for n, m in model.named_modules() if n.endswith(tuple(zoo.TARGETS[name]))]
     size_of_lora = like * sum(sum(m.weight.shape) for m in targets)
     assert size(recommended) <= size_of_lora < size(one_rank_more)
 
