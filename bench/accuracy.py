@@ -80,7 +80,13 @@ class Run(NamedTuple):
 
 COLUMNS = (
     *Run._fields,
-    *("scaling", "parameters", "validation", "loss", "accuracy", "items", "lr_run"),
+    "scaling",
+    "parameters",
+    "validation",
+    "loss",
+    "accuracy",
+    "items",
+    "lr_run",
 )
 
 

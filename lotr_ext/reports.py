@@ -177,8 +177,8 @@ def explain(model: nn.Module, x: Tensor) -> str:
 def _line(layer: LoTRLayer, x: Tensor) -> str:
     # As in the model: token ids become the weight's dtype. As in the layer: autocast decides.
     dtype = x.dtype if x.is_floating_point() else layer.weight.dtype
-    input = x.new_empty(0, dtype=dtype)
-    cast = input.to(dispatch.autocast_dtype(input) or dtype)
+    like_input = x.new_empty(0, dtype=dtype)
+    cast = like_input.to(dispatch.autocast_dtype(like_input) or dtype)
     return (
         f"{type(layer).__name__} {layer.in_features} -> {layer.out_features} at rank "
         f"{layer.factors.rank}: {_what_runs(layer, cast)} "

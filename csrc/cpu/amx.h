@@ -198,6 +198,7 @@ inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, in
     for (int64_t j = 0; j < n; ++j) {
       T* const to = y + (i + j) * ldy;
       const T* const start = from + (i + j) * ldfrom;
+      // Written out: with prefetch_row and sums with names, it takes 1.03 to 1.17 times as long.
       for (int64_t c = 0; c < kWidth * int64_t(sizeof(T)); c += 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(from_ahead + j * ldfrom) + c, 1, 2);
         if (y != from)

@@ -35,8 +35,7 @@ struct RowPairs {
 // S[MR][32] (+)= sum over n units, which are summed by themselves first, as in sum_block (block.h),
 // so that no bit depends on where the sum is kept. The first block of these columns stores its
 // units in `x_units`, and the others read them there: rows of x that are a power of two apart share
-// the same few places of L1 and would not stay in it. The last block prefetches the next tile,
-// because the blocks before it load more themselves.
+// the same few places of L1 and would not stay in it. The last block prefetches the next tile.
 template <typename K, int MR, bool kFirst, bool kLast>
 inline void outer_block(const Sums<K>& S, const RowPairs& x, typename K::Unit* x_units,
                         const typename K::Unit* v, int64_t ldv, int64_t n, Ahead& ahead) {
