@@ -55,8 +55,8 @@ from .problems import (
     adapt,
     fit,
     missing,
+    parameters_and_head,
     problem_of,
-    trained_parts,
 )
 
 LOTR_RATE = 0.4  # LoTR's rates over other methods' rates
@@ -105,7 +105,7 @@ def train(run: Run) -> dict[str, Any]:
     problem = problem_of(task)
     torch.manual_seed(run.seed)  # the adapter's first values
     model = adapt(problem.model(run.seed), task, run.method, run.rank)
-    parameters, _ = trained_parts(model)
+    parameters, _ = parameters_and_head(model)
     losses = []
     if run.method != "base":
         losses = fit(model, run.method, run.lr, run.seed, problem)

@@ -31,10 +31,10 @@ from .common import NAMES, RESULTS, commit, parser_of, replace_rows, show, sizes
 from .rivals import LAYERS, Tensors
 
 SHAPES = "8192x4096x4096x16"
-KEY = ("m", "k", "n", "r")
+DIMENSIONS = ("m", "k", "n", "r")
 MULTIPROCESSORS = 132  # of an H100; 108: A100, 128: RTX 4090, 148: B200
 OPTIONS: dict[str, dict[str, Any]] = {
-    "shapes": {"type": sizes(*KEY), "default": SHAPES, "help": f"MxKxNxR, some ({SHAPES})"},
+    "shapes": {"type": sizes(*DIMENSIONS), "default": SHAPES, "help": f"MxKxNxR, some ({SHAPES})"},
     "multiprocessors": {"type": int, "default": MULTIPROCESSORS, "help": f"({MULTIPROCESSORS})"},
     "results": {
         "type": Path,
@@ -216,7 +216,7 @@ def layer_bytes(
 
 def measure(shape: dict[str, int], multiprocessors: int, lib: ModuleType) -> list[dict[str, Any]]:
     """Returns a row per kernel and a row per layer."""
-    m, k, n, r = (shape[name] for name in KEY)
+    m, k, n, r = (shape[name] for name in DIMENSIONS)
     about = {"multiprocessors": multiprocessors, "commit": commit()}
     kernels = itertools.chain(*kernels_of(m, k, n, r).values())
     counts: dict[Kernel, dict[str, Any]] = {}

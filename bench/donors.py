@@ -41,7 +41,7 @@ from lotr_ext import (
 from lotr_ext.convert import loras_to_bank
 
 from .common import ROOT
-from .problems import DATA, TASKS, Problem, adapt, decay, fit, problem_of
+from .problems import DATA, TASKS, Problem, adapt, fit, problem_of, warmup_and_decay
 
 CACHE = ROOT / "demo_results" / "transfer"
 BASE_TASK = "smollm2-kjv"  # targets and donors have its model, layers and sizes
@@ -271,7 +271,7 @@ def mixed_pairs(group_by: str, rank: int) -> Pairs:
     slots = {name: torch.full((4,), tasks.add()) for name in DONORS}
     batches = {name: text.batches(0) for name, text in texts.items()}
     optimizer = torch.optim.AdamW(lotr_parameters(model), lr=MIXED_RATE, weight_decay=0.0)
-    schedule = decay(optimizer, MIXED_STEPS)
+    schedule = warmup_and_decay(optimizer, MIXED_STEPS)
     for step in range(MIXED_STEPS):
         name = DONORS[step % len(DONORS)]
         with use_tasks(model, slots[name]):
