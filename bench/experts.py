@@ -138,7 +138,6 @@ def gradient_error(model: nn.Module, x: Tensor, g: Tensor, routing: tuple[Tensor
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
-    m = case["m"]
     if case["top"] > case["experts"]:
         raise ValueError(
             f"shapes: expected a top k of at most the {case['experts']} experts, got {case['top']}"
@@ -148,9 +147,9 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     limit = TOLERANCE[case["dtype"]]
     torch.manual_seed(0)
     base = frozen_mixture(case, dtype, device)
-    x = torch.randn(m, case["hidden"], device=device).to(dtype).requires_grad_()
-    g = torch.randn(m, case["hidden"], device=device).to(dtype)
-    scores, index = torch.rand(m, case["experts"]).topk(case["top"])
+    x = torch.randn(case["m"], case["hidden"], device=device).to(dtype).requires_grad_()
+    g = torch.randn(case["m"], case["hidden"], device=device).to(dtype)
+    scores, index = torch.rand(case["m"], case["experts"]).topk(case["top"])
     weights = scores / scores.sum(1, keepdim=True)
     routing = index.to(device), weights.to(device, dtype)
 

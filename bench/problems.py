@@ -326,8 +326,8 @@ class Teacher(Problem):
         noise = 0.2 * differences.std()
         self.parts = {}
         for part, y in outputs.items():
-            noisy = y + noise * torch.randn(y.shape, generator=generator)
-            self.parts[part] = (inputs[part], noisy)
+            y += noise * torch.randn(y.shape, generator=generator)
+            self.parts[part] = (inputs[part], y)
 
     def losses(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, y = batch

@@ -153,10 +153,9 @@ class Program:
             "rivals": {"type": some_of(self.rivals), "help": f"some of {', '.join(self.rivals)}"},
         }
         if self.dimensions:
-            shape = "x".join(self.dimensions)
             per_program["shapes"] = {
                 "type": sizes(*self.dimensions),
-                "help": f"{shape}, comma-separated",
+                "help": f"{'x'.join(self.dimensions)}, comma-separated",
             }
         return parser_of(self.name, self.doc, OPTIONS | per_program | dict(self.options))
 

@@ -430,8 +430,10 @@ def stack(rival: str, tensors: list[Tensors], wiring: str) -> Chain:
     if rival != "lotr_ext-model":
         return chain(LAYERS[rival](t) for t in tensors)
     model = chain(frozen_linear(t) for t in tensors)
-    rank = tensors[0].A.shape[1]
-    apply_lotr(model, LoTRConfig(rank=rank, scaling=SCALING, target_modules=r".*layers\.\d+"))
+    config = LoTRConfig(
+        rank=tensors[0].A.shape[1], scaling=SCALING, target_modules=r".*layers\.\d+"
+    )
+    apply_lotr(model, config)
     for layer, t in zip(model.layers, tensors):
         set_values(layer, t)
     return model

@@ -46,12 +46,11 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def transformer(case: Case, dtype: torch.dtype, device: str) -> nn.Module:
-    hidden = case["hidden"]
     settings = llama(
-        hidden=hidden,
+        hidden=case["hidden"],
         layers=case["blocks"],
-        heads=max(1, hidden // 64),
-        inner=4 * hidden,
+        heads=max(1, case["hidden"] // 64),
+        inner=4 * case["hidden"],
         vocabulary=VOCABULARY,
     )
     return random_model("causal-lm", settings, dtype, device).eval()
