@@ -75,7 +75,7 @@ class MovedBytes(TorchDispatchMode):
 
 
 def _bytes(t: Tensor) -> int:
-    """Returns the bytes of a tensor, at most those of its storage: an expanded one is read once."""
+    """Returns the bytes of a tensor, at most its storage's: an expanded tensor is read once."""
     return min(t.numel() * t.element_size(), t.untyped_storage().nbytes())
 
 
@@ -182,7 +182,7 @@ def count(executor: ModuleType, kernel: Kernel, multiprocessors: int) -> dict[st
 def kernels_of(m: int, k: int, n: int, r: int) -> dict[str, list[Kernel]]:
     """Returns the kernels that a layer runs in each direction, whatever its strategy, and "adds".
 
-    "adds" are those of two passes: after y = x W^T and after dx = g W.
+    "adds" run only in two passes: after y = x W^T, and after dx = g W.
     """
     return {
         "forward": [("shrink", m, k, r), ("fold", 1, n, r)],

@@ -181,7 +181,7 @@ def sanitizer_part(tool: str, options: argparse.Namespace) -> Part:
 
 
 def missing(names: tuple[str, ...]) -> list[str]:
-    """Returns those of the programs and packages that are not installed."""
+    """Returns the programs and packages among `names` that are not installed."""
 
     def is_there(name: str) -> bool:
         is_program = shutil.which(name) or (CUDA_PROGRAMS / name).exists()

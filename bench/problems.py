@@ -537,7 +537,7 @@ def warmup_and_decay(optimizer: torch.optim.Optimizer, steps: int) -> Callable[[
 
 
 def parameters_and_head(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Returns the parameters that a method trains, and those of a new head.
+    """Returns the parameters that a method trains, and the parameters of a new head.
 
     A head belongs to the task: it is not counted in a method's size, and has its learning rate.
     """
@@ -549,8 +549,8 @@ def parameters_and_head(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.P
 def start_from_gradient(model: nn.Module, problem: Problem, batches: Iterator, steps: int) -> int:
     """Sets A and B from the gradients of eight batches.
 
-    A new head is trained first, for a tenth of the steps, so that the gradients are those of a head
-    that fits the task.
+    A new head is trained first, for a tenth of the steps, so that it fits the task when they are
+    computed.
 
     Returns:
         The steps that are left.
