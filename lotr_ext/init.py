@@ -130,10 +130,9 @@ def _leading_vectors_by_iteration(blocks: Sequence[Tensor], r: int) -> Tensor:
     """
     # From a seed, so that the same weights give the same factors in every process.
     generator = torch.Generator("cpu").manual_seed(0)
-    start = torch.randn(
+    subspace = torch.randn(
         len(blocks[0]), r + _EXTRA_COLUMNS, dtype=torch.float64, device="cpu", generator=generator
-    )
-    subspace = start.to(blocks[0].device)
+    ).to(blocks[0].device)
     for _ in range(9):
         subspace = torch.linalg.qr(sum(block @ (block.T @ subspace) for block in blocks))[0]
     projected = torch.cat([subspace.T @ block for block in blocks], 1)
