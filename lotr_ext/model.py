@@ -7,7 +7,8 @@ refer to them.
     select (targets.py)  ->  for each group: a pair A, B, for each layer: adapt, a core
                          ->  what is trained, lotr_config, watches (bypasses.py, first_step.py)
 
-Not here: the selection (targets.py), merging (merging.py), reports (reports.py), files (files.py).
+Not here: the selection (targets.py), merging (merging.py), reports (reports.py), files (saving.py,
+loading.py).
 """
 
 import warnings
