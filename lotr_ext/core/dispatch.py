@@ -279,7 +279,7 @@ def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
         return nodes.layer_on_projection(
             projection.route, call.base_output, projection.u, B, core, call, projection, strategy
         )
-    # The layer's node starts from h if rows have different cores, and in float16, which cannot fold.
+    # Rows have different cores, or float16 cannot fold: the layer's node starts from h.
     scaled_B, scaling = fallback.scaling_in_range(B, call.scaling, x.dtype)
     if call.choice is not None:
         h = nodes.row_core(projection.u, core, scaling, call.choice)
