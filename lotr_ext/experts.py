@@ -165,10 +165,9 @@ def lotr_grouped_linear(
             raise TypeError(f"bias: expected weight's dtype {weight.dtype}, got {bias.dtype}")
     check_values(x, {"weight": weight, "A": A, "B": B, "cores": cores})
     check_number("scaling", scaling)
-    tasks = None
     if core_index is not None:
         check_index("core_index", core_index, len(cores), x)
-        tasks = core_index.to(x.device)
+    tasks = None if core_index is None else core_index.to(x.device)
     routing = Routing(offs, reads=tokens, tokens=tokens)
     choice, flat_cores = routing.choice(cores, tasks)
     x = routing.zero_unread_rows(x)
@@ -186,12 +185,11 @@ def _check_routing(
         raise ValueError(
             f"offs: expected one end per expert, shape ({experts},), got {tuple(offs.shape)}"
         )
-    if tokens is None:
-        return
-    check_integers("tokens", tokens, torch.int64)
-    if tokens.dim() != 1:
-        raise ValueError(f"tokens: expected shape [rows], got {tuple(tokens.shape)}")
-    check_range("tokens", tokens, 0, len(x))
+    if tokens is not None:
+        check_integers("tokens", tokens, torch.int64)
+        if tokens.dim() != 1:
+            raise ValueError(f"tokens: expected shape [rows], got {tuple(tokens.shape)}")
+        check_range("tokens", tokens, 0, len(x))
 
 
 # ---- the module ----------------------------------------------------------------------------------
@@ -291,14 +289,13 @@ class LoTRExperts(LoTRLayer):
             choice, cores = routing.choice(self.core, tasks=None)
         else:
             choice, cores = routing.choice(state.cores, state.index_of(request_input))
-        factors = self.factors
         dropout = self.dropout if self.training else 0.0
 
         def compute(A: Tensor, B: Tensor) -> Tensor:
             call = LayerCall(x, weight, bias, A, B, cores, self.scaling, dropout, choice=choice)
-            return dispatch.grouped_linear(call, routing.offs, factors.caches, self)
+            return dispatch.grouped_linear(call, routing.offs, self.factors.caches, self)
 
-        return factors.read(compute)
+        return self.factors.read(compute)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, {super().extra_repr()}"

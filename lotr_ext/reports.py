@@ -72,8 +72,7 @@ def parameter_groups(
             groups[name]["lr"] = rate
     for p in model.parameters():
         if p.requires_grad:
-            name = adapter_groups.get(p, "other")
-            groups[name]["params"].append(p)
+            groups[adapter_groups.get(p, "other")]["params"].append(p)
     return [group for group in groups.values() if group["params"]]
 
 

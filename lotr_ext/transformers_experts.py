@@ -31,9 +31,6 @@ from .layers import check_plain, device_of
 CHILD = "lotr"  # the child of an experts module that holds the adapters, by parameter
 _IMPLEMENTATION = "lotr"  # the name of our forward in transformers' interface
 
-# Every class of experts that accepts another forward has these.
-_LAYOUT_ATTRIBUTES = ("is_transposed", "has_bias", "num_experts", "config")
-
 
 class AdaptedExperts(nn.ModuleDict):
     """The adapters of an experts module, by parameter.
@@ -88,9 +85,9 @@ def expert_obstacle(module: nn.Module, parameter: str) -> str | None:
 
 def _accepts_forward(module: nn.Module) -> bool:
     """Whether the class of experts calls a registered function in its forward."""
-    # `use_experts_implementation`, the decorator that looks up the function, wraps the forward.
+    # The decorator `use_experts_implementation` wraps the forward. Our own reads the attributes.
     return (
-        all(hasattr(module, name) for name in _LAYOUT_ATTRIBUTES)
+        all(hasattr(module, n) for n in ("is_transposed", "has_bias", "num_experts", "config"))
         and hasattr(type(module).forward, "__wrapped__")
         and hasattr(module.config, "_experts_implementation")
     )
@@ -212,8 +209,8 @@ def _forward_of_host(
     tokens = order // top_k
 
     first = _first_projection(host)
-    routing = Routing(offs, reads=tokens, tokens=tokens)
-    y = _project(host, first, hidden_states, routing, request_input=hidden_states)
+    first_routing = Routing(offs, reads=tokens, tokens=tokens)
+    y = _project(host, first, hidden_states, first_routing, request_input=hidden_states)
     y = host._apply_gate(y) if first == "gate_up_proj" else host.act_fn(y)
     # y has a row per expert of each token. A request has only the tasks of the tokens.
     y = _project(host, "down_proj", y, Routing(offs, tokens=tokens), request_input=hidden_states)
