@@ -10,7 +10,8 @@ refer to them.
     install               does this for all groups, freezes the rest and starts the watches of
                           bypasses.py and first_step.py
 
-Not here: the selection (targets.py), merging (merging.py), reports (reports.py), files (files.py).
+Not here: the selection (targets.py), merging (merging.py), reports (reports.py), files (saving.py,
+loading.py).
 """
 
 import warnings

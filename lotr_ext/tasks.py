@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,10 +34,10 @@ from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
 from .first_step import watch
 from .layers import LoTRLayer
-from .storage import put_tensors
+from .storage import FilePath, put_tensors
 from .task_files import TaskFormat
 
-Source = Mapping[str, Tensor] | str | PathLike[str]  # the cores of a task, or its file
+Source = Mapping[str, Tensor] | FilePath  # the cores of a task, or its file
 
 # One lock for all banks. A bank with a lock could not be copied or pickled.
 _change_lock = threading.RLock()
@@ -184,7 +183,7 @@ class TaskBank(Attachment):
             f"{name}.core": cores.detach()[slot] for name, cores in zip(self._layers, self.cores)
         }
 
-    def save(self, task: int, path: str | PathLike[str]) -> None:
+    def save(self, task: int, path: FilePath) -> None:
         """Writes a task into a safetensors file, atomically.
 
         Raises:

@@ -151,7 +151,7 @@ class LoTRHostedExperts(LoTRExperts):
 
     def to_base(self) -> nn.Module:
         """Removes this adapter from the host, and returns the host."""
-        self.give_start_back()
+        self.add_start_back()
         adapted = getattr(self.host, CHILD)
         del adapted[self.parameter]
         # Without adapters, the host becomes as it was.

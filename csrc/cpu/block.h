@@ -280,7 +280,10 @@ inline void expand_ragged_block(T* y, int64_t ldy, int64_t y_step, const T* from
                                 typename K::Acc scale, const typename K::Acc* bias) {
   constexpr int kLanes = K::kLanes;
   constexpr int kPanel = RV * kLanes;
-  typename K::Vec acc[MR][RV] = {};
+  // With `= {}`, GCC 12 keeps acc in memory: 21 us in place of 12 for 1024 x 32 at rank 8.
+  typename K::Vec acc[MR][RV];
+  for (auto& row : acc)
+    for (typename K::Vec& sum : row) sum = typename K::Vec{};
   multiply<K, MR, RV, Layout::along_row>(acc, u.data, u.step, f, kPanel, n);
   typename K::Acc sums[kPanel];
   for (int i = 0; i < MR; ++i) {
@@ -299,6 +302,8 @@ inline void expand_ragged_block(T* y, int64_t ldy, int64_t y_step, const T* from
     if (!start) {
       for (int64_t j = 0; j < cols; ++j) row[j * y_step] = Narrow<T>::from(sums[j]);
     } else if (y_step == 1 && from_step == 1) {
+      // `start` is `row` or does not overlap it. GCC otherwise checks, and a block takes 5 % longer.
+#pragma GCC ivdep
       for (int64_t j = 0; j < cols; ++j) row[j] = Narrow<T>::from(to_float(start[j]) + sums[j]);
     } else {
       for (int64_t j = 0; j < cols; ++j)
