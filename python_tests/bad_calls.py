@@ -46,7 +46,7 @@ from lotr_ext.vllm import export_factors
 
 Row = tuple[str, str, Callable[[], object]]
 
-# ---- layers and calls ----------------------------------------------------------------------------
+# ---- layers, cores and calls ---------------------------------------------------------------------
 
 PAIR = LoTRFactors(6, 4, 2)
 META = LoTRFactors(6, 4, 2, device="meta")
@@ -85,7 +85,6 @@ def use_core(core: object) -> Callable[[], object]:
 
 
 def adapted_inside() -> nn.Module:
-    """A linear layer with an adapted one inside."""
     linear = nn.Linear(6, 4)
     linear.inner = LoTRLinear(6, 4, 2)
     return linear
@@ -178,6 +177,13 @@ LAYERS: list[Row] = [
         use_core(FORMS["diagonal"](PLACES, 4).double().at(PLACES[0])),
     ),
     ("core None", "core", use_core(mock.Mock(spec=nn.Module, return_value=None))),
+    # computed cores
+    ("diagonal of two ranks", "rank", partial(FORMS["diagonal"], PLACES, (3, 4))),
+    ("cores of no places", "places", partial(FORMS["diagonal"], [], 4)),
+    ("cores of a place twice", "places", partial(FORMS["diagonal"], [("0", "q")] * 2, 4)),
+    ("no slices", "slices", partial(FORMS["tucker"], PLACES, 4, slices=0)),
+    ("few as identity", "core_init", lambda: FORMS["few"](PLACES, 4).begin_as_identity()),
+    # starts
     ("fill a vector", "tensor", lambda: fill_factor_(torch.empty(3), "normal")),
     (
         "fill integers",
@@ -185,7 +191,7 @@ LAYERS: list[Row] = [
         lambda: fill_factor_(torch.empty(3, 2, dtype=torch.int64), "normal"),
     ),
     ("fill a core by an unknown init", "core_init", lambda: fill_core_(torch.empty(3, 2), "ones")),
-    # calls
+    # calls of layers and of lotr_linear
     ("x too narrow", "x", call(x=torch.randn(5, 5))),
     ("x a list", "x", call(x=[1.0] * 6)),
     ("x of integers", "x", call(x=torch.ones(5, 6, dtype=torch.int64))),
@@ -338,12 +344,6 @@ EXPERTS: list[Row] = [
             torch.ones(3, N), torch.ones(3, K, device="meta"), OFFS
         ),
     ),
-    # computed cores
-    ("diagonal of two ranks", "rank", partial(FORMS["diagonal"], PLACES, (3, 4))),
-    ("cores of no places", "places", partial(FORMS["diagonal"], [], 4)),
-    ("cores of a place twice", "places", partial(FORMS["diagonal"], [("0", "q")] * 2, 4)),
-    ("no slices", "slices", partial(FORMS["tucker"], PLACES, 4, slices=0)),
-    ("few as identity", "core_init", lambda: FORMS["few"](PLACES, 4).begin_as_identity()),
 ]
 
 

@@ -116,8 +116,7 @@ def interleaved(side: Side) -> Results:
     second = side()
     # Layers of `again` read x itself. The second forward may then share u = x A with a layer of the
     # first one, as siblings do, and needs its graph.
-    shares_u = side.net.wire is again
-    first_gradients = side.grad(loss(first), retain_graph=shares_u)
+    first_gradients = side.grad(loss(first), retain_graph=side.net.wire is again)
     return [*first_gradients, *side.grad(loss(second) + loss(side()))]
 
 
@@ -205,9 +204,9 @@ def save_products(ctx: object, op: object, *args: object, **kwargs: object) -> C
 
 
 def selective(policy: Callable[..., CheckpointPolicy]) -> Context:
-    """Returns a checkpoint that keeps the results that a policy names."""
-    context = partial(create_selective_checkpoint_contexts, policy)
-    return partial(checkpointed, use_reentrant=False, context_fn=context)
+    """Returns a context with a checkpoint that keeps the results that a policy names."""
+    context_fn = partial(create_selective_checkpoint_contexts, policy)
+    return partial(checkpointed, use_reentrant=False, context_fn=context_fn)
 
 
 def nested_checkpoints(side: Side) -> Results:
@@ -230,9 +229,9 @@ def recomputed_with_new_values(side: Side) -> Results:
     return side.grad(loss(y))
 
 
-def hooked(side: Side, context: Callable[[], contextlib.AbstractContextManager]) -> Results:
+def hooked(side: Side, manager: Callable[[], contextlib.AbstractContextManager]) -> Results:
     """Runs the forward inside of a context manager, the backward after it."""
-    with context():
+    with manager():
         y = side()
     return [y, *side.grad(loss(y))]
 
@@ -416,12 +415,12 @@ CONTEXTS: dict[str, Context] = {
         lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE
     ),
     "checkpoint in a selective one": nested_checkpoints,
-    "save_on_cpu": partial(hooked, context=save_on_cpu),
+    "save_on_cpu": partial(hooked, manager=save_on_cpu),
     "saved-tensor hooks": partial(
-        hooked, context=lambda: saved_tensors_hooks(lambda t: t.clone(), lambda t: t)
+        hooked, manager=lambda: saved_tensors_hooks(lambda t: t.clone(), lambda t: t)
     ),
     "hooks without weak references": partial(
-        hooked, context=lambda: saved_tensors_hooks(Tensor.clone, Tensor.clone)
+        hooked, manager=lambda: saved_tensors_hooks(Tensor.clone, Tensor.clone)
     ),
 }
 ALSO_WITH_DROPOUT = (

@@ -126,13 +126,13 @@ def check_equal(
     assert error < bound, error
 
 
-def training(wrap: Wrap, bound: float = 1e-10, **settings: Any) -> None:
-    """Trains a wrapped net in two processes, and the net on both batches in one."""
+def train_wrapped(wrap: Wrap, bound: float = 1e-10, **settings: Any) -> None:
+    """Trains a wrapped net in two processes, and the plain net on both batches in one."""
     actual = train(wrap(build(**settings)), [dist.get_rank()])
     check_equal(actual, train(build(**settings), [0, 1]), bound)
 
 
-def gradient_start() -> None:
+def start_from_gradients() -> None:
     """`init_from_gradient` with one batch per process: A, B and the captured shares."""
 
     def start(ranks: list[int]) -> dict[str, Tensor]:
@@ -168,7 +168,7 @@ def shared_folder() -> str:
     return folder[0]
 
 
-def saved_and_loaded(wrap: Wrap, **settings: Any) -> None:
+def save_and_load(wrap: Wrap, **settings: Any) -> None:
     """Trains, saves in both processes, and loads into another wrapped net and into a plain one.
 
     A forward without a backward comes before the last step of the optimizer and before the load.
@@ -265,7 +265,7 @@ def zero_steps(engine: Any, steps: range) -> None:
         engine.step()
 
 
-def zero(stage: int, prepare: Wrap = lambda net: net, core: str = "dense") -> None:
+def train_with_zero(stage: int, prepare: Wrap = lambda net: net, core: str = "dense") -> None:
     """Trains two steps, saves, loads into another engine, and takes the third step with it."""
     folder = shared_folder()
     build_net = partial(build, dtype="float32", core=core)
@@ -295,49 +295,49 @@ IN_BFLOAT16 = partial(  # compared with one process in float32
 FINDS_UNUSED = partial(DDP, find_unused_parameters=True)
 STATIC = partial(DDP, static_graph=True)
 CHECKS: dict[str, Callable[[], None]] = {
-    "ddp": partial(training, DDP),
+    "ddp": partial(train_wrapped, DDP),
     "ddp, a bucket view, static graph": partial(
-        training, partial(STATIC, gradient_as_bucket_view=True)
+        train_wrapped, partial(STATIC, gradient_as_bucket_view=True)
     ),
-    "ddp, find_unused_parameters": partial(training, FINDS_UNUSED),
-    "ddp, checkpoints": partial(training, lambda net: DDP(checkpointed(net))),
+    "ddp, find_unused_parameters": partial(train_wrapped, FINDS_UNUSED),
+    "ddp, checkpoints": partial(train_wrapped, lambda net: DDP(checkpointed(net))),
     "ddp, reentrant checkpoints": partial(
-        training, lambda net: STATIC(checkpointed(net, reentrant=True))
+        train_wrapped, lambda net: STATIC(checkpointed(net, reentrant=True))
     ),
-    "ddp, experts": partial(training, FINDS_UNUSED, name="mixture"),
-    "ddp, saved and loaded": partial(saved_and_loaded, DDP),
+    "ddp, experts": partial(train_wrapped, FINDS_UNUSED, name="mixture"),
+    "ddp, saved and loaded": partial(save_and_load, DDP),
     "ddp, saved by process 0": ddp_is_saved_by_process_0,
-    "fsdp2": partial(training, shard),
-    "fsdp2, resharded": partial(training, RESHARDED),
-    "fsdp2, checkpoints": partial(training, recomputed_and_resharded),
-    "fsdp2, one factor per width": partial(training, shard, group_by="width"),
-    "fsdp2, experts": partial(training, shard, name="mixture"),
-    "fsdp2, saved and loaded": partial(saved_and_loaded, shard),
-    "fsdp2, saved and loaded, resharded": partial(saved_and_loaded, RESHARDED),
+    "fsdp2": partial(train_wrapped, shard),
+    "fsdp2, resharded": partial(train_wrapped, RESHARDED),
+    "fsdp2, checkpoints": partial(train_wrapped, recomputed_and_resharded),
+    "fsdp2, one factor per width": partial(train_wrapped, shard, group_by="width"),
+    "fsdp2, experts": partial(train_wrapped, shard, name="mixture"),
+    "fsdp2, saved and loaded": partial(save_and_load, shard),
+    "fsdp2, saved and loaded, resharded": partial(save_and_load, RESHARDED),
     "fsdp2 without shard_factors, saved and loaded": partial(
-        saved_and_loaded, fully_shard, core="tucker"
+        save_and_load, fully_shard, core="tucker"
     ),
-    "fsdp2, a tied head": partial(saved_and_loaded, tie_and_shard),
+    "fsdp2, a tied head": partial(save_and_load, tie_and_shard),
     "fsdp2, functions for full tensors": sharded_nets_are_refused,
     "fsdp2 before apply_lotr": sharded_nets_are_not_adapted,
     "fsdp2, collectives": fsdp2_reduces_each_factor_once,
     "a failed save": a_failed_save_raises_in_all,
-    "a start from the gradients": gradient_start,
-    "zero 2": partial(zero, 2),
-    "zero 3": partial(zero, 3),
-    "zero 3, checkpoints": partial(zero, 3, checkpointed),
+    "a start from the gradients": start_from_gradients,
+    "zero 2": partial(train_with_zero, 2),
+    "zero 3": partial(train_with_zero, 3),
+    "zero 3, checkpoints": partial(train_with_zero, 3, checkpointed),
 }
 for form in FORMS:
     CHECKS |= {
-        f"ddp, {form}": partial(training, DDP, core=form),
-        f"ddp, {form}, saved": partial(saved_and_loaded, DDP, core=form),
-        f"fsdp2, {form}": partial(training, shard, core=form),
-        f"fsdp2, {form}, checkpoints": partial(training, recomputed_and_resharded, core=form),
-        f"fsdp2, {form}, saved": partial(saved_and_loaded, shard, core=form),
+        f"ddp, {form}": partial(train_wrapped, DDP, core=form),
+        f"ddp, {form}, saved": partial(save_and_load, DDP, core=form),
+        f"fsdp2, {form}": partial(train_wrapped, shard, core=form),
+        f"fsdp2, {form}, checkpoints": partial(train_wrapped, recomputed_and_resharded, core=form),
+        f"fsdp2, {form}, saved": partial(save_and_load, shard, core=form),
         f"fsdp2, {form}, bfloat16": partial(
-            training, IN_BFLOAT16, bound=0.1, core=form, dtype="float32"
+            train_wrapped, IN_BFLOAT16, bound=0.1, core=form, dtype="float32"
         ),
-        f"zero 3, {form}": partial(zero, 3, core=form),
+        f"zero 3, {form}": partial(train_with_zero, 3, core=form),
     }
 
 

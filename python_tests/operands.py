@@ -127,7 +127,7 @@ def good_arguments(
         rank: r_in.
     """
     c = Case((6, 5, 7, rank), dtype, dtype, p=0.5)
-    sums = {
+    sums = {  # that the gradients are added to
         "dA": c.sums(c.k, c.r),
         "dB": c.sums(c.n, c.r_out),
         "dx": c.make(c.m, c.k),

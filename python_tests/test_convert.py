@@ -214,8 +214,8 @@ def test_a_killed_export_leaves_no_configuration(tmp_path: Path) -> None:
 # ---- LoRA to LoTR --------------------------------------------------------------------------------
 
 
-def lora(net: str, folder: Path, *, seed: int = 5, **settings: object) -> nn.Module:
-    """A PEFT LoRA with values that matter, saved in folder."""
+def save_lora(net: str, folder: Path, *, seed: int = 5, **settings: object) -> nn.Module:
+    """Saves a LoRA of PEFT with values that matter, and returns its model."""
     settings = {"r": 2, "lora_alpha": 3, "target_modules": zoo.TARGETS[net], **settings}
     model = peft.get_peft_model(zoo.net(net), peft.LoraConfig(**settings)).eval()
     zoo.fill(model, seed, 0.3, lambda name: "lora_" in name or "modules_to_save" in name)
@@ -259,7 +259,7 @@ EXACT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def test_loras_are_exact_at_the_sum_of_their_ranks(
     net: str, settings: dict, options: dict, tmp_path: Path
 ) -> None:
-    expected = output(lora(net, tmp_path / "lora", **settings), net)
+    expected = output(save_lora(net, tmp_path / "lora", **settings), net)
     converted = lora_to_lotr(tmp_path / "lora", **options)
     assert max(converted.errors.values()) < 1e-6
     converted.save(tmp_path / "lotr")
@@ -274,7 +274,7 @@ def test_loras_are_exact_at_the_sum_of_their_ranks(
 
 def test_a_lora_in_a_pickle_and_one_of_zeros(tmp_path: Path) -> None:
     """Files of PEFT before it had safetensors, in bfloat16; an adapter without effect."""
-    expected = output(lora("attention", tmp_path))
+    expected = output(save_lora("attention", tmp_path))
     tensors = tensors_in(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     torch.save({key: t.bfloat16() for key, t in tensors.items()}, tmp_path / "adapter_model.bin")
@@ -290,7 +290,7 @@ def test_a_lora_in_a_pickle_and_one_of_zeros(tmp_path: Path) -> None:
 
 
 def test_at_a_lower_rank_the_error_is_reported(tmp_path: Path) -> None:
-    lora("attention", tmp_path)
+    save_lora("attention", tmp_path)
     deltas = {name: layer.B @ layer.A for name, layer in read_lora(tmp_path)[0].items()}
     converted = lora_to_lotr(tmp_path, rank=3, dtype=torch.float64)
     tensors = converted.adapter.tensors
@@ -326,7 +326,7 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with the folders of LORAS."""
     folder = tmp_path_factory.mktemp("loras")
     for seed, (name, settings) in enumerate(LORAS.items()):
-        lora("attention", folder / name, seed=seed, **settings)
+        save_lora("attention", folder / name, seed=seed, **settings)
     tensors = tensors_in(folder / "of a wider base")
     key = next(key for key in tensors if "lora_B" in key)
     tensors[key] = torch.cat([tensors[key]] * 2)
@@ -376,12 +376,13 @@ def test_the_error_of_each_lora_is_that_of_its_task(
         total += lost
         for name, delta in deltas.items():
             stacks.setdefault(name if group_by == "layer" else "all", []).append(delta / norm)
-    # Of all D one below the other, and side by side: the squared singular values after the second.
+    # A matrix of a group's changes loses, at rank 2, the squared singular values after the second.
+    # One matrix has the changes one below the other, and one has them side by side.
     bounds = []
     for dimension in (0, 1):
-        sides = [torch.cat(matrices, dimension) for matrices in stacks.values()]
-        bounds.append(sum(float(torch.linalg.svdvals(s)[2:].square().sum()) for s in sides))
-    # A pair of rank 2 loses at least the larger sum (Eckart-Young), and HOSVD at most both.
+        joined = [torch.cat(matrices, dimension) for matrices in stacks.values()]
+        bounds.append(sum(float(torch.linalg.svdvals(m)[2:].square().sum()) for m in joined))
+    # A pair of rank 2 loses at least the larger loss (Eckart-Young), and HOSVD at most both.
     assert max(bounds) - 1e-9 <= total <= sum(bounds)
 
 
@@ -449,12 +450,15 @@ def test_a_collection_that_does_not_fit_is_refused(case: str, loras: Path, tmp_p
 # ---- the original implementation -----------------------------------------------------------------
 
 
-def original(
+def save_original(
     folder: Path, suffix: str = "pt", shared_part: str | None = None, **replaced: Tensor
 ) -> tuple[Path, dict[str, Tensor]]:
-    """A checkpoint of the original implementation, with a new head.
+    """Saves a checkpoint of the original implementation, with a new head.
 
-    q of block 1 has other factors than the other layers. `shared_part` is the one that it shares.
+    q of block 1 has other factors than the other layers, but for `shared_part`.
+
+    Returns:
+        The file, and its tensors.
     """
     generator = torch.Generator().manual_seed(3)
     state = dict(zoo.net("attention").state_dict())
@@ -482,7 +486,7 @@ def original(
 def test_an_original_checkpoint_computes_the_same(
     suffix: str, shared_part: str | None, tmp_path: Path
 ) -> None:
-    path, state = original(tmp_path, suffix, shared_part)
+    path, state = save_original(tmp_path, suffix, shared_part)
     converted = original_to_lotr(path, scale=3.0, modules_to_save=["head"])
     assert converted.adapter.config.scaling == 1.5
     assert len({entry.A for entry in converted.adapter.layers.values()}) == 2
@@ -554,7 +558,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_folder_that_is_not_a_lora_is_refused(case: str, tmp_path: Path) -> None:
     folder = tmp_path / "lora"
-    lora("attention", folder)
+    save_lora("attention", folder)
     config = config_in(folder)
     tensors = tensors_in(folder)
     change, message = HOSTILE[case]
@@ -579,7 +583,7 @@ DAMAGES = {
 def test_damaged_files_are_one_clear_error(
     name: str, damage: Callable[[Path], object], tmp_path: Path
 ) -> None:
-    lora("attention", tmp_path)
+    save_lora("attention", tmp_path)
     damage(tmp_path / name)
     with pytest.raises(ValueError, match=re.escape(name) + "|source: expected"):
         lora_to_lotr(tmp_path, rank=4)
@@ -617,15 +621,15 @@ def test_an_original_checkpoint_that_does_not_fit_is_refused(
     replaced: dict, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        original_to_lotr(original(tmp_path, **replaced)[0])
+        original_to_lotr(save_original(tmp_path, **replaced)[0])
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    expected = output(lora("attention", tmp_path / "lora"))
-    original(tmp_path)
+    expected = output(save_lora("attention", tmp_path / "lora"))
+    save_original(tmp_path)
     save_adapter(adapted("attention", rank=2), tmp_path / "saved")
     runs = [
         "lora-to-lotr lora lotr --rank 16 15 --dtype float64",

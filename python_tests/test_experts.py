@@ -190,7 +190,7 @@ def test_rows_without_an_expert_are_not_read(by_token: bool, tasks: bool, contex
 @by_tokens
 def test_double_backward(by_token: bool) -> None:
     """Also of a trained base with a weight that is a transposed view."""
-    arguments = make(by_token, False)
+    arguments = make(by_token, tasks=False)
     fill_unread(arguments)
     arguments["weight"] = arguments["weight"].mT.contiguous().mT
     leaves = leaves_of(arguments)
@@ -206,14 +206,14 @@ def test_double_backward(by_token: bool) -> None:
 TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], tuple, tuple], tuple]] = {
     "grad": lambda call, values, _: torch.func.grad(lambda v: call(*v).sin().sum())(values),
     "jvp": lambda call, values, tangents: torch.func.jvp(call, values, tangents),
-    "vmap": lambda call, *values: (torch.func.vmap(call)(*map(torch.stack, zip(*values))),),
+    "vmap": lambda call, *both: (torch.func.vmap(call)(*map(torch.stack, zip(*both))),),
 }
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @by_tasks
 def test_transforms_of_torch_func(tasks: bool, transform: str) -> None:
-    arguments = make(True, tasks)
+    arguments = make(by_token=True, tasks=tasks)
     values = tuple(leaf.detach() for leaf in leaves_of(arguments))
     tangents = tuple(map(torch.randn_like, values))
 
@@ -228,7 +228,7 @@ def test_transforms_of_torch_func(tasks: bool, transform: str) -> None:
 
 @pytest.mark.parametrize("empty", ["x", "tokens"])
 def test_no_rows(empty: str) -> None:
-    arguments = make(empty == "tokens", False)
+    arguments = make(by_token=empty == "tokens", tasks=False)
     arguments[empty] = arguments[empty].detach()[:0].requires_grad_(empty == "x")
     y = ours(**{**arguments, "offs": torch.zeros(E, dtype=torch.int32)})
     assert y.shape == (0, N)
@@ -241,7 +241,7 @@ def test_no_rows(empty: str) -> None:
 )
 def test_autocast_computes_in_its_dtype(dtype: torch.dtype, computed: torch.dtype) -> None:
     """It leaves float64 as it is."""
-    arguments = make(True, False, dtype)
+    arguments = make(by_token=True, tasks=False, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
         y = ours(**arguments)
     assert y.dtype == computed

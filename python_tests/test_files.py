@@ -420,9 +420,14 @@ def test_pushes_to_a_hub_and_loads_from_it(
 
 
 def killed_at(step: int, changes: Iterator[int], real: Callable) -> Callable:
-    """Returns the real change of the disk, which ends the process from the step-th change on.
+    """Returns a function of the disk that ends the process instead of the step-th change.
 
-    Nothing runs after the end of a process, so this also turns off what cleans up.
+    Later changes fail too: a process that has ended cleans nothing up.
+
+    Args:
+        step: The number of changes that are made.
+        changes: The number of each change, counted over all functions of the disk.
+        real: The function.
     """
 
     def call(*args: object, **kwargs: object) -> object:
@@ -443,15 +448,15 @@ def seed_of(folder: Path) -> int:
     pytest.fail("the folder has none of the saved adapters")
 
 
-@pytest.mark.parametrize("two_files", [False, True], ids=["version 3", "version 2"])
+@pytest.mark.parametrize("is_version_2", [False, True], ids=["version 3", "version 2"])
 def test_a_kill_at_any_step_leaves_the_old_or_the_new_adapter(
-    two_files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_version_2: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeds = []
     for step in range(10):
         folder = tmp_path / str(step)
         save_adapter(trained("mlp", seed=1), folder)
-        if two_files:
+        if is_version_2:
             as_version_2(folder)
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
             changes = itertools.count()
@@ -460,7 +465,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_adapter(
             save_adapter(trained("mlp", seed=2), folder)
         seeds.append(seed_of(folder))
     # How many changes of the disk a save makes that is not killed. There are more steps above.
-    assert next(changes) == (6 if two_files else 4)
+    assert next(changes) == (6 if is_version_2 else 4)
     assert seeds == sorted(seeds) and set(seeds) == {1, 2}
     assert [path.name for path in folder.iterdir()] == [FILE_NAME]
 
@@ -696,12 +701,12 @@ def change_one(document: dict[str, Any] | list, generator: random.Random) -> Non
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("old", [False, True], ids=["version 3", "version 2"])
+@pytest.mark.parametrize("is_version_2", [False, True], ids=["version 3", "version 2"])
 def test_a_random_change_of_a_document_is_refused_or_computes(
-    x: Tensor, old: bool, folder: Path
+    x: Tensor, is_version_2: bool, folder: Path
 ) -> None:
     generator = random.Random(0)
-    if old:
+    if is_version_2:
         as_version_2(folder)
     document, tensors = read(folder)
     refused = 0

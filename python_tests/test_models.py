@@ -405,7 +405,7 @@ def test_files_of_containers(name: str, saved_as: Callable, core: str, tmp_path:
 
 
 def adapt_for_unload(model: nn.Module, by_peft: bool, **settings: object) -> Callable:
-    """Adapts a model, by PEFT or by `apply_lotr`. Returns what gives the plain model back."""
+    """Adapts a model, by PEFT or by `apply_lotr`. Returns the function that unloads it."""
     if by_peft:
         return peft.get_peft_model(model, LoTRPeftConfig(rank=2, **settings)).unload
     return partial(unload, apply_lotr(model, LoTRConfig(rank=2, **settings)))
@@ -418,13 +418,13 @@ def test_encoder_layers_run_their_adapters_also_without_gradients(by_peft: bool)
     plain = nn.TransformerEncoder(layer, 2).eval()
     model = copy.deepcopy(plain)
     inputs = {"src": torch.randn(2, 3, 8), "src_key_padding_mask": torch.eye(2, 3).bool()}
-    unloaded = adapt_for_unload(model, by_peft, target_modules=["linear1", "linear2"])
+    unload_adapter = adapt_for_unload(model, by_peft, target_modules=["linear1", "linear2"])
     zoo.fill(model, only=lambda name: "core" in name)
     expected = model(**inputs)
     assert relative(expected, plain(**inputs)) > 1e-3
     with torch.inference_mode():
         assert relative(model(**inputs), expected) < 1e-6
-        unloaded()
+        unload_adapter()
         assert torch.equal(model(**inputs), plain(**inputs))
 
 
@@ -446,11 +446,11 @@ def test_projections_are_fused_only_without_an_adapter() -> None:
 def test_an_adapted_output_layer_is_not_resized(by_peft: bool) -> None:
     """transformers would put a new layer without an adapter in its place."""
     model = zoo.net("llama")
-    unloaded = adapt_for_unload(model, by_peft, target_modules=["q_proj", "lm_head"])
+    unload_adapter = adapt_for_unload(model, by_peft, target_modules=["q_proj", "lm_head"])
     for adapted in (model, pickle.loads(pickle.dumps(model))):
         with refused("resize_token_embeddings", RuntimeError):
             adapted.resize_token_embeddings(80)
         assert len(adapted.get_input_embeddings().weight) == zoo.VOCABULARY
-    unloaded().resize_token_embeddings(80)
+    unload_adapter().resize_token_embeddings(80)
     apply_lotr(model, LoTRConfig(rank=2, target_modules=["q_proj"])).resize_token_embeddings(90)
     assert len(model.lm_head.weight) == 90

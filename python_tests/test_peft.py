@@ -76,17 +76,6 @@ def tuned(case: str) -> tuple[peft.PeftModel, Tensor]:
     return adapted(net, **settings), zoo.inputs(net)
 
 
-def two_adapters() -> tuple[peft.PeftModel, Tensor]:
-    """Returns a model with two adapters, and an input.
-
-    "default", which is active, is on q, k, v and o, and "other", of another rank, on q, o and head.
-    """
-    model, x = tuned("siblings")
-    settings = LoTRPeftConfig(rank=2, target_modules=["q", "o", "head"], scaling=1.5)
-    model.add_adapter("other", settings)
-    return fill(model, "other", seed=8).eval(), x
-
-
 def layers(model: nn.Module) -> list[LoTRPeftLinear]:
     return [m for m in model.modules() if isinstance(m, LoTRPeftLinear)]
 
@@ -248,6 +237,59 @@ def test_an_adapter_is_merged_unmerged_and_unloaded(case: str) -> None:
         assert relative(zoo.output(unloaded, x), base_output) < 1e-5
 
 
+def test_pefts_conversion_to_lora() -> None:
+    model, x = tuned("siblings")
+    config_of_lora, tensors = peft.convert_to_lora(model, rank=3)
+    lora = peft.get_peft_model(zoo.net("attention"), config_of_lora).eval()
+    peft.set_peft_model_state_dict(lora, tensors)
+    assert relative(output(lora, x), output(model, x)) < 1e-4
+
+
+# ---- what is adapted and trained -----------------------------------------------------------------
+
+
+def test_without_target_modules_the_layers_are_those_of_the_model_type() -> None:
+    model = peft.get_peft_model(zoo.net("llama"), LoTRPeftConfig(rank=2))
+    names = {n.rpartition(".")[2] for n, m in model.named_modules() if m in layers(model)}
+    assert names == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("train", [["core"], ["A", "core"], ["B", "core"]], ids="+".join)
+def test_only_the_named_parts_are_trained(train: list[str]) -> None:
+    """Also after another adapter was active."""
+    model = peft.get_peft_model(zoo.net("attention"), config("attention", train=train))
+    model.add_adapter("other", config("attention"))
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+    trained = " ".join(trained_names(model))
+    assert {part for part in ("A", "B", "core") if f".{part}" in trained} == set(train)
+    assert "other" not in trained
+
+
+def test_biases_are_trained_and_saved(tmp_path: Path) -> None:
+    model = adapted("attention", bias="lotr_only")
+    biases = [name for name in trained_names(model) if name.endswith("bias")]
+    assert sum(name.endswith(".base_layer.bias") for name in biases) == len(biases) == 8
+    zoo.fill(model, 7, 0.3, lambda name: name.endswith("base_layer.bias"))
+    model.save_pretrained(tmp_path)
+    x = zoo.inputs("attention")
+    assert torch.equal(output(loaded(tmp_path, "attention"), x), output(model, x))
+
+
+# ---- several adapters ----------------------------------------------------------------------------
+
+
+def two_adapters() -> tuple[peft.PeftModel, Tensor]:
+    """Returns a model with two adapters, and an input.
+
+    "default", which is active, is on q, k, v and o, and "other", of another rank, on q, o and head.
+    """
+    model, x = tuned("siblings")
+    settings = LoTRPeftConfig(rank=2, target_modules=["q", "o", "head"], scaling=1.5)
+    model.add_adapter("other", settings)
+    return fill(model, "other", seed=8).eval(), x
+
+
 @pytest.mark.parametrize("names", [["default"], ["other"], ["default", "other"]], ids="+".join)
 def test_active_and_merged_adapters_add_up(names: list[str]) -> None:
     model, x = two_adapters()
@@ -280,20 +322,6 @@ def test_adapters_are_merged_one_after_another_saved_and_deleted(tmp_path: Path)
     assert set(model.base_model.lotr_factors) == {"other"}
     assert not any("default" in name for name in model.state_dict())
     assert torch.equal(output(loaded(tmp_path / "other", "attention"), x), y)
-
-
-def test_parametrized_parts_are_saved_and_loaded_as_such(tmp_path: Path) -> None:
-    model, x = tuned("siblings")
-    for layer in layers(model):
-        weight_norm(layer.lotr_adapter["default"], "core")
-    for factor in model.base_model.lotr_factors["default"].values():
-        weight_norm(factor, "value")
-    other = fill(copy.deepcopy(model), seed=3)
-    model.save_pretrained(tmp_path)
-    peft.set_peft_model_state_dict(other, load_file(tmp_path / "adapter_model.safetensors"))
-    assert torch.equal(output(other, x), output(model, x))
-    with pytest.raises(ValueError, match=r"missing .*core"):
-        peft.PeftModel.from_pretrained(zoo.net("attention"), tmp_path)
 
 
 def test_a_second_adapter_leaves_what_the_first_one_trains() -> None:
@@ -334,41 +362,7 @@ def test_the_status_of_a_model() -> None:
     }.items() <= vars(model.get_model_status()).items()
 
 
-def test_pefts_conversion_to_lora() -> None:
-    model, x = tuned("siblings")
-    config_of_lora, tensors = peft.convert_to_lora(model, rank=3)
-    lora = peft.get_peft_model(zoo.net("attention"), config_of_lora).eval()
-    peft.set_peft_model_state_dict(lora, tensors)
-    assert relative(output(lora, x), output(model, x)) < 1e-4
-
-
-def test_without_target_modules_the_layers_are_those_of_the_model_type() -> None:
-    model = peft.get_peft_model(zoo.net("llama"), LoTRPeftConfig(rank=2))
-    names = {n.rpartition(".")[2] for n, m in model.named_modules() if m in layers(model)}
-    assert names == {"q_proj", "v_proj"}
-
-
-@pytest.mark.parametrize("core", ["diagonal", "cp", "tucker", "train", "few"])
-def test_computed_cores_load_onto_a_model_in_another_order(core: str, tmp_path: Path) -> None:
-    model = adapted("attention", core=core)
-    model.save_pretrained(tmp_path)
-    other = zoo.net("attention")
-    blocks = (zoo.AttentionBlock(dict(reversed(block.items()))) for block in other.blocks)
-    other.blocks = nn.Sequential(*blocks)
-    x = zoo.inputs("attention")
-    assert torch.equal(output(peft.PeftModel.from_pretrained(other, tmp_path), x), output(model, x))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_safe_merge_refuses_values_that_are_not_finite(value: float) -> None:
-    model, _ = tuned("siblings")
-    layer = layers(model)[0]
-    layer.lotr_adapter["default"].core.data[0, 0] = value
-    weight = layer.weight.clone()
-    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights. The adapter"):
-        model.merge_adapter(safe_merge=True)
-    assert torch.equal(layer.weight, weight)
-    assert not layer.merged
+# ---- an adapter per row --------------------------------------------------------------------------
 
 
 def test_adapter_names_choose_an_adapter_per_row() -> None:
@@ -421,23 +415,53 @@ def test_generation_has_an_adapter_per_row(make: Callable[[], nn.Module], beams:
         assert torch.equal(mixed[i][: len(single)], single)
 
 
-def test_an_old_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft, "__version__", "0.20.1")
-    with pytest.raises(ImportError, match=r"expected PEFT 0.21 or later, got 0.20.1"):
-        importlib.reload(peft_config)
+# ---- files ---------------------------------------------------------------------------------------
 
 
-def test_biases_are_trained_and_saved(tmp_path: Path) -> None:
-    model = adapted("attention", bias="lotr_only")
-    biases = [name for name in trained_names(model) if name.endswith("bias")]
-    assert sum(name.endswith(".base_layer.bias") for name in biases) == len(biases) == 8
-    zoo.fill(model, 7, 0.3, lambda name: name.endswith("base_layer.bias"))
+def test_parametrized_parts_are_saved_and_loaded_as_such(tmp_path: Path) -> None:
+    model, x = tuned("siblings")
+    for layer in layers(model):
+        weight_norm(layer.lotr_adapter["default"], "core")
+    for factor in model.base_model.lotr_factors["default"].values():
+        weight_norm(factor, "value")
+    other = fill(copy.deepcopy(model), seed=3)
     model.save_pretrained(tmp_path)
+    peft.set_peft_model_state_dict(other, load_file(tmp_path / "adapter_model.safetensors"))
+    assert torch.equal(output(other, x), output(model, x))
+    with pytest.raises(ValueError, match=r"missing .*core"):
+        peft.PeftModel.from_pretrained(zoo.net("attention"), tmp_path)
+
+
+@pytest.mark.parametrize("core", ["diagonal", "cp", "tucker", "train", "few"])
+def test_computed_cores_load_onto_a_model_in_another_order(core: str, tmp_path: Path) -> None:
+    model = adapted("attention", core=core)
+    model.save_pretrained(tmp_path)
+    other = zoo.net("attention")
+    blocks = (zoo.AttentionBlock(dict(reversed(block.items()))) for block in other.blocks)
+    other.blocks = nn.Sequential(*blocks)
     x = zoo.inputs("attention")
-    assert torch.equal(output(loaded(tmp_path, "attention"), x), output(model, x))
+    assert torch.equal(output(peft.PeftModel.from_pretrained(other, tmp_path), x), output(model, x))
 
 
-# ---- files and configuration ---------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("settings", "scaling"),
+    [
+        ({}, 4 * (8 / 16) ** 1.5 / INIT_GAIN**3),
+        ({"alpha": 8, "r": 4}, 2.0),
+        ({"rslora": True, "r": 4}, 2.0),
+    ],
+)
+def test_a_saved_configuration_has_its_scaling_as_a_number(
+    settings: dict, scaling: float, tmp_path: Path
+) -> None:
+    LoTRPeftConfig(target_modules=["q"], **settings).save_pretrained(str(tmp_path))
+    content = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert content["scaling"] == pytest.approx(scaling)
+    assert content["alpha"] is None
+    assert LoTRPeftConfig.from_pretrained(str(tmp_path)).to_lotr().s == pytest.approx(scaling)
+
+
+# ---- files of the first version ------------------------------------------------------------------
 
 
 def test_the_first_versions_files_load() -> None:
@@ -478,35 +502,7 @@ def test_magnitudes_of_the_first_version_are_refused(config_class: type, tmp_pat
         config_class.from_pretrained(rewritten(tmp_path, magnitude=True))
 
 
-def test_a_configuration_for_apply_lotr_is_refused_by_name() -> None:
-    with pytest.raises(AttributeError, match="expected a LoTRPeftConfig, got a LoTRConfig"):
-        peft.get_peft_model(zoo.net("mlp"), LoTRConfig(rank=2))
-    assert copy.deepcopy(LoTRConfig()) == LoTRConfig()
-
-
-@pytest.mark.parametrize(
-    ("settings", "scaling"),
-    [
-        ({}, 4 * (8 / 16) ** 1.5 / INIT_GAIN**3),
-        ({"alpha": 8, "r": 4}, 2.0),
-        ({"rslora": True, "r": 4}, 2.0),
-    ],
-)
-def test_a_saved_configuration_has_its_scaling_as_a_number(
-    settings: dict, scaling: float, tmp_path: Path
-) -> None:
-    LoTRPeftConfig(target_modules=["q"], **settings).save_pretrained(str(tmp_path))
-    content = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert content["scaling"] == pytest.approx(scaling)
-    assert content["alpha"] is None
-    assert LoTRPeftConfig.from_pretrained(str(tmp_path)).to_lotr().s == pytest.approx(scaling)
-
-
-def test_sharded_tensors_are_not_saved(tmp_path: Path) -> None:
-    model = adapted("attention")
-    state = {key: t[:0] if "lotr_factors" in key else t for key, t in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match=r"expected full tensors, got base_model.lotr_factors"):
-        model.save_pretrained(tmp_path, state_dict=state)
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 def test_only_a_plain_product_is_merged_into() -> None:
@@ -523,13 +519,32 @@ def test_only_a_plain_product_is_merged_into() -> None:
     assert torch.equal(output(model, x), y)
 
 
-@pytest.mark.parametrize("train", [["core"], ["A", "core"], ["B", "core"]], ids="+".join)
-def test_only_the_named_parts_are_trained(train: list[str]) -> None:
-    """Also after another adapter was active."""
-    model = peft.get_peft_model(zoo.net("attention"), config("attention", train=train))
-    model.add_adapter("other", config("attention"))
-    for name in ("default", "other", "default"):
-        model.set_adapter(name)
-    trained = " ".join(trained_names(model))
-    assert {part for part in ("A", "B", "core") if f".{part}" in trained} == set(train)
-    assert "other" not in trained
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_safe_merge_refuses_values_that_are_not_finite(value: float) -> None:
+    model, _ = tuned("siblings")
+    layer = layers(model)[0]
+    layer.lotr_adapter["default"].core.data[0, 0] = value
+    weight = layer.weight.clone()
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights. The adapter"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.weight, weight)
+    assert not layer.merged
+
+
+def test_sharded_tensors_are_not_saved(tmp_path: Path) -> None:
+    model = adapted("attention")
+    state = {key: t[:0] if "lotr_factors" in key else t for key, t in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"expected full tensors, got base_model.lotr_factors"):
+        model.save_pretrained(tmp_path, state_dict=state)
+
+
+def test_a_configuration_for_apply_lotr_is_refused_by_name() -> None:
+    with pytest.raises(AttributeError, match="expected a LoTRPeftConfig, got a LoTRConfig"):
+        peft.get_peft_model(zoo.net("mlp"), LoTRConfig(rank=2))
+    assert copy.deepcopy(LoTRConfig()) == LoTRConfig()
+
+
+def test_an_old_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft, "__version__", "0.20.1")
+    with pytest.raises(ImportError, match=r"expected PEFT 0.21 or later, got 0.20.1"):
+        importlib.reload(peft_config)

@@ -214,6 +214,7 @@ class Program(RuleBasedStateMachine):
         actual, twin = self.value(v)
         candidates = [*self.leaves(), *self.values]
         if 0 not in chosen:
+            # In steps of 3, small numbers reach parameters of all kinds, and values.
             candidates = [candidates[choice * 3 % len(candidates)] for choice in chosen]
         inputs = [pair for pair in candidates if pair[1].requires_grad]
         if not inputs or not twin.requires_grad:

@@ -326,6 +326,7 @@ def test_wraps_hooked_and_parametrized_layers(x: Tensor) -> None:
 
 # ---- which groups --------------------------------------------------------------------------------
 
+# (net, group_by, the number of factors, the number of pairs of them)
 GROUPS = [
     ("mlp", "shape", 4, 2),
     ("mlp", "width", 4, 2),  # A of 16 and of 24, B of 24 and of 16

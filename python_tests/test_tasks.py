@@ -49,7 +49,7 @@ INDEX_PER_TOKEN = INDEX.unsqueeze(1).repeat(1, 5)
 def banked(
     name: str = "attention", tasks: int = 4, taken: int = 3, **settings: object
 ) -> nn.Module:
-    """Returns a trained model with a bank of random tasks, the last slots free."""
+    """Returns a trained model with a bank for `tasks` tasks, which has `taken` random ones."""
     return with_bank(trained(name, **settings), tasks, taken)
 
 

@@ -140,7 +140,6 @@ def test_counts_of_models_without_memory(
     assert all(p.is_meta for p in model.parameters())
 
 
-# The sizes that docs/choosing.md measures: (size, rank, core, group_by).
 SMOLLM2 = {
     "vocab_size": 64,
     "hidden_size": 576,
@@ -149,8 +148,7 @@ SMOLLM2 = {
     "num_key_value_heads": 3,
     "intermediate_size": 1536,
 }
-
-
+# The sizes that docs/choosing.md measures: (the asked size, rank, core, group_by).
 RECIPES = [
     ({"like": "lora:1"}, 48, "diagonal", "shape"),
     ({"like": "lora:4"}, 6, "dense", "block"),
@@ -240,7 +238,7 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 NOT_OF_THE_ADAPTER = r"none of the adapter's parameters"
-# The model, the parameters of its optimizer, and the warnings.
+# (makes the model, returns the parameters of its optimizer, patterns of the warnings)
 FIRST_STEPS = {
     "an idle layer": (idle, trained_parameters, [r"called 3 of 4 .*'blocks.0.down'"]),
     "before apply_lotr": (partial(started, "mlp"), older_parameters, [NOT_OF_THE_ADAPTER]),

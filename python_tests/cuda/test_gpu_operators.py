@@ -42,7 +42,11 @@ class OnDevice:
     """torch.ops.lotr for operands on the CPU.
 
     Each operand is moved with its storage, so the NaN around it is moved as well. Results, and the
-    storages of written operands, are moved back. fused: FUSED replaces BETA.
+    storages of written operands, are moved back.
+
+    Args:
+        device: Where the operators run.
+        fused: Run the strategy FUSED where a test has BETA.
     """
 
     def __init__(self, device: str, fused: bool = False):

@@ -117,93 +117,74 @@ GOOD = {
         "F": bf16(24, 5, 8),
     },
 }
-# kernel, arrays that replace good ones or are more, numbers, the message
+
+
+def bad(kernel: str, message: str, numbers: dict | None = None, **arrays: np.ndarray) -> tuple:
+    """Returns a row of BAD. The arrays replace good ones, or are more; None leaves one out."""
+    return kernel, GOOD.get(kernel, {}) | arrays, numbers or {}, message
+
+
 BAD = [
-    ("shrunk", {}, {}, "run: name: expected one of shrink, .*, got shrunk"),
-    ("shrink", {"B": bf16(2, 2)}, {}, r"shrink: arrays: expected x A u \[ seed core h \], got .*B"),
-    ("shrink", {"u": None}, {}, "shrink: arrays: expected .*, got no u"),
-    ("shrink", {}, {"s": 1}, "shrink: numbers: expected p=0 scale=1 core_scale=1, got s"),
-    ("shrink", {}, {"p": 0.5}, "shrink: seed: expected an array, because p is not 0, got none"),
-    ("shrink", {"A": bf16(7, 4)}, {}, r"shrink: A: expected shape \[8, 4\], got shape \[7, 4\]"),
-    (
+    bad("shrunk", "run: name: expected one of shrink, .*, got shrunk"),
+    bad("shrink", r"shrink: arrays: expected x A u \[ seed core h \], got .*B", B=bf16(2, 2)),
+    bad("shrink", "shrink: arrays: expected .*, got no u", u=None),
+    bad("shrink", "shrink: numbers: expected p=0 scale=1 core_scale=1, got s", numbers={"s": 1}),
+    bad(
         "shrink",
-        {"x": bf16(2, 8).astype(int)},
-        {},
+        "shrink: seed: expected an array, because p is not 0, got none",
+        numbers={"p": 0.5},
+    ),
+    bad("shrink", r"shrink: A: expected shape \[8, 4\], got shape \[7, 4\]", A=bf16(7, 4)),
+    bad(
+        "shrink",
         "shrink: x: expected float32, float16 or uint16 .*, got int64",
+        x=bf16(2, 8).astype(int),
     ),
-    (
+    bad(
         "shrink",
-        {"u": np.zeros((2, 4), np.float32)},
-        {},
         "u: expected the element type of the input, got float32",
+        u=np.zeros((2, 4), np.float32),
     ),
-    (
+    bad(
         "shrink",
-        {"A": bf16(8, 257), "u": bf16(2, 257)},
-        {},
         "shrink: A: expected a rank from 1 to 256, got 257",
+        A=bf16(8, 257),
+        u=bf16(2, 257),
     ),
-    (
-        "expand_add",
-        {"u": bf16(2, 300), "F": bf16(8, 300)},
-        {},
-        "F: expected a rank from 1 to 256, got 300",
-    ),
-    ("gemm_lotr", {"x": bf16(20, 16, 20)}, {}, f"gemm_lotr: x: {ROWS} 16, got 20"),
-    (
+    bad("expand_add", "F: expected a rank from 1 to 256, got 300", u=bf16(2, 300), F=bf16(8, 300)),
+    bad("gemm_lotr", f"gemm_lotr: x: {ROWS} 16, got 20", x=bf16(20, 16, 20)),
+    bad("gemm_lotr", "gemm_lotr: x: expected an address divisible by 16", x=bf16(20, 16, 24, 4)),
+    bad("gemm_lotr", "gemm_lotr: x: expected a column stride of 1, got 24", x=bf16(16, 20, 24).T),
+    bad("gemm_lotr", f"gemm_lotr: W: {ROWS} 16, got 17", W=bf16(24, 16, 17)),
+    bad("gemm_lotr", f"gemm_lotr: u: {ROWS} 5, got 5", u=bf16(20, 5)),
+    bad("gemm_lotr", f"gemm_lotr: F: {ROWS} 5, got 12", F=bf16(24, 5, 12)),
+    bad("gemm_lotr", f"gemm_lotr: y: {ROWS} 24, got 28", y=bf16(20, 24, 28)),
+    bad(
         "gemm_lotr",
-        {"x": bf16(20, 16, 24, 4)},
-        {},
-        "gemm_lotr: x: expected an address divisible by 16",
-    ),
-    (
-        "gemm_lotr",
-        {"x": bf16(16, 20, 24).T},
-        {},
-        "gemm_lotr: x: expected a column stride of 1, got 24",
-    ),
-    ("gemm_lotr", {"W": bf16(24, 16, 17)}, {}, f"gemm_lotr: W: {ROWS} 16, got 17"),
-    ("gemm_lotr", {"u": bf16(20, 5)}, {}, f"gemm_lotr: u: {ROWS} 5, got 5"),
-    ("gemm_lotr", {"F": bf16(24, 5, 12)}, {}, f"gemm_lotr: F: {ROWS} 5, got 12"),
-    ("gemm_lotr", {"y": bf16(20, 24, 28)}, {}, f"gemm_lotr: y: {ROWS} 24, got 28"),
-    (
-        "gemm_lotr",
-        {"u": bf16(20, 129, 136), "F": bf16(24, 129, 136)},
-        {},
         "gemm_lotr: r: expected 1 to 128, got 129",
+        u=bf16(20, 129, 136),
+        F=bf16(24, 129, 136),
     ),
-    (
-        "gemm_lotr",
-        {"u": bf16(20, 0, 8), "F": bf16(24, 0, 8)},
-        {},
-        "gemm_lotr: r: expected 1 to 128, got 0",
+    bad("gemm_lotr", "gemm_lotr: r: expected 1 to 128, got 0", u=bf16(20, 0, 8), F=bf16(24, 0, 8)),
+    bad(
+        "gemm_lotr", r"gemm_lotr: K: expected 1 to 2\^30, got 0", x=bf16(20, 0, 8), W=bf16(24, 0, 8)
     ),
-    (
+    bad(
         "gemm_lotr",
-        {"x": bf16(20, 0, 8), "W": bf16(24, 0, 8)},
-        {},
-        r"gemm_lotr: K: expected 1 to 2\^30, got 0",
-    ),
-    (
-        "gemm_lotr",
-        {name: np.zeros(a.shape, np.float32) for name, a in GOOD["gemm_lotr"].items()},
-        {},
         "dtype: expected bfloat16 or float16, got float32",
+        **{name: np.zeros(a.shape, np.float32) for name, a in GOOD["gemm_lotr"].items()},
     ),
-    (
-        "fold",
-        {"B": bf16(8, 257), "core": bf16(4, 257)},
-        {},
-        "fold: B: expected a rank from 1 to 256, got 257",
+    bad(
+        "fold", "fold: B: expected a rank from 1 to 256, got 257", B=bf16(8, 257), core=bf16(4, 257)
     ),
 ]
 
 
-@pytest.mark.parametrize(("kernel", "changed", "numbers", "message"), BAD)
+@pytest.mark.parametrize(("kernel", "arrays", "numbers", "message"), BAD)
 def test_bad_argument_is_named(
-    lib: ModuleType, kernel: str, changed: dict, numbers: dict, message: str
+    lib: ModuleType, kernel: str, arrays: dict, numbers: dict, message: str
 ) -> None:
-    arrays = {name: a for name, a in (GOOD.get(kernel, {}) | changed).items() if a is not None}
+    arrays = {name: a for name, a in arrays.items() if a is not None}
     with pytest.raises(ValueError, match=message):
         lib.run(kernel, arrays, numbers)
     assert not any(a.any() for a in arrays.values())

@@ -41,19 +41,22 @@ def fused(
     text: str, instead: str, message: str = Y, kernels: str = BOTH, mode: str = "plain"
 ) -> Bug:
     """Returns a bug in gemm_lotr. Its quick cases have both element types."""
-    return Bug(
-        text, instead, message, kernels, "bf16,fp16" if mode == "plain" else "bf16", "quick", mode
-    )
+    kinds = "bf16,fp16" if mode == "plain" else "bf16"
+    return Bug(text, instead, message, kernels, kinds=kinds, shapes="quick", mode=mode)
 
 
 # (the .cu that is compiled, the file of csrc/cuda that it includes): the bugs by name
 BUGS: dict[tuple[str, str], dict[str, Bug]] = {
     ("operators.cu", "operators.cu"): {
         "factor_of_the_first_launch_again": Bug(
-            "params.A = columns(p.A, first, call.type)", "params.A = p.A", ": u: ", "shrink", "fp32"
+            "params.A = columns(p.A, first, call.type)",
+            "params.A = p.A",
+            ": u: ",
+            "shrink",
+            kinds="fp32",
         ),
         "second_launch_does_not_add": Bug(
-            "    if (first > 0) params.start = p.y;\n", "", Y, "expand_fresh", "fp32"
+            "    if (first > 0) params.start = p.y;\n", "", Y, "expand_fresh", kinds="fp32"
         ),
         "workspace_of_one_part": Bug(
             "plan.n_blocks * p.M * params.parts_row",
