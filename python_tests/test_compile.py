@@ -28,8 +28,6 @@ from lotr_ext import LoTRLinear, disabled
 
 # ---- compiled ------------------------------------------------------------------------------------
 
-GRAPH_KINDS = ("siblings", "two Bs", "wrapped", "function", "rows")
-
 
 @pytest.fixture(autouse=True)
 def _forget_compiled_code() -> None:
@@ -42,7 +40,7 @@ def compiled(net: Net, backend: str = "aot_eager", **options: bool) -> Net:
     return net
 
 
-@pytest.mark.parametrize("kind", GRAPH_KINDS)
+@pytest.mark.parametrize("kind", ["siblings", "two Bs", "wrapped", "function", "rows"])
 def test_compile(kind: str) -> None:
     """One graph with gradients and one without, also for another number of tokens."""
     counters = torch._dynamo.utils.counters

@@ -65,8 +65,9 @@ def test_contexts(kind: str, context: str, form: str) -> None:
 
 # ---- what is trained -----------------------------------------------------------------------------
 
-# The ends of the names of a part's parameters.
+# By part, the ends of the names of its parameters.
 PARTS = {"A": ("A.value",), "B": ("B.value",), "core": ("core",), "base": ("weight", "bias")}
+# (the trained parts, whether x requires a gradient): all combinations in which something does.
 TRAINED = [
     (parts, trains_x)
     for size in range(5)
@@ -102,7 +103,7 @@ SHAPES: dict[str, Callable[[], Tensor]] = {
     "expanded": lambda: inputs(1).expand(6, K),
     "many rows": lambda: inputs(400),
 }
-NOT_OF_ROWS = ("one dimension", "four dimensions")  # tasks of rows need two or three
+NOT_OF_ROWS = ("one dimension", "four dimensions")  # tasks of rows need an x of two or three
 SHAPED = [
     (kind, form, shape)
     for kind, form in KINDS_AND_FORMS

@@ -222,11 +222,10 @@ def test_wrong_devices_dtypes_and_ranks_are_named() -> None:
 @TWO_GPUS
 def test_second_device_while_the_first_is_current() -> None:
     t = operands(300, 128, 192, 16)
-    there = {name: a.to("cuda:1") for name, a in t.items()}
-    for a, b in zip(step(t), step(there), strict=True):
-        assert b.device.index == 1 and torch.allclose(
-            a.float(), b.cpu().to(a.device).float(), rtol=2**-6, atol=1e-2
-        )
+    on_second = {name: operand.to("cuda:1") for name, operand in t.items()}
+    for result, second in zip(step(t), step(on_second), strict=True):
+        assert second.device.index == 1
+        assert torch.allclose(result.cpu().float(), second.cpu().float(), rtol=2**-6, atol=1e-2)
 
 
 @TWO_GPUS

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_map_only
 from lotr_ext.core.kernel_support import build_info
 
 FUSED = 2  # csrc/torch/check.h
-ON_GPU = [pair for pair in DTYPE_PAIRS if torch.float64 not in pair]
 FUSED_OPERATORS = (
     "layer_forward",
     "layer_forward_projected",
@@ -34,7 +33,9 @@ FUSED_SHAPES = [
     (2048, 2048, 2048, 16),
 ]
 by_dtypes = pytest.mark.parametrize(
-    "dtype, factors", ON_GPU, ids=lambda t: str(t).removeprefix("torch.")
+    "dtype, factors",
+    [pair for pair in DTYPE_PAIRS if torch.float64 not in pair],
+    ids=lambda t: str(t).removeprefix("torch."),
 )
 
 

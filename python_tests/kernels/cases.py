@@ -252,12 +252,12 @@ def expand_fresh(problem: Problem, shape: Shape) -> None:
     expand(problem, shape, 0.0 if shape.minimal else wide(problem.large("bias", shape.k)))
 
 
-# The layout of `start` for each layout of y: both by chunks with other strides, one of them, none.
+# The layout of `start` for each layout of y. Which of the two can be read by chunks of 16 bytes:
 START_LAYOUT = {
-    PACKED: Layout(pad=16, multiple=16),
-    ALIGNED: ODD,
-    ODD: COLUMNS,
-    COLUMNS: PACKED,
+    PACKED: Layout(pad=16, multiple=16),  # both, with other strides
+    ALIGNED: ODD,  # only y
+    ODD: COLUMNS,  # neither
+    COLUMNS: PACKED,  # only start
 }
 
 
