@@ -126,7 +126,7 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
         "columns_in_order": Bug("c / 2 * CHUNK + 2 * j + c % 2;", "8 * j + c;", Y, "expand_add"),
         "ragged_columns_are_full": Bug(" && a.n < full_n;", ";", f"{Y}|{BEYOND}", "expand_add"),
         "strides_of_start_for_y": Bug(
-            "LaneSteps::of(p.y, p.M,", "LaneSteps::of(p.start, p.M,", f"{Y}|{BEYOND}", "expand_from"
+            "of<Traits>(p.y, p.M,", "of<Traits>(p.start, p.M,", f"{Y}|{BEYOND}", "expand_from"
         ),
         "bias_of_the_first_tile": Bug(
             "&sm.bias[now.n * COLS + c / 2", "&sm.bias[c / 2", Y, "expand_fresh"

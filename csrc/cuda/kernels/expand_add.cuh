@@ -120,16 +120,18 @@ LOTR_DEVICE void load_strip(Tile& tile, const Matrix& u, int64_t row0, int64_t r
   }
 }
 
-// How a lane walks a matrix [M, N]. Strides in elements: from chunk to chunk of a lane 8 rows down
-// or a group to the right; from tile to tile; from the last tile of a strip to the first of the
-// next.
+// How a lane walks a matrix [M, N], in elements. Of a tile the lane has 2 GROUPS chunks: chunk c is
+// c % 2 steps down and c / 2 steps to the right of its first one.
 struct LaneSteps {
-  int64_t down, right, to_tile, to_strip;
-  int full_strips;  // strips of 16-byte chunks entirely inside the matrix
-  bool by_chunks;   // 16 bytes at a time
+  int64_t down;      // 8 rows
+  int64_t right;     // a group of columns
+  int64_t to_tile;   // to the next tile of the strip
+  int64_t to_strip;  // from past the last tile of a strip to the first one of the next strip
+  int full_strips;   // strips of 16-byte chunks entirely inside the matrix
+  bool by_chunks;    // 16 bytes at a time
 
   template <class Traits>
-  static LOTR_DEVICE LaneSteps of(const Matrix& m, int64_t M, int n_tiles, int strip_step, Traits) {
+  static LOTR_DEVICE LaneSteps of(const Matrix& m, int64_t M, int n_tiles, int strip_step) {
     const bool by_chunks = m.access == Access::vector;
     const int64_t to_tile = Traits::COLS * m.col;
     return {8 * m.row,
@@ -164,14 +166,15 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
   const int strips = int((p.M + STRIP - 1) / STRIP);
   const int strip_step = int(gridDim.y) * Traits::WARPS;
   const int full_n = int((p.N - n_begin) / COLS);  // column tiles entirely inside the matrix
-  const LaneSteps start_steps = LaneSteps::of(p.start, p.M, n_tiles, strip_step, Traits{});
-  const LaneSteps y_steps = LaneSteps::of(p.y, p.M, n_tiles, strip_step, Traits{});
+  const LaneSteps start_steps = LaneSteps::of<Traits>(p.start, p.M, n_tiles, strip_step);
+  const LaneSteps y_steps = LaneSteps::of<Traits>(p.y, p.M, n_tiles, strip_step);
   const int row_of_lane = lane / 4;
   const int col_of_lane = lane % 4 * CHUNK;
 
   struct Place {
-    int strip, n, stage, u;  // u: the stage that holds the strip's u
-    T* first;                // the lane's first chunk
+    int strip, n;  // n: the column tile
+    int stage, u;  // of the tile, and of the strip's u
+    T* first;      // the lane's first chunk
   };
   const auto advance = [&](Place& a, const LaneSteps& steps) {
     a.stage = tile::stage_after<STAGES>(a.stage);
@@ -202,6 +205,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
 
   const auto fetch_start = [&](const Place& a) {
     auto& to = stages[a.stage].y;
+    // Inside, neighbors are contiguous, so a group is GROUP elements: a constant, unlike `right`.
     if (inside(a, start_steps)) {
 #pragma unroll
       for (int c = 0; c < 2 * GROUPS; ++c)
@@ -254,7 +258,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
       };
       if constexpr (decltype(dropout)::value) {
         const uint64_t seed = uint64_t(ptx::load(p.dropout.seed));
-        uint32_t keep = 0;  // bits of the lane's chunks
+        uint32_t keep = 0;  // one bit for each element of the lane's chunks, in their order
         static_assert(2 * GROUPS * CHUNK <= 32);
 #pragma unroll 1
         for (int c = 0; c < 2 * GROUPS; ++c) {
