@@ -113,23 +113,24 @@ bool same_instruction(const Access& a, const Access& b) {
 // The usual case, in which all lanes passed the same call sites. Returns false, without counting
 // anything, if they did not.
 bool flush_in_step(Warp& warp) {
-  const Thread* members[32];
-  int numbers[32], count = 0;
+  const std::vector<Access>* logs[32];  // those that are not empty
+  int lane_numbers[32];
+  size_t count = 0;
   for (int lane = 0; lane < 32; ++lane)
     if (warp.present >> lane & 1 && !warp.thread[lane].log.empty()) {
-      numbers[count] = lane;
-      members[count++] = &warp.thread[lane];
+      lane_numbers[count] = lane;
+      logs[count++] = &warp.thread[lane].log;
     }
-  const std::vector<Access>& first = members[0]->log;
-  for (int i = 1; i < count; ++i) {
-    if (members[i]->log.size() != first.size()) return false;
+  const std::vector<Access>& first = *logs[0];
+  for (size_t i = 1; i < count; ++i) {
+    if (logs[i]->size() != first.size()) return false;
     for (size_t k = 0; k < first.size(); ++k)
-      if (!same_instruction(first[k], members[i]->log[k])) return false;
+      if (!same_instruction(first[k], (*logs[i])[k])) return false;
   }
   for (size_t k = 0; k < first.size(); ++k) {
     const Access* lanes[32];
-    for (int i = 0; i < count; ++i) lanes[i] = &members[i]->log[k];
-    count_instruction(lanes, numbers, size_t(count));
+    for (size_t i = 0; i < count; ++i) lanes[i] = &(*logs[i])[k];
+    count_instruction(lanes, lane_numbers, count);
   }
   return true;
 }
@@ -166,16 +167,16 @@ void flush_diverged(Warp& warp) {
   });
   for (size_t i = 0; i < entries.size();) {
     const Access* lanes[32];
-    int numbers[32];
+    int lane_numbers[32];
     size_t count = 0;
     const Entry& head = entries[i];
     for (; i < entries.size() && entries[i].nth == head.nth &&
            same_instruction(*entries[i].access, *head.access);
          ++i) {
       lanes[count] = entries[i].access;
-      numbers[count++] = entries[i].lane;
+      lane_numbers[count++] = entries[i].lane;
     }
-    count_instruction(lanes, numbers, count);
+    count_instruction(lanes, lane_numbers, count);
   }
 }
 

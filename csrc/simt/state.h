@@ -139,7 +139,7 @@ struct Block {
   bool let_next = false;  // has called griddepcontrol.launch_dependents
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  std::unordered_map<uint64_t, DecodedProduct> products;
+  std::unordered_map<uint64_t, DecodedProduct> products;  // by number and warpgroup
 };
 
 struct Machine {

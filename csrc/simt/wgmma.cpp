@@ -90,6 +90,7 @@ struct Operand {
   }
 };
 
+// The key of the product in Block::products: the same in all threads of the warpgroup.
 uint64_t key_of(const Thread& t, const WarpgroupProduct& w) {
   return w.number * 8 + t.linear / WARPGROUP;
 }
