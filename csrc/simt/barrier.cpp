@@ -73,7 +73,7 @@ void check_named(int id, int threads, const char* op, Site site) {
 // A lane's operand of a shuffle.
 struct Shuffled {
   uint64_t sent, received;
-  int source;  // the lane whose value it receives, or negative: it keeps its own
+  int source;  // the lane that sends, or negative: the lane keeps its value
 };
 
 // The leader of a shuffle. op: its name.

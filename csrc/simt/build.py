@@ -178,7 +178,7 @@ def make(output: Path, command: list[str]) -> bool:
 def _compilation(
     mode: str, source: Path, has_kernels: bool, includes: list[Path], defines: list[str]
 ) -> _Compilation:
-    """Returns how to compile a source. Its object has a name of its own for each set of defines."""
+    """Returns how to compile a source. Each set of defines has a separate object."""
     flags = _FLAGS[mode]
     key = hashlib.sha1("\n".join([str(source), *defines]).encode()).hexdigest()[:8]
     output = BUILD / mode / f"{source.stem}-{key}.o"
