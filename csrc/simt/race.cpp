@@ -11,7 +11,9 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <memory>
+#include <tuple>
 #include <unordered_map>
 
 #include "state.h"
@@ -33,6 +35,8 @@ struct Place {
   const char* op;
   Site site;
 };
+
+using PlaceKey = std::tuple<void*, const char*, const char*, int>;
 
 struct Event {         // an access
   uint32_t clock = 0;  // of the thread, 0: nothing has happened here
@@ -58,7 +62,7 @@ struct Detector {
   std::vector<uint32_t> clocks;       // [t][u]: the latest time of u that t has seen
 
   std::vector<Place> places;
-  std::unordered_map<uint64_t, uint32_t> place_numbers;
+  std::map<PlaceKey, uint32_t> place_numbers;
   std::vector<std::string> reports;
 } detector;
 
@@ -74,12 +78,8 @@ void join(uint32_t* to, const uint32_t* from) {
 uint32_t place_number(void* pc) {
   const Thread& t = self();
   const Place place = pc ? Place{pc, nullptr, {"", 0}} : Place{nullptr, t.op, t.site};
-  const uint64_t key = pc ? reinterpret_cast<uint64_t>(pc)
-                          : (reinterpret_cast<uint64_t>(place.op) * 31 +
-                             reinterpret_cast<uint64_t>(place.site.file)) *
-                                    8191 +
-                                uint64_t(place.site.line);
-  static uint64_t latest_key = 0;
+  const PlaceKey key{place.pc, place.op, place.site.file, place.site.line};
+  static PlaceKey latest_key;
   static uint32_t latest = 0;
   if (key == latest_key && !detector.places.empty()) return latest;
   const auto [entry, is_new] =
@@ -90,8 +90,8 @@ uint32_t place_number(void* pc) {
   return latest;
 }
 
-// Base name and line of the innermost source at pc that is not the executor's, the wrappers' or
-// CUDA's.
+// The file's name and line of the instruction at pc. Functions are inlined into each other there:
+// it is the innermost line that is not in the executor, the wrappers or CUDA's headers.
 std::string line_of(void* pc) {
   Dl_info info;
   if (!dladdr(pc, &info)) return "?";
