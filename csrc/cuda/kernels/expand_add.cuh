@@ -147,6 +147,9 @@ struct LaneSteps {
   }
 };
 
+// In this order: where a lane is and how it advances; the copies, which run STAGES - 1 tiles ahead;
+// F and the bias; the loop over the warp's tiles, each of which is a product, a mask, a sum with
+// the start or bias, and a store.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
     expand_add(const ExpandParams p) {
@@ -176,23 +179,23 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
     int stage, u;  // of the tile, and of the strip's u
     T* first;      // the lane's first chunk
   };
-  const auto advance = [&](Place& a, const LaneSteps& steps) {
-    a.stage = tile::stage_after<STAGES>(a.stage);
-    a.first += steps.to_tile;
-    if (++a.n < n_tiles) return;
-    a.n = 0;
-    a.strip -= strip_step;
-    a.first += steps.to_strip;
-    a.u = tile::stage_after<STAGES>(a.u);
+  const auto advance = [&](Place& place, const LaneSteps& steps) {
+    place.stage = tile::stage_after<STAGES>(place.stage);
+    place.first += steps.to_tile;
+    if (++place.n < n_tiles) return;
+    place.n = 0;
+    place.strip -= strip_step;
+    place.first += steps.to_strip;
+    place.u = tile::stage_after<STAGES>(place.u);
   };
-  const auto inside = [&](const Place& a, const LaneSteps& steps) {
-    return a.strip < steps.full_strips && a.n < full_n;
+  const auto inside = [&](const Place& place, const LaneSteps& steps) {
+    return place.strip < steps.full_strips && place.n < full_n;
   };
   // Elements of the lane's chunk c that are inside the matrix.
-  const auto valid_of = [&](const Place& a, int c) {
-    return tile::valid_elements<CHUNK>(int64_t(a.strip) * STRIP + row_of_lane + c % 2 * 8, p.M,
-                                       n_begin + int64_t(a.n) * COLS + c / 2 * GROUP + col_of_lane,
-                                       p.N);
+  const auto valid_of = [&](const Place& place, int c) {
+    return tile::valid_elements<CHUNK>(
+        int64_t(place.strip) * STRIP + row_of_lane + c % 2 * 8, p.M,
+        n_begin + int64_t(place.n) * COLS + c / 2 * GROUP + col_of_lane, p.N);
   };
 
   const int strip0 = strips - 1 - (int(blockIdx.y) * Traits::WARPS + warp);
@@ -203,19 +206,19 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
   };
   Place ahead = begin(p.start);
 
-  const auto fetch_start = [&](const Place& a) {
-    auto& to = stages[a.stage].y;
+  const auto fetch_start = [&](const Place& place) {
+    auto& to = stages[place.stage].y;
     // Inside, neighbors are contiguous, so a group is GROUP elements: a constant, unlike `right`.
-    if (inside(a, start_steps)) {
+    if (inside(place, start_steps)) {
 #pragma unroll
       for (int c = 0; c < 2 * GROUPS; ++c)
-        ptx::cp_async16(&to[c][lane], a.first + c % 2 * start_steps.down + c / 2 * GROUP);
+        ptx::cp_async16(&to[c][lane], place.first + c % 2 * start_steps.down + c / 2 * GROUP);
       return;
     }
 #pragma unroll 1
     for (int c = 0; c < 2 * GROUPS; ++c) {
-      const T* chunk = start_steps.chunk(a.first, c);
-      const int valid = valid_of(a, c);
+      const T* chunk = start_steps.chunk(place.first, c);
+      const int valid = valid_of(place, c);
       if (start_steps.by_chunks) {
         ptx::cp_async16(&to[c][lane], valid ? chunk : static_cast<const T*>(p.start.data),
                         valid * int(sizeof(T)));
