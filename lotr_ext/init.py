@@ -141,7 +141,7 @@ def _leading_vectors_by_iteration(blocks: Sequence[Tensor], r: int) -> Tensor:
 
 
 def padded(vectors: Tensor, r: int) -> Tensor:
-    """Returns vectors [d, c] as [d, r], with unit vectors in the columns that they lack."""
+    """Returns vectors [d, c] as [d, r], with unit vectors in the columns past c."""
     d, c = vectors.shape
     unit = torch.eye(d, dtype=vectors.dtype, device=vectors.device)
     missing = torch.arange(max(r - c, 0), device=vectors.device) % d
@@ -259,7 +259,8 @@ class _GradientProducts:
     ) -> Tensor:
         """Adds the anchor to the layer's output, whose backward then calls `add`.
 
-        A forward hook, if the anchor is bound.
+        Args:
+            anchor: See `_sum_over_batches`. The other arguments are those of a forward hook.
         """
         # In a part of the model that runs under no_grad, a layer has no backward.
         if not torch.is_grad_enabled():

@@ -14,8 +14,9 @@ from ..adapter_state import AdapterState, LayerEntry
 from ..base_model import BaseModel
 from ..config import LoTRConfig
 from ..init import INIT_GAIN, tucker2_from_products
+from ..storage import FilePath
 from ..targets import Target, group_of, in_groups
-from .lora import FilePath, LoRA, modules_of, read_lora, tensors_of
+from .lora import LoRA, modules_of, read_lora, tensors_of
 
 GROUPS_OF_ONE_SHAPE = ("shape", "block", "name", "layer")
 
