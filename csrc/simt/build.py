@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -208,6 +208,14 @@ def _make_all(steps: list[_Compilation]) -> list[str]:
     return [str(step.output) for step in steps]
 
 
+def _objects(mode: str, sources: Iterable[Path], includes: list[Path]) -> list[str]:
+    """Compiles sources as code that contains kernels, and returns the objects."""
+    with locked(mode):
+        return _make_all(
+            [_compilation(mode, source, True, includes, []) for source in sorted(sources)]
+        )
+
+
 def _build(
     mode: str,
     sources: list[Path],
@@ -256,20 +264,14 @@ def module(mode: str = "plain", kind: str | None = None) -> Path:
     import pybind11
 
     includes = [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
-    with locked("bindings"):
-        sources = sorted((EXECUTOR / "module").glob("*.cpp"))
-        other_objects = _make_all(
-            [_compilation("bindings", source, True, includes, []) for source in sources]
-        )
+    other_objects = _objects("bindings", (EXECUTOR / "module").glob("*.cpp"), includes)
     sources = sorted((CSRC / "cuda").rglob("*.cu"))
     name = MODULE
     if kind is not None and mode != "plain":
         name = f"{MODULE}-{kind}"
         others = {CSRC / "cuda" / f"kernels_{other}.cu" for other in KINDS if other != kind}
         sources = [source for source in sources if source not in others]
-        steps = [_compilation("plain", source, True, [], []) for source in sorted(others)]
-        with locked("plain"):
-            other_objects += _make_all(steps)
+        other_objects += _objects("plain", others, [])
     output = BUILD / mode / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     return _build(mode, sources, output, ["-shared"], [], tuple(other_objects))
 
