@@ -20,12 +20,10 @@ if tuple(map(int, re.findall(r"\d+", peft.__version__)[:2])) < (0, 21):
 
 
 class PeftType(str, Enum):
-    """Stands next to PEFT's enum of this name, which is closed, and prints as its members do."""
+    """The method's name. PEFT's enum of this name is closed; a member of this one prints alike."""
 
     LOTR = "LOTR"
 
-
-LOTR = PeftType.LOTR
 
 # Fields in files of version 1 that this version lacks. Without a value they are ignored, with one
 # they are an error.
@@ -79,7 +77,7 @@ class LoTRPeftConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = LOTR
+        self.peft_type = PeftType.LOTR
         if self.rank is None:
             self.rank = 16 if self.r is None else self.r
         if self.r not in (None, self.rank):
