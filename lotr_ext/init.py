@@ -259,7 +259,8 @@ class _GradientProducts:
     ) -> Tensor:
         """Adds the anchor to the layer's output, whose backward then calls `add`.
 
-        A forward hook, if the anchor is bound.
+        Args:
+            anchor: See `_sum_over_batches`. The other arguments are those of a forward hook.
         """
         # In a part of the model that runs under no_grad, a layer has no backward.
         if not torch.is_grad_enabled():

@@ -331,7 +331,7 @@ def _copy_to(
     # In all layers first: a start is added back with the scaling and factors with which it was
     # subtracted, and the next loop replaces them.
     for layer in layers.values():
-        layer.give_start_back()
+        layer.add_start_back()
     for name, entry in state.layers.items():
         layer = layers[name]
         layer.scaling = entry.scaling

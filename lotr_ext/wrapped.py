@@ -164,7 +164,7 @@ class LoTRWrapped(LoTRLayer):
 
     def to_base(self) -> nn.Module:
         """Returns the wrapped module, or the plain nn.Linear that replaces it."""
-        self.give_start_back()
+        self.add_start_back()
         return self.base_layer
 
 
