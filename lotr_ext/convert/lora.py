@@ -67,13 +67,10 @@ class LoRA:
 
     @property
     def norm(self) -> float:
-        """|B A|, from the triangular factors of A and B. The product is not formed."""
-        return float((_upper(self.B) @ _upper(self.A.mT).mT).norm())
-
-
-def _upper(matrix: Tensor) -> Tensor:
-    """Returns R [c, c] of matrix = Q R. As Q is orthonormal, it has the norms of the matrix."""
-    return torch.linalg.qr(matrix, mode="r").R
+        """|B A|, without the product: it is |R S^T|, of the QR factors B = Q R and A^T = P S."""
+        S = torch.linalg.qr(self.A.mT, mode="r").R
+        R = torch.linalg.qr(self.B, mode="r").R
+        return float((R @ S.mT).norm())
 
 
 # ---- reading -------------------------------------------------------------------------------------

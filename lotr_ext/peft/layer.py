@@ -218,9 +218,12 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
             TypeError: If the base has no plain weight.
             ValueError: If the sum is not finite and safe_merge is set.
         """
-        chosen = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in chosen if name in self.lotr_adapter]
         # PEFT merges in every layer, also in those that have no adapter of these names.
+        names = [
+            name
+            for name in check_adapters_to_merge(self, adapter_names)
+            if name in self.lotr_adapter
+        ]
         if not names:
             return
         weight = mergeable_weight(self.base_layer).detach()

@@ -141,9 +141,8 @@ def export_task(
         FileExistsError: If directory is a file.
     """
     adapter = adapter_of(model)
-    factors = factors_of(adapter, "export_task")
+    task_format = factors_of(adapter, "export_task").task_format
     cores = adapter.tensors if task is None else model.lotr_tasks.cores_of(task)
-    task_format = factors.task_format
     rank = max(max(shape) for shape in task_format.shapes.values())
     # vLLM reads it before the plugin sees the folder: it must be a LoRA that the engine accepts.
     config: dict[str, Any] = {
@@ -151,7 +150,7 @@ def export_task(
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": sorted({name.rpartition(".")[2] for name in factors.layers}),
+        "target_modules": sorted({name.rpartition(".")[2] for name in adapter.layers}),
         "base_model_name_or_path": base_model or adapter.base.name,
     }
     tensors = {name: cores[name] for name in task_format.shapes}

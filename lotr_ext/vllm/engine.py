@@ -93,8 +93,11 @@ def install(factors: EngineFactors) -> None:
     def load(self: WorkerLoRAManager, request: LoRARequest) -> LoRAModel:
         path = utils.get_adapter_absolute_path(request.lora_path)
         cores = read_task(path, factors).to(self.lora_config.lora_dtype)
-        modules = self._adapter_manager.modules
-        layers = {name: m for name, m in modules.items() if isinstance(m, _LayerWithCores)}
+        layers = {
+            name: layer
+            for name, layer in self._adapter_manager.modules.items()
+            if isinstance(layer, _LayerWithCores)
+        }
         _check_layers(layers.values(), factors)
         # vLLM hands each layer's lora_A and lora_B to its `set_lora`. Here all layers share one
         # "LoRA" of rank 1 whose lora_A is the vector of the task, from which each takes its span.
@@ -129,7 +132,7 @@ def _adapt_only(names: Collection[str]) -> None:
     initialize = FusedMoEConfig.__post_init__
 
     def initialize_without_lora(self: FusedMoEConfig) -> None:
-        # If it were True, vLLM would select kernels for experts with LoRA, which a CPU does not have.
+        # With True, vLLM would select kernels for experts with LoRA, which a CPU does not have.
         self.is_lora_enabled = False
         initialize(self)
 
@@ -213,10 +216,9 @@ class _LayerWithCores:
             **options,
         )
         if can_replace:
-            name = source_layer.prefix.rpartition(".")[2]
-            names = packed_modules_list if len(packed_modules_list) > 1 else [name]
-            parent = source_layer.prefix.removesuffix(name)
-            source_layer.lotr_names = tuple(parent + n for n in names)
+            parent, dot, child = source_layer.prefix.rpartition(".")
+            children = packed_modules_list if len(packed_modules_list) > 1 else [child]
+            source_layer.lotr_names = tuple(f"{parent}{dot}{name}" for name in children)
         return can_replace
 
     def create_lora_weights(
@@ -253,9 +255,9 @@ class _LayerWithCores:
         # vLLM's stacks of LoRAs, one per packed module. It reads only their shapes, so all share
         # one element of memory.
         element = torch.zeros(1, dtype=lora_config.lora_dtype, device=device)
-        max_rank = lora_config.max_lora_rank
-        self.lora_a_stacked = (element.expand(max_loras, 1, max_rank, 1),) * len(sizes)
-        self.lora_b_stacked = (element.expand(max_loras, 1, 1, max_rank),) * len(sizes)
+        like_A = element.expand(max_loras, 1, lora_config.max_lora_rank, 1)
+        self.lora_a_stacked = (like_A,) * len(sizes)
+        self.lora_b_stacked = (like_A.mT,) * len(sizes)
 
     def _part(self, name: str, packed_index: int, columns: slice, slots: int) -> Part:
         """Returns the part of an adapted module.
@@ -306,7 +308,7 @@ class _LayerWithCores:
         return on_device[cache_key]
 
     def _rows_of_process(self, full: Tensor, side: str, packed_index: int) -> Tensor:
-        """Returns this process's rows of A or B, by vLLM's rule for lora_A [r, k] or lora_B [n, r]."""
+        """Returns this process's rows of A or B, by vLLM's rules for lora_A and lora_B."""
         if side == "A":
             return self._cut(self.slice_lora_a, full.T, packed_index).T
         return self._cut(self.slice_lora_b, full, packed_index)
