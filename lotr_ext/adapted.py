@@ -27,7 +27,7 @@ _ATTRIBUTES = ("lotr_factors", "lotr_cores", "lotr_tasks", "lotr_config", "lotr_
 
 
 class Attachment(nn.Module):
-    """A module with further cores for the layers of an adapted model: a TaskBank.
+    """A module with further cores for the layers of an adapted model, such as a TaskBank.
 
     Its parameters count as the adapter's. `detach_all` calls `on_detach`.
     """

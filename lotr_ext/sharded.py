@@ -1,9 +1,9 @@
 """Models that several processes train: DistributedDataParallel, FSDP2 and DeepSpeed's ZeRO.
 
-Training needs nothing special: the layers of a process add their gradients of A into one sum, which
-is reduced over the processes once per step, and so is that of B. Under FSDP2 and ZeRO-3 a process
-holds only a shard of each tensor, so `save_adapter` here gathers full tensors for the file, and
-`load_adapter` writes the shards.
+Training needs nothing special: in each process the layers add their gradients of A into one sum and
+those of B into another, so the processes reduce A once and B once per step. Under FSDP2 and ZeRO-3
+a process holds only a shard of each tensor. `save_adapter` here gathers full tensors for the file,
+and `load_adapter` writes the shards.
 
 Not here: how a sharded tensor is recognized and gathered (sharded_tensors.py).
 """
