@@ -188,7 +188,7 @@ def _check_targets(model: nn.Module, state: AdapterState, refuse: bool) -> None:
             f"Load it into the base model that it was trained on, or pass strict=False to "
             f"leave these layers without an adapter."
         )
-        refuse_or_warn(message, refuse)
+        refuse_or_warn(message, refuse, stacklevel=7)
 
 
 # ---- checks --------------------------------------------------------------------------------------
