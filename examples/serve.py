@@ -109,7 +109,7 @@ def serve(options: argparse.Namespace) -> None:
         **os.environ,
         "LOTR_FACTORS": str(options.out / "factors"),
     }
-    command = [
+    command = [  # options that belong together are in one line
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(options.model), "--served-model-name", "smollm2"),
         *("--max-model-len", "1024", "--max-num-seqs", "32", "--max-loras", "8"),
