@@ -10,8 +10,8 @@
 The file is replaced by one rename, so a process that is killed leaves the old or the new adapter.
 Everything in it is checked for types, ranges and sizes before a model is touched.
 
-Not here: how an adapter is taken from a model and put into one (files.py), how files are written
-and read (storage.py), formats of older versions (old_files.py).
+Not here: how an adapter is taken from a model (saving.py) and put into one (loading.py), how files
+are written and read (storage.py), formats of older versions (old_files.py).
 """
 
 import json
@@ -42,6 +42,16 @@ _OTHER_FILES = {
     "config.json": "a model of save_pretrained or of a Trainer, which write no LoTR adapter. Train "
     "with lotr_ext.trainer.AdapterCheckpoints to have adapters in checkpoints.",
 }
+
+
+def start_key(key: str) -> str:
+    """Returns the name of the start of a factor with this name, as files since version 1 have it.
+
+    `lotr_factors.0.value` -> `lotr_factors.0.start`; in version 1, where one module had both
+    factors, `lotr_factors.0.A` -> `lotr_factors.0.start_A`.
+    """
+    owner, _, name = key.rpartition(".")
+    return f"{owner}.start" if name == "value" else f"{owner}.start_{name}"
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from .checks import check_dimension
 from .config import LoTRConfig
 from .targets import Selection, select
 
-# The forms of the table: (the rank of a LoRA below whose size it is used, the form). The ranks are
-# between those that were measured (docs/choosing.md), 1 and 4 at their geometric mean.
+# The forms of the table: (the rank of a LoRA below whose size it is used, the form). The ranks
+# separate the sizes that docs/choosing.md measured. 2 is the geometric mean of 1 and 4.
 _FORMS = (
     (0.1, {"group_by": "shape", "core": "dense"}),
     (2.0, {"group_by": "shape", "core": "diagonal"}),

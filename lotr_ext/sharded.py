@@ -9,19 +9,19 @@ Not here: how a sharded tensor is recognized and gathered (sharded_tensors.py).
 """
 
 from collections.abc import Callable
-from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
 
-from . import files
+from . import loading, saving
 from .adapted import Model
 from .adapter_state import AdapterState
 from .factors import LoTRFactor
-from .files import Strictness
+from .loading import Strictness
 from .sharded_tensors import full_tensor, imported_class
+from .storage import FilePath
 
 __all__ = ["full_tensor", "load_adapter", "save_adapter", "shard_factors"]
 
@@ -51,7 +51,7 @@ def shard_factors(model: Model, **options: Any) -> Model:
     return model
 
 
-def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
+def save_adapter(model: nn.Module, directory: FilePath) -> None:
     """Writes the adapter of a model that several processes train, sharded or not.
 
     All processes must call it. They gather the tensors, process 0 writes, and all wait for it.
@@ -63,11 +63,11 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
     Raises:
         RuntimeError: In all other processes if one of them fails.
     """
-    inner, _ = files.unwrap(model)
+    inner, _ = saving.unwrap(model)
     path = Path(directory)
     _reshard(inner)
-    state = files.adapter_of(inner, full_tensor)
-    files.warn_of_unsaved(inner)
+    state = saving.adapter_of(inner, full_tensor)
+    saving.warn_of_unsaved(inner)
 
     # All have the full tensors now. Several writers would replace each other's file.
     def write() -> None:
@@ -79,7 +79,7 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
 
 def load_adapter(
     model: Model,
-    directory: str | PathLike[str],
+    directory: FilePath,
     *,
     cast: bool = False,
     strict: Strictness = "targets",
@@ -100,10 +100,12 @@ def load_adapter(
     Raises:
         RuntimeError: In all other processes if one of them cannot read the directory.
     """
-    inner, _ = files.unwrap(model)
-    state = _in_agreement("load_adapter", lambda: AdapterState.read(files.local_folder(directory)))
+    inner, _ = saving.unwrap(model)
+    state = _in_agreement(
+        "load_adapter", lambda: AdapterState.read(loading.local_folder(directory))
+    )
     _reshard(inner)
-    files.load_state(inner, state, cast=cast, strict=strict, gather=full_tensor)
+    loading.load_state(inner, state, cast=cast, strict=strict, gather=full_tensor)
     return model
 
 

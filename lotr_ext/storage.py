@@ -12,11 +12,14 @@ import os
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+FilePath = str | PathLike[str]
 
 
 def expect_names(what: str, expected: Collection[str], actual: Collection[str]) -> None:

@@ -208,7 +208,7 @@ def run_faulty(fault: str, message: str, folder: Path, *more: str) -> int:
         rivals=["frozen", "faulty"],
         build=build,
         title_format="r {r}",
-        key=("r",),
+        dimensions=("r",),
         shapes={"cpu": "1,2,3"},
     )
     words = ["--device", "cpu", "--dtypes", "fp32", "--rounds", "4", "--results", str(folder)]

@@ -26,9 +26,9 @@ from torch.nn.functional import pad
 from ..adapter_state import AdapterState
 from ..config import LoTRConfig
 from ..init import INIT_GAIN
-from ..storage import put_tensors
+from ..storage import FilePath, put_tensors
 from ..task_files import task_format_of
-from .lora import FilePath, LoRA, LoRAFolder
+from .lora import LoRA, LoRAFolder
 from .to_lotr import (
     ConvertedLayer,
     converted_adapter,

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..storage import json_in, put_file, put_tensors
+from ..storage import FilePath, json_in, put_file, put_tensors
 from ..targets import name_matches
 
-FilePath = str | PathLike[str]
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 

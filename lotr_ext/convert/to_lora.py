@@ -21,20 +21,20 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..adapted import layers_in
-from ..adapter_state import AdapterState, LayerEntry
+from ..adapter_state import AdapterState, LayerEntry, start_key
 from ..base_model import BaseModel
 from ..checks import check_choice
 from ..config import TASKS, LoTRConfig
 from ..core.operators import accumulate_dtype
-from ..files import adapter_of, unwrap, warn_of_unsaved
 from ..layers import LoTRConv1D
-from ..old_files import config_of_version_1, factor_names, start_key
+from ..old_files import config_of_version_1, factor_names
+from ..saving import adapter_of, unwrap, warn_of_unsaved
+from ..storage import FilePath
 from ..targets import parameter_name
 from .hosts import EXPERT_FORMS, SERVER_NAMES, ServerNames, expert_tensors
 from .lora import (
     CONFIG_NAME,
     TENSORS_NAME,
-    FilePath,
     LoRA,
     base_name,
     modules_of,

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..adapter_state import AdapterState, LayerEntry
 from ..base_model import BaseModel
 from ..config import LoTRConfig
-from ..init import INIT_GAIN, tucker2_of
+from ..init import INIT_GAIN, tucker2_from_products
+from ..storage import FilePath
 from ..targets import Target, group_of, in_groups
-from .lora import FilePath, LoRA, modules_of, read_lora, tensors_of
+from .lora import LoRA, modules_of, read_lora, tensors_of
 
 GROUPS_OF_ONE_SHAPE = ("shape", "block", "name", "layer")
 
@@ -174,7 +175,7 @@ def tucker2_of_loras(
     def left(B: Tensor) -> list[Tensor]:
         return [V @ (U.mT @ B) for V, U in pairs]
 
-    A, B, cores = tucker2_of(blocks, right, left, len(outputs[0]), ranks)
+    A, B, cores = tucker2_from_products(blocks, right, left, n=len(outputs[0]), rank=ranks)
     return input_basis @ A, output_basis @ B, cores
 
 

@@ -9,7 +9,7 @@ import peft
 from peft.config import PeftConfig
 
 from ..checks import check_choice
-from ..config import PARTS, LoTRConfig, check_names
+from ..config import PARTS, LoTRConfig, refuse_lora_settings
 from ..old_files import config_of_version_1
 
 if tuple(map(int, re.findall(r"\d+", peft.__version__)[:2])) < (0, 21):
@@ -72,7 +72,7 @@ class LoTRPeftConfig(PeftConfig):
     r: int | tuple[int, int] | None = None
 
     def __new__(cls, *_: Any, **values: Any) -> "LoTRPeftConfig":
-        check_names(_without_removed_fields(values), cls)
+        refuse_lora_settings(_without_removed_fields(values), cls)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

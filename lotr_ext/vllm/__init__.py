@@ -24,17 +24,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter_state import AdapterState, LayerEntry
+from ..adapter_state import AdapterState, LayerEntry, start_key
 from ..convert.lora import put_folder
-from ..files import adapter_of, save_adapter
-from ..old_files import start_key
+from ..saving import adapter_of, save_adapter
+from ..storage import FilePath
 from ..task_files import TaskFormat, task_format_of
 
 __all__ = ["export_factors", "export_task", "register"]
@@ -107,7 +106,7 @@ def _check_servable(adapter: AdapterState, where: str) -> None:
 # ---- export --------------------------------------------------------------------------------------
 
 
-def export_factors(model: nn.Module, directory: str | PathLike[str]) -> None:
+def export_factors(model: nn.Module, directory: FilePath) -> None:
     """Writes the folder that LOTR_FACTORS names: the model's adapter, as `save_adapter` does.
 
     Raises:
@@ -121,7 +120,7 @@ def export_factors(model: nn.Module, directory: str | PathLike[str]) -> None:
 @torch.no_grad()
 def export_task(
     model: nn.Module,
-    directory: str | PathLike[str],
+    directory: FilePath,
     *,
     task: int | None = None,
     base_model: str | None = None,
@@ -163,7 +162,7 @@ def export_task(
 # ---- in the engine -------------------------------------------------------------------------------
 
 
-def read_task(directory: str | PathLike[str], factors: EngineFactors) -> Tensor:
+def read_task(directory: FilePath, factors: EngineFactors) -> Tensor:
     """Returns the cores s G in a folder of `export_task` as one vector, by `EngineFactors.spans`.
 
     Raises:
