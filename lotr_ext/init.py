@@ -141,7 +141,7 @@ def _leading_vectors_by_iteration(blocks: Sequence[Tensor], r: int) -> Tensor:
 
 
 def padded(vectors: Tensor, r: int) -> Tensor:
-    """Returns vectors [d, c] as [d, r], with unit vectors in the columns that they lack."""
+    """Returns vectors [d, c] as [d, r], with unit vectors in the columns past c."""
     d, c = vectors.shape
     unit = torch.eye(d, dtype=vectors.dtype, device=vectors.device)
     missing = torch.arange(max(r - c, 0), device=vectors.device) % d

@@ -118,6 +118,7 @@ class LoTRLayer(nn.Module):
             )
         check_factors(factors)
         s = scaling_of(factors.rank, alpha, rslora, scaling)
+        # Without __init__, which would make a new base.
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = features(linear)
@@ -256,7 +257,7 @@ class LoTRLayer(nn.Module):
         return nn.functional.linear(x, self.weight_matrix(), self.bias)
 
     def called_module(self) -> nn.Module:
-        """Returns the module whose forward computes this layer. For experts, it is their host."""
+        """Returns the module whose forward computes this layer. For experts in a host, the host."""
         return self
 
     def weight_matrix(self) -> Tensor:
@@ -535,7 +536,7 @@ class LoTRConv1D(LoTRLayer):
         return self.weight.t()
 
 
-# ---- weights and plain linear layers -------------------------------------------------------------
+# ---- weights and cores ---------------------------------------------------------------------------
 
 
 def plus(weight: Tensor, delta: Tensor) -> Tensor:
@@ -595,6 +596,16 @@ def check_plain(module: nn.Module, caller: str, name: str = "weight") -> None:
         )
 
 
+def _described(core: object) -> str:
+    """Describes a core by what it must have in common with one that replaces it."""
+    if not isinstance(core, Tensor):
+        return type(core).__name__
+    return f"tensor {list(core.shape)}, {core.dtype}, on {core.device}"
+
+
+# ---- modules that are adapted --------------------------------------------------------------------
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether module is transformers' Conv1D, which may not be installed: checks its attributes."""
     return (
@@ -612,18 +623,11 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     return sizes if all(isinstance(size, int) for size in sizes) else None
 
 
-def _described(core: object) -> str:
-    """Returns what a core must have in common with the core that it replaces, as words."""
-    if not isinstance(core, Tensor):
-        return type(core).__name__
-    return f"tensor {list(core.shape)}, {core.dtype}, on {core.device}"
-
-
 def device_of(module: nn.Module) -> torch.device:
     """Returns the device on which a module computes: that of its tensors, the CPU if it has none.
 
-    accelerate keeps the tensors of an offloaded module on the meta device between two forwards, and
-    moves them to the device of its hook for each.
+    accelerate keeps the tensors of an offloaded module on the meta device, and moves them to the
+    device of its hook for each forward.
     """
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
     if tensor is None:

@@ -376,6 +376,7 @@ class _Request:
         rows = len(index)
         is_flat = self.flat and x.dim() == 2
         has_equal_rows = is_flat and rows > 0 and len(x) % rows == 0
+        # (rows, tokens, ..), also for a flat input, which has the tokens of all rows.
         lead = (rows, len(x) // rows) if has_equal_rows else x.shape[:-1]
         if len(lead) < index.dim() or lead[0] != rows:
             raise ValueError(

@@ -285,10 +285,10 @@ def matrix_of(base: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def mergeable_weight(base: nn.Module) -> Tensor:
-    """Returns W [n, k] of a base, checked: a write to it changes what the base returns accordingly.
+    """Returns W [n, k] of a base if an adapter can be merged into it.
 
-    So the base must return x W^T + bias. One that has hooks, or is not exactly nn.Linear, is called
-    on two rows of random numbers.
+    The base must return x W^T + bias. One that has hooks, or is not exactly nn.Linear, is called on
+    two rows of random numbers to check that.
 
     Raises:
         TypeError: If the base returns something else, or its weight is not plain.

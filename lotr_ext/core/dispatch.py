@@ -279,11 +279,11 @@ def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
         return nodes.layer_on_projection(
             projection.route, call.base_output, projection.u, B, core, call, projection, strategy
         )
+    # Rows have different cores, or float16 cannot fold: the layer's node starts from h.
     scaled_B, scaling = fallback.scaling_in_range(B, call.scaling, x.dtype)
     if call.choice is not None:
         h = nodes.row_core(projection.u, core, scaling, call.choice)
     else:
-        # Not folded, as in fallback.expand.
         h = projection.u @ (core * scaling).to(x.dtype)
     return nodes.layer_on_rows(
         projection.route, call.base_output, h, scaled_B, call, projection, strategy
