@@ -257,7 +257,7 @@ class LoTRLayer(nn.Module):
         return nn.functional.linear(x, self.weight_matrix(), self.bias)
 
     def called_module(self) -> nn.Module:
-        """Returns the module whose forward computes this layer. For experts, it is their host."""
+        """Returns the module whose forward computes this layer. For experts in a host, the host."""
         return self
 
     def weight_matrix(self) -> Tensor:

@@ -126,8 +126,7 @@ def load_state(
         _check_sharing(layers, state)
         _check_ties(model, state)
         model_tensors = stored_tensors(model, state.layers)
-        expected = model_tensors | _tensors_like_starts(layers, state)
-        _check_tensors(expected, layers, state, cast)
+        _check_tensors(model_tensors | _tensors_like_starts(layers, state), layers, state, cast)
         state.base.check(model, gather, refuse=strict is True)
     _copy_to(model, layers, state, model_tensors)
 
