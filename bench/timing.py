@@ -114,10 +114,11 @@ def training(
 class Clock:
     """Measures the seconds of each stage of a Step.
 
-    wall     the time that passes. On a GPU from an idle device to an idle device, so that Python
-             and launches count
+    wall     the time that passes. On a GPU it is from an idle device to an idle device, so that
+             Python and launches count
     cpu      CPU seconds of this process, for one thread on a busy machine
-    events   the GPU's time. It waits while the CPU queues the stages, so that launches are hidden
+    events   the GPU's time. The GPU sleeps while the CPU queues the stages, so that launches are
+             hidden
 
     On a GPU each measurement starts with a cold L2: a large buffer is read before. It is not
     written, because dirty lines would be written back during the measurement.
