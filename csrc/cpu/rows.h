@@ -5,8 +5,7 @@
 // are consecutive, as the rows of an expert are, and a copy otherwise. A group of a few rows, as
 // with many tasks, is multiplied with the core in place. A long group is divided every kRowsOfGroup
 // rows from its first one, and each sum runs in the order of its rows, so the number of threads
-// changes no bit. (The places of these divisions may change bits, because compilers fuse
-// multiplication and addition for some block sizes only.)
+// changes no bit.
 #pragma once
 
 #include "cpu/core_products.h"
@@ -18,6 +17,7 @@ constexpr int64_t kRowsOfGroup = 2 * kTileRows;
 // Rows of a group for which a product's preparations cost more than the product.
 constexpr int64_t kShortGroup = 4;
 
+// The row of u or g that row i of a group reads.
 inline int64_t source(const int64_t* row, const int64_t* token, int64_t i) {
   return token ? token[row[i]] : row[i];
 }
