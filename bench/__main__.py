@@ -1,6 +1,7 @@
-"""python -m bench [--quick]: every program that this machine can run (make bench).
+"""python -m bench [--quick]: every measuring program that this machine can run (make bench).
 
-The pictures are drawn at the end.
+Each runs in a process, so that one that fails does not stop the others. The pictures are drawn at
+the end.
 """
 
 import subprocess
@@ -14,7 +15,9 @@ PROGRAMS = ["layer", "model", "host", "experts", "tasks"]
 def main(words: list[str]) -> int:
     programs = [*PROGRAMS, "kernels"] if torch.cuda.is_available() else PROGRAMS
     python = [sys.executable, "-m"]
-    failed = [n for n in programs if subprocess.run([*python, f"bench.{n}", *words]).returncode]
+    failed = [
+        name for name in programs if subprocess.run([*python, f"bench.{name}", *words]).returncode
+    ]
     folders = ["demo_results/bench"] if "--quick" in words else []
     subprocess.run([*python, "bench.plot", *folders])
     if failed:

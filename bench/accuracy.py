@@ -4,13 +4,17 @@
     python -m bench.accuracy --tasks minilm-movies --methods lotr:16,lora:4 --seeds 5
     python -m bench.accuracy --tasks none           the tables of the recorded runs, without a run
 
-LoTR and its forms, LoRA, DoRA, VeRA and full fine-tuning. The program continues from what is
-recorded. Data: python examples/data.py minilm snippets smollm2 kjv wycliffe verilog.
+It compares LoTR and its forms with LoRA, DoRA, VeRA and full fine-tuning, and continues from the
+recorded runs. Data: python examples/data.py minilm snippets smollm2 kjv wycliffe verilog.
 
 Every method has the same search for its learning rate, on validation items with the first seed:
 three neighboring rates, and the next one while the best is at an end. The other seeds run at the
 best rate. Rates are 1, 2, 5 times powers of ten; LoTR's are 0.4 times these
-(docs/choosing_details.md says why).
+(docs/choosing_details.md says why). For example:
+
+    seed 0            1e-3, 2e-3, 5e-3    the usual rate of LoRA and its neighbors: 5e-3 is the best
+    seed 0            1e-2                the other neighbor of 5e-3, which stays the best
+    seeds 1, 2, 3, 4  5e-3
 
 A row of bench/results/accuracy.jsonl is a run:
 
@@ -55,8 +59,8 @@ from .problems import (
     adapt,
     fit,
     missing,
+    parameters_and_head,
     problem_of,
-    trained_parts,
 )
 
 LOTR_RATE = 0.4  # LoTR's rates over other methods' rates
@@ -65,10 +69,12 @@ DIVERGED = 2.0  # times the validation loss of the unadapted model
 RESAMPLES = 4000
 # The rates of other methods than LoTR.
 LADDER = [float(f"{digit}e{exponent}") for exponent in range(-8, 2) for digit in (1, 2, 5)]
-Variant = tuple[str, int]  # a method and a rank
+Variant = tuple[str, int]  # a method and a rank: ("lotr", 16)
 
 
 class Run(NamedTuple):
+    """One training run: a variant on a task, with a learning rate and a seed."""
+
     task: str
     method: str
     rank: int
@@ -98,14 +104,14 @@ def name_of(method: str, rank: int) -> str:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Trains and measures with one thread. Returns the run's row."""
+    """Makes a run with one thread: trains and measures. Returns its row."""
     start = time.perf_counter()
     task = TASKS[run.task]._replace(steps=run.steps, batch=run.batch)
     torch.set_num_threads(1)
     problem = problem_of(task)
     torch.manual_seed(run.seed)  # the adapter's first values
     model = adapt(problem.model(run.seed), task, run.method, run.rank)
-    parameters, _ = trained_parts(model)
+    parameters, _ = parameters_and_head(model)
     losses = []
     if run.method != "base":
         losses = fit(model, run.method, run.lr, run.seed, problem)
@@ -116,11 +122,11 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def measured(model: nn.Module, losses: list[float], problem: Problem) -> dict[str, Any]:
-    """Returns what a row has of a trained model, nothing if it diverged.
+    """Returns the columns of a row that come from a trained model, none if it diverged.
 
     Args:
         model: The trained model. It is set to eval.
-        losses: Of the training steps.
+        losses: The losses of the training steps.
         problem: What it was trained on.
     """
     if losses and not np.isfinite(losses[-1]):
@@ -145,7 +151,7 @@ def packed(losses: np.ndarray) -> str:
 
 
 def unpacked(text: str) -> np.ndarray:
-    """Returns the means of groups in a row."""
+    """Returns the means that `packed` has written."""
     return np.frombuffer(base64.b64decode(text), np.float16).astype(np.float64)
 
 
@@ -153,7 +159,7 @@ def unpacked(text: str) -> np.ndarray:
 
 
 def tried_rates(runs: pd.DataFrame) -> dict[float, float]:
-    """Returns the first seed's validation loss by rate.
+    """Returns the first seed's validation loss at each recorded rate of a variant.
 
     It is infinite if a run of any seed diverged, because such a rate must not win.
     """
@@ -163,13 +169,16 @@ def tried_rates(runs: pd.DataFrame) -> dict[float, float]:
 
 
 def searched_rates(method: str, task: Task, runs: pd.DataFrame) -> list[float]:
-    """Returns the best of a variant's recorded rates, at first the usual one, and its neighbors."""
+    """Returns the best of a variant's recorded rates between its neighbors.
+
+    Before anything is recorded, the usual rate of the method stands for the best one.
+    """
     factor = LOTR_RATE if METHODS[method].family == "lotr" else 1.0
-    rungs = [float(f"{rate * factor:.6g}") for rate in LADDER]
-    begin = rungs[LADDER.index(getattr(METHODS[method].rates, task.kind))]
+    ladder = [float(f"{rate * factor:.6g}") for rate in LADDER]
+    usual = ladder[LADDER.index(getattr(METHODS[method].rates, task.kind))]
     tried = tried_rates(runs)
-    best = rungs.index(min(sorted(tried), key=tried.get, default=begin))
-    return rungs[best - 1 : best + 2]
+    best = ladder.index(min(sorted(tried), key=tried.get, default=usual))
+    return ladder[best - 1 : best + 2]
 
 
 def lacking_runs(
@@ -177,7 +186,8 @@ def lacking_runs(
 ) -> list[tuple[float, int]]:
     """Returns the rate and the seed of each run that comes next, none when all are recorded.
 
-    They are all rates with the first seed, then the best of these rates with the other seeds.
+    The first runs have all rates and the first seed, the next ones the best of these rates and the
+    other seeds.
     """
     tried = tried_rates(recorded)
     lacking = [(lr, 0) for lr in rates if lr not in tried]
@@ -191,9 +201,15 @@ def lacking_runs(
 def next_runs(
     name: str, variants: list[Variant], options: argparse.Namespace, recorded: pd.DataFrame
 ) -> list[Run]:
-    """Returns runs of a task that may run in parallel, none when it is done.
+    """Returns runs of a task that may be made in parallel, none when the task is done.
 
     All variants finish their search before any gets another seed.
+
+    Args:
+        name: The task.
+        variants: What runs on it.
+        options: Of the command line: seeds, lr and steps.
+        recorded: The runs so far, of all tasks.
     """
     task = TASKS[name]
     steps = options.steps or task.steps
@@ -212,18 +228,22 @@ def next_runs(
             rates = [options.lr]
         for lr, seed in lacking_runs(of_variant, rates, seeds):
             runs.append(Run(name, method, rank, lr, seed, steps, task.batch))
-    return [run for run in runs if run.seed == 0] or sorted(runs, key=lambda run: run.seed)
+    searching = [run for run in runs if run.seed == 0]
+    return searching or sorted(runs, key=lambda run: run.seed)
 
 
 # ---- points and intervals ------------------------------------------------------------------------
 
 
 class Point(NamedTuple):
-    """A method of a rank at its best rate, over the seeds that all points have in common.
+    """What a variant reaches at its best rate, over the seeds that all points of a task have.
 
     Attributes:
+        parameters: How many are trained.
+        validation: The validation loss, a mean over seeds.
         seeds: The mean held-out loss of each seed.
         items: The held-out loss of each group of items, a mean over seeds.
+        accuracy: The share of held-out items that were right, NaN where none can be.
     """
 
     method: str
@@ -237,9 +257,10 @@ class Point(NamedTuple):
 
 
 def points_of(recorded: pd.DataFrame, task: str) -> list[Point]:
-    """Returns a task's points by size.
+    """Returns a task's points in the order of their sizes.
 
-    A run that ended far above the unadapted model counts as diverged, and its point is left out.
+    A run that ended far above the unadapted model counts as diverged. A variant with fewer seeds
+    than the others has no point.
     """
     runs = recorded[(recorded["task"] == task) & (recorded["scaling"] == "")]
     for column in ("steps", "batch"):  # runs of another size, as --steps makes, cannot be compared
@@ -248,13 +269,13 @@ def points_of(recorded: pd.DataFrame, task: str) -> list[Point]:
     runs = runs.assign(lr=runs["lr"].fillna(runs["lr_run"]))
     unadapted = runs[runs["method"].isin(("base", "head"))]["validation"].min()
     runs = runs[runs["items"].notna() & ~(runs["validation"] > DIVERGED * unadapted)]
-    at_rate = {
+    by_variant = {
         variant: at_best_rate(of_variant)
         for variant, of_variant in runs.groupby(["method", "rank"], sort=False)
     }
-    count = max(map(len, at_rate.values()), default=0)
+    count = max(map(len, by_variant.values()), default=0)
     points = []
-    for (method, rank), of_variant in at_rate.items():
+    for (method, rank), of_variant in by_variant.items():
         # Without training, all seeds are the same.
         of_seeds = of_variant.iloc[[0] * count] if method == "base" else of_variant
         if len(of_seeds) == count:
@@ -263,12 +284,15 @@ def points_of(recorded: pd.DataFrame, task: str) -> list[Point]:
 
 
 def at_best_rate(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns the runs, by seed, at the rate that most seeds have; of several, at the best one."""
+    """Returns the runs of a variant at its best rate, by seed.
+
+    That is the rate with the most seeds, and of several the one with the best validation loss.
+    """
     seeds = runs.groupby("lr")["seed"].nunique()
     of_most = runs[runs["lr"].map(seeds) == seeds.max()]
     lr = of_most.loc[of_most["validation"].idxmin(), "lr"]
-    at_rate = runs[runs["lr"] == lr]
-    return at_rate.drop_duplicates("seed", keep="last").set_index("seed").sort_index()
+    latest = runs[runs["lr"] == lr].drop_duplicates("seed", keep="last")
+    return latest.set_index("seed").sort_index()
 
 
 def point_of(method: str, rank: int, runs: pd.DataFrame) -> Point:
@@ -299,15 +323,16 @@ class Interval(NamedTuple):
 
 
 def interval(value: Callable[..., np.ndarray], *points: Point) -> Interval:
-    """Returns a function of mean losses by the paired bootstrap over held-out items and seeds.
+    """Returns value(the mean loss of each point), and its 95 % interval.
 
-    A mean of few drawn seeds spreads too little. Its deviation is widened so that the interval is
-    Student's where only the seeds matter.
+    The interval is a paired bootstrap: it draws held-out items and seeds, the same for all points.
     """
     middle = float(value(*(point.seeds.mean() for point in points)))
     n = len(points[0].seeds)
     if n < 3:
         return Interval(middle, float("nan"), float("nan"))
+    # Means of few drawn seeds spread too little: as a normal distribution with (n - 1) / n of the
+    # variance. This factor widens them, so that the interval is Student's where only seeds matter.
     student = stats.t.ppf(0.975, n - 1) / 1.96 * (n / (n - 1)) ** 0.5
     spread = deviations(value, [point.items for point in points])
     spread += student * deviations(value, [point.seeds for point in points])
@@ -337,7 +362,7 @@ def deviations(value: Callable[..., np.ndarray], samples: list[np.ndarray]) -> n
 
 
 def tables(recorded: pd.DataFrame, tasks: list[str]) -> None:
-    """Prints each task's points, and what our forms have against each LoRA and VeRA."""
+    """Prints each task's points, and each LoRA and VeRA against the best of our forms."""
     for task in tasks:
         points = points_of(recorded, task)
         if not points:
@@ -350,7 +375,10 @@ def tables(recorded: pd.DataFrame, tasks: list[str]) -> None:
 
 
 def losses_table(points: list[Point]) -> pd.DataFrame:
-    """Returns a row per point. Shares of full fine-tuning's gain are left out if it is zero."""
+    """Returns a table with a row per point.
+
+    It has shares of full fine-tuning's gain only if that gain is clearly above zero.
+    """
     unadapted = next((point for point in points if point.method in ("base", "head")), None)
     full = next((point for point in points if point.method == "full"), None)
     gained = bool(unadapted and full and interval(np.subtract, unadapted, full).low > 0)
@@ -371,8 +399,8 @@ def losses_table(points: list[Point]) -> pd.DataFrame:
 
 
 def share_of_gain(unadapted: Point, point: Point, full: Point) -> Interval:
-    """Returns the fall of the loss, divided by the fall by full fine-tuning."""
-    return interval(lambda b, m, f: (b - m) / (b - f), unadapted, point, full)
+    """Returns how far the loss of a point falls, divided by how far it falls with `full`."""
+    return interval(lambda before, x, best: (before - x) / (before - best), unadapted, point, full)
 
 
 def comparison(rival: Point, points: list[Point]) -> dict[str, str] | None:
@@ -404,7 +432,10 @@ def comparison(rival: Point, points: list[Point]) -> dict[str, str] | None:
 
 
 def variants_of(text: str) -> list[tuple[str, str]]:
-    """Converts an option: "lotr:16,lora" becomes methods, each with a rank or without."""
+    """Converts an option: "lotr:16,lora" to [("lotr", "16"), ("lora", "")].
+
+    The ranks of a method without one depend on the task: `with_ranks` fills them in.
+    """
     variants = []
     for word in text.split(","):
         method, _, rank = word.partition(":")
@@ -447,7 +478,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def with_ranks(methods: list[tuple[str, str]], task: Task) -> list[Variant]:
-    """Returns the methods with the ranks of a task in place of those that are absent."""
+    """Returns the variants of a task: a method without a rank has its usual ranks there."""
     return [
         (method, rank)
         for method, text in methods
@@ -456,7 +487,7 @@ def with_ranks(methods: list[tuple[str, str]], task: Task) -> list[Variant]:
 
 
 def runs_in(path: Path, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
-    """Returns the recorded runs, with these columns even if no run has them."""
+    """Returns the recorded runs. They have these columns, empty ones where no run has values."""
     recorded = read(path)
     return recorded.reindex(columns=list(dict.fromkeys([*recorded.columns, *columns])))
 
@@ -470,25 +501,25 @@ def record(path: Path, row: dict[str, Any]) -> None:
 def complete(
     path: Path,
     columns: Sequence[str],
-    next_runs: Callable[[pd.DataFrame], list],
-    train: Callable[[Any], dict[str, Any]],
+    choose: Callable[[pd.DataFrame], list],
+    make: Callable[[Any], dict[str, Any]],
     jobs: int,
 ) -> None:
     """Makes runs until there are no next ones.
 
     Args:
         path: The result file. Only this process writes it, each run as soon as it is finished.
-        columns: Of the recorded runs.
-        next_runs: Returns runs that may run in parallel, from the recorded ones.
-        train: Makes a run in another process, with one thread. Returns its row.
+        columns: The columns of recorded runs.
+        choose: Returns the runs that come next and may be made in parallel, from the recorded ones.
+        make: Makes a run in another process, with one thread. Returns its row.
         jobs: How many runs are made at a time.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # the runs' processes inherit it
     # A forked process would inherit torch's thread pool without its threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        while runs := next_runs(runs_in(path, columns)):
-            for future in as_completed([pool.submit(train, run) for run in runs]):
+        while runs := choose(runs_in(path, columns)):
+            for future in as_completed([pool.submit(make, run) for run in runs]):
                 record(path, future.result())
 
 
@@ -516,8 +547,8 @@ def main(argv: list[str] | None = None) -> int:
             )
     for name in tasks:
         variants = with_ranks(options.methods or variants_of(TASKS[name].methods), TASKS[name])
-        of_task = partial(next_runs, name, variants, options)
-        complete(options.results, COLUMNS, of_task, train, options.jobs)
+        choose = partial(next_runs, name, variants, options)
+        complete(options.results, COLUMNS, choose, train, options.jobs)
     tables(runs_in(options.results), tasks or list(TASKS))
     print(f"results in {options.results}")
     return 0

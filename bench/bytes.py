@@ -11,6 +11,9 @@ What a kernel reads again of its factors, and partial sums, fit in a GPU's L2. A
 shown with the large matrices as counted and everything else once, and in the worst case with every
 counted byte. Operators of torch are assumed to move every operand once, which is their least. The
 bytes of the frozen layer are subtracted. No GPU has run these kernels.
+
+In this file m, n, r are the sizes of a kernel's operands: x [m, n], factors [n, r], u [m, r]. A
+layer has k inputs and n outputs: its kernels that read x run at width k, those that read g at n.
 """
 
 import itertools
@@ -31,10 +34,10 @@ from .common import NAMES, RESULTS, commit, parser_of, replace_rows, show, sizes
 from .rivals import LAYERS, Tensors
 
 SHAPES = "8192x4096x4096x16"
-KEY = ("m", "k", "n", "r")
+DIMENSIONS = ("m", "k", "n", "r")
 MULTIPROCESSORS = 132  # of an H100; 108: A100, 128: RTX 4090, 148: B200
 OPTIONS: dict[str, dict[str, Any]] = {
-    "shapes": {"type": sizes(*KEY), "default": SHAPES, "help": f"MxKxNxR, some ({SHAPES})"},
+    "shapes": {"type": sizes(*DIMENSIONS), "default": SHAPES, "help": f"MxKxNxR, some ({SHAPES})"},
     "multiprocessors": {"type": int, "default": MULTIPROCESSORS, "help": f"({MULTIPROCESSORS})"},
     "results": {
         "type": Path,
@@ -44,17 +47,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 ELEMENT = 2  # bytes of bfloat16
 RIVALS = ("lotr-eager", "lora-eager", "lora-in-place", "lora-beta")
-Kernel = tuple[str, int, int, int]  # name, tokens, width, rank
-Directions = np.ndarray  # bytes of forward and backward
+Kernel = tuple[str, int, int, int]  # its name, and its sizes m, n, r
+Directions = np.ndarray  # two numbers: bytes of forward, bytes of backward
 
 
 # ---- torch's operators ---------------------------------------------------------------------------
 
 
 class MovedBytes(TorchDispatchMode):
-    """Adds up the operands that operators read and the results that they write.
+    """Adds up the bytes of the operands that operators read and of the results that they write.
 
-    Views and empty tensors are free.
+    Operators that only make a view or an uninitialized tensor count nothing.
     """
 
     def __init__(self) -> None:
@@ -72,7 +75,7 @@ class MovedBytes(TorchDispatchMode):
 
 
 def _bytes(t: Tensor) -> int:
-    """Of the storage of a tensor: an expanded tensor is read once."""
+    """Returns the bytes of a tensor, at most its storage's: an expanded tensor is read once."""
     return min(t.numel() * t.element_size(), t.untyped_storage().nbytes())
 
 
@@ -99,27 +102,27 @@ def aligned(*shape: int, dtype: type = np.uint16) -> np.ndarray:
 
 
 class Operands(NamedTuple):
-    """What a kernel reads and writes.
+    """The arrays that a kernel reads and writes.
 
     Attributes:
-        arrays: The dimensions of each, letters of (tokens m, width n, rank r).
-        large: The large one.
-        twice: The one that is read and written.
+        dimensions: The dimensions of each array, a letter for each: m, n, r.
+        large: The largest array, which in a layer's kernels with tokens does not fit in the L2.
+        added_to: The array that is read and written, "" if there is none.
     """
 
-    arrays: dict[str, str]
+    dimensions: dict[str, str]
     large: str
-    twice: str = ""
+    added_to: str = ""
 
 
 OPERANDS = {
-    "shrink": Operands({"x": "mn", "A": "nr", "u": "mr"}, "x"),
-    "expand_add": Operands({"y": "mn", "u": "mr", "F": "nr"}, "y", "y"),
-    "factor_grad": Operands({"D": "nr", "x": "mn", "v": "mr"}, "x", "D"),
-    "shrink_grad": Operands({"g": "mn", "F": "nr", "u": "mr", "du": "mr", "Q": "nr"}, "g"),
-    "fold": Operands({"B": "nr", "core": "rr", "F": "nr"}, "F"),
+    "shrink": Operands({"x": "mn", "A": "nr", "u": "mr"}, large="x"),
+    "expand_add": Operands({"y": "mn", "u": "mr", "F": "nr"}, large="y", added_to="y"),
+    "factor_grad": Operands({"D": "nr", "x": "mn", "v": "mr"}, large="x", added_to="D"),
+    "shrink_grad": Operands({"g": "mn", "F": "nr", "u": "mr", "du": "mr", "Q": "nr"}, large="g"),
+    "fold": Operands({"B": "nr", "core": "rr", "F": "nr"}, large="F"),
     "fold_grad": Operands(
-        {"Q": "nr", "B": "nr", "core": "rr", "dcore": "rr", "dB": "nr"}, "Q", "dB"
+        {"Q": "nr", "B": "nr", "core": "rr", "dcore": "rr", "dB": "nr"}, large="Q", added_to="dB"
     ),
 }
 SUMS = ("D", "Q", "dcore", "dB")  # float32
@@ -133,30 +136,33 @@ def arrays_of(kernel: str, m: int, n: int, r: int) -> dict[str, np.ndarray]:
             *(sizes[letter] for letter in letters),
             dtype=np.float32 if array in SUMS else np.uint16,
         )
-        for array, letters in OPERANDS[kernel].arrays.items()
+        for array, letters in OPERANDS[kernel].dimensions.items()
     }
 
 
-def count(lib: ModuleType, kernel: Kernel, multiprocessors: int) -> dict[str, Any]:
-    """Runs one kernel and counts.
+def count(executor: ModuleType, kernel: Kernel, multiprocessors: int) -> dict[str, Any]:
+    """Runs one kernel and counts. Returns these columns of its row:
 
-    Returns:
-        bytes: all that it moves. least_bytes: every operand once, sums read and written.
-        large_times: how often the large matrix moves. dram_bytes: the least, with the large matrix
-        as often as it moves. Shares of sectors and bank conflicts, and the number of launches.
+    bytes           all that it moves
+    least_bytes     every operand once, those that are added to twice
+    large_times     how often the large matrix moves
+    dram_bytes      the least, but the large matrix as often as it moves
+    sectors_used    the share of the bytes in 32-byte sectors that is used
+    bank_conflicts  wavefronts per access to shared memory, 1 without conflicts
+    launches        how many
     """
     name = kernel[0]
     arrays = arrays_of(*kernel)
     operands = OPERANDS[name]
     once = {array: values.size * values.itemsize for array, values in arrays.items()}
-    if operands.twice:
-        once[operands.twice] *= 2
-    lib.set_device(multiprocessors=multiprocessors)
-    lib.set_options(count_memory=True)
-    lib.reset_counters()
-    lib.run(name, arrays)
-    counters = lib.counters()
-    lib.set_options()
+    if operands.added_to:
+        once[operands.added_to] *= 2
+    executor.set_device(multiprocessors=multiprocessors)
+    executor.set_options(count_memory=True)
+    executor.reset_counters()
+    executor.run(name, arrays)
+    counters = executor.counters()
+    executor.set_options()
     counted = pd.DataFrame(counters["arrays"]).T
     moved = counted["read_bytes"] + counted["written_bytes"]
     sectors = (counted["read_sectors"] + counted["written_sectors"]).sum()
@@ -174,7 +180,10 @@ def count(lib: ModuleType, kernel: Kernel, multiprocessors: int) -> dict[str, An
 
 
 def kernels_of(m: int, k: int, n: int, r: int) -> dict[str, list[Kernel]]:
-    """Returns the kernels of a layer in each direction, and the two that add onto base products."""
+    """Returns the kernels that a layer runs in each direction, whatever its strategy, and "adds".
+
+    "adds" run only in two passes: after y = x W^T, and after dx = g W.
+    """
     return {
         "forward": [("shrink", m, k, r), ("fold", 1, n, r)],
         "backward": [("shrink_grad", m, n, r), ("fold_grad", 1, n, r), ("factor_grad", m, k, r)],
@@ -187,8 +196,12 @@ def layer_bytes(
 ) -> dict[str, Directions]:
     """Returns the bytes that a layer adds to the frozen one, by strategy, and the least possible.
 
-    two passes: u F^T is added to the base product's y. beta: u F^T is written first, and the base
-    product adds onto it. fused: the base product reads u and F as one more k-step.
+    The strategies differ in how u F^T [m, n] reaches y in forward, and du A^T [m, k] reaches dx in
+    backward:
+
+    two passes   it is added to the base product's result, by expand_add
+    beta         it is written first, and the base product adds onto it: one more write and read
+    fused        the base product reads u and F as one more k-step
     """
     kernels = kernels_of(m, k, n, r)
 
@@ -196,9 +209,9 @@ def layer_bytes(
         sides = (kernels["forward"], kernels["backward"])
         return np.array([sum(counts[kernel][column] for kernel in side) for side in sides])
 
-    widths = np.array([n, k])
+    widths = np.array([n, k])  # of y and of dx
     two_pass = np.array([counts[kernel]["dram_bytes"] for kernel in kernels["adds"]])
-    # written, then read by the base product
+    # The result is written, then read by the base product. u and F are read.
     beta = ELEMENT * (2 * m * widths + m * r + widths * r)
     fused = ELEMENT * (m * r + widths * r)
     factors = ELEMENT * r * (k + n)
@@ -207,6 +220,7 @@ def layer_bytes(
         "lotr_ext, beta": summed("dram_bytes") + beta,
         "lotr_ext, fused": summed("dram_bytes") + fused,
         "lotr_ext, beta, nothing from L2": summed("bytes") + beta,
+        # Forward reads the factors. Backward also writes their gradients, and reads x again.
         "least possible": np.array([factors, 2 * factors + ELEMENT * m * k]),
     }
 
@@ -214,25 +228,27 @@ def layer_bytes(
 # ---- the program ---------------------------------------------------------------------------------
 
 
-def measure(shape: dict[str, int], multiprocessors: int, lib: ModuleType) -> list[dict[str, Any]]:
+def measure(
+    shape: dict[str, int], multiprocessors: int, executor: ModuleType
+) -> list[dict[str, Any]]:
     """Returns a row per kernel and a row per layer."""
-    m, k, n, r = (shape[name] for name in KEY)
-    about = {"multiprocessors": multiprocessors, "commit": commit()}
+    m, k, n, r = (shape[name] for name in DIMENSIONS)
+    provenance = {"multiprocessors": multiprocessors, "commit": commit()}
     kernels = itertools.chain(*kernels_of(m, k, n, r).values())
     counts: dict[Kernel, dict[str, Any]] = {}
     rows = []
     for kernel in dict.fromkeys(kernels):
         name, tokens, width, rank = kernel
         print(f"{name} {tokens} x {width}, r {rank}", file=sys.stderr, flush=True)
-        counts[kernel] = count(lib, kernel, multiprocessors)
+        counts[kernel] = count(executor, kernel, multiprocessors)
         case = {"m": tokens, "k": width, "n": width, "r": rank}
-        rows.append({**case, **about, "rival": name, "stage": "kernel", **counts[kernel]})
+        rows.append({**case, **provenance, "rival": name, "stage": "kernel", **counts[kernel]})
     frozen = library_bytes("frozen", m, k, n, r)
     layers = {NAMES[rival]: library_bytes(rival, m, k, n, r) - frozen for rival in RIVALS}
     layers |= layer_bytes(counts, m, k, n, r)
     for name, (forward, backward) in layers.items():
         moved = {"forward_bytes": forward, "backward_bytes": backward, "bytes": forward + backward}
-        rows.append({**shape, **about, "rival": name, "stage": "layer", **moved})
+        rows.append({**shape, **provenance, "rival": name, "stage": "layer", **moved})
     return rows
 
 
@@ -276,9 +292,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser_of("bytes", __doc__, OPTIONS).parse_args(argv)
     path = options.results / "bytes.jsonl"
     print("compiling the executor if its sources changed (about 90 s)", file=sys.stderr, flush=True)
-    lib = build.load("plain")
+    executor = build.load("plain")
     for shape in options.shapes:
-        rows = measure(shape, options.multiprocessors, lib)
+        rows = measure(shape, options.multiprocessors, executor)
         replace_rows(path, rows, [*shape, "multiprocessors"])
         tables(rows, shape, options.multiprocessors)
     print(f"results in {path}")

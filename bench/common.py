@@ -1,4 +1,7 @@
-"""What all benchmarks share: names, checks, the machine, result files, tables, options.
+"""What all benchmarks share: names of rivals, checks, the machine, result files, tables, options.
+
+A result file is JSON Lines. A row has a rival, a stage and its `seconds`, the columns of the case
+that was measured, and where and when that was (`provenance`). `pd.DataFrame`s hold rows in memory.
 
 Not here: times and memory (timing.py), the command line of a measuring program (program.py).
 """
@@ -28,7 +31,8 @@ RESULTS = ROOT / "bench" / "results"
 # Results of --quick: a few rounds must not replace what docs show.
 QUICK = ROOT / "demo_results" / "bench"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# One name for each method, in every table and picture.
+# The name of each rival in tables and pictures. A rival that is a variant of another one has that
+# one's name and what VARIANTS has for its ending.
 NAMES = {
     "frozen": "frozen",
     "lora-eager": "LoRA eager",
@@ -56,21 +60,26 @@ VARIANTS = {
     "-token": ", one task per token",
     "-half": ", half of the tokens without a task",
 }
-Case = dict[str, Any]  # what is measured: columns of the result file
+Case = dict[str, Any]  # what is measured: sizes, "dtype", "threads", which are columns of its rows
+
+
+def dtype_of(case: Case) -> torch.dtype:
+    return DTYPES[case["dtype"]]
 
 
 def named(rival: str) -> str:
     """Returns the name of a rival in tables: "lotr_ext-core" -> "lotr_ext, cores only"."""
     for ending, words in VARIANTS.items():
+        # NAMES first: "lora-beta" is there, and not a variant of a rival "lora".
         if rival not in NAMES and rival.endswith(ending):
             return named(rival.removesuffix(ending)) + words
     return NAMES.get(rival, rival)
 
 
 def telling_line(text: str) -> str:
-    """Returns the line of a message that says most: the first with "CUDA error", else the first.
+    """Returns the most telling line of a message: the first with "CUDA error", else the first.
 
-    PyTorch puts the error of a kernel between general advice.
+    PyTorch surrounds the error of a kernel with general advice.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
     return next((line for line in lines if "CUDA error" in line), lines[0])[:300]
@@ -104,9 +113,9 @@ def check_error(what: str, error: float, limit: float) -> float:
 
 
 def commit(root: Path = ROOT) -> str:
-    """Returns the commit of a source tree, with a + if lotr_ext or csrc were changed.
+    """Returns the commit of a source tree, with a + if lotr_ext or csrc have changes.
 
-    It is "" if the tree is not a git repository.
+    It is "" if the tree is not a git repository, or without git.
     """
     if shutil.which("git") is None:
         return ""
@@ -129,8 +138,8 @@ def machine(device: str) -> str:
     return f"{model} with {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
 
 
-def facts(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the columns of every row: where, when and of what it was measured."""
+def provenance(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the columns of every row that say where, when and with what it was measured."""
     columns = {
         "machine": machine(options.device),
         "date": time.strftime("%Y-%m-%d"),
@@ -161,7 +170,7 @@ def keep_memory() -> None:
 # ---- result files --------------------------------------------------------------------------------
 
 
-def slug(name: str) -> str:
+def slug(name: str) -> str:  # of a machine: its folder in bench/results
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -173,7 +182,7 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def write(path: Path, frame: pd.DataFrame) -> None:
-    """Writes JSON Lines without empty columns.
+    """Writes JSON Lines. A row has no entry for an empty cell.
 
     A process that is killed meanwhile leaves the old file or the new one.
     """
@@ -194,7 +203,7 @@ def replace_rows(path: Path, rows: list[dict[str, Any]], key: Sequence[str]) -> 
 
 # ---- tables --------------------------------------------------------------------------------------
 
-# Columns that the table of a case does not show as facts: times, and what all its rows share.
+# Columns that are not facts of a rival in the table of a case: times, and what all its rows share.
 NOT_FACTS = {
     *("rival", "stage", "seconds", "over", "over_low", "over_high"),
     *("machine", "date", "commit", "load", "torch", "peft", "transformers", "clock", "rounds"),
@@ -227,16 +236,19 @@ def fact_text(name: str, value: float) -> str:
     if name.endswith("bytes"):
         return bytes_text(value)
     usual = "{:,.4g}" if value % 1 else "{:,.0f}"
-    return {"error": "{:.0e}", "of_copy": "{:.0%}"}.get(name, usual).format(value)
+    formats = {"error": "{:.0e}", "of_copy": "{:.0%}"}
+    return formats.get(name, usual).format(value)
 
 
 def case_table(frame: pd.DataFrame, floor: str, key: Sequence[str]) -> pd.DataFrame:
-    """Returns the table of one case: the time of each stage, the last one over the floor, facts.
+    """Returns the table of one case, with a row per rival.
+
+    Its columns are the time of each stage, the last stage's time over the floor's, and the facts.
 
     Args:
-        frame: The rows of the case, which the columns `key` name.
-        floor: The rival to which the others are compared.
-        key: Columns that are in the title.
+        frame: The rows of the case.
+        floor: The rival that the others are compared with.
+        key: The columns of the case. They are in its title, and the same in all rows.
     """
     last = frame["stage"].iloc[-1]
     hidden = {*NOT_FACTS, *key}
@@ -252,14 +264,15 @@ def case_table(frame: pd.DataFrame, floor: str, key: Sequence[str]) -> pd.DataFr
 
 
 def pivot(frame: pd.DataFrame, title: str, floor: str) -> pd.DataFrame:
-    """Returns a row per case and a column per rival: the time of the floor, the others over it.
+    """Returns a table with a row per case and a column per rival.
 
-    The times are from the last stage. Cases and rivals are in the order in which they come.
+    A cell has the last stage's time: in seconds for the floor, over the floor's for the others.
+    Cases and rivals are in the order of the rows.
 
     Args:
         frame: The rows of all cases.
-        title: Of a case, as a format of its columns.
-        floor: The rival to which the others are compared.
+        title: A format string that makes a case's title from its columns.
+        floor: The rival that the others are compared with.
     """
     cells: dict[str, dict[str, str]] = {}
     for _, row in frame[frame["stage"] == frame["stage"].iloc[-1]].iterrows():
@@ -269,7 +282,7 @@ def pivot(frame: pd.DataFrame, title: str, floor: str) -> pd.DataFrame:
 
 
 def markdown_table(table: pd.DataFrame, texts: int = 1) -> str:
-    """Returns a table of which the first columns are texts, the others numbers."""
+    """Returns a table in Markdown. Its first `texts` columns are aligned left, the others right."""
     columns = []
     for i, (name, cells) in enumerate(table.astype(str).items()):
         width = max(map(len, [str(name), *cells]))
@@ -288,8 +301,10 @@ def show(title: str, table: pd.DataFrame) -> None:
 
 
 def sizes(*names: str) -> Callable[[str], list[Case]]:
-    """Returns a converter for an option: "512x768x768x16,.." becomes cases with these names."""
+    """Returns a converter for an option, which makes a case with these names of each part.
 
+    sizes("m", "n") converts "512x768,1x768" to [{"m": 512, "n": 768}, {"m": 1, "n": 768}].
+    """
     pattern = "x".join([r"([1-9]\d*)"] * len(names))
 
     def convert(text: str) -> list[Case]:
@@ -307,7 +322,7 @@ def sizes(*names: str) -> Callable[[str], list[Case]]:
 
 
 def some_of(valid: Collection[str]) -> Callable[[str], list[str]]:
-    """Returns a converter for an option: names from `valid`, in its order."""
+    """Returns a converter for an option, which makes a list of valid names, in their order."""
 
     def convert(text: str) -> list[str]:
         names = text.split(",")
@@ -324,7 +339,13 @@ def some_of(valid: Collection[str]) -> Callable[[str], list[str]]:
 def parser_of(
     name: str, doc: str, options: Mapping[str, Mapping[str, Any]]
 ) -> argparse.ArgumentParser:
-    """Returns the parser of `python -m bench.<name>`: options by name, as argparse takes them."""
+    """Returns the parser of `python -m bench.<name>`.
+
+    Args:
+        name: The module in `bench`.
+        doc: What --help prints above the options.
+        options: The arguments of `add_argument` for each option, by its name without dashes.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m bench.{name}",
         description=doc,
@@ -333,7 +354,3 @@ def parser_of(
     for option, settings in options.items():
         parser.add_argument(f"--{option}", **settings)
     return parser
-
-
-def dtype_of(case: Case) -> torch.dtype:
-    return DTYPES[case["dtype"]]

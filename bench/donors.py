@@ -1,8 +1,8 @@
 """Pairs of factors that are fixed before a task is trained, and the texts that they are made from.
 
 A task in a bank trains only its cores: its factors A [k, r] and B [n, r] were made before. In
-bench.transfer the text of the task is the target, and donors are texts that no target has. A source
-makes an orthonormal pair for each layer in one of three ways:
+bench.transfer the text of the task is the target, and donors are texts that no target has.
+`fixed_pairs` makes an orthonormal pair for each layer from one of these sources:
 
     random                     without any text
     svd, own, donors, known    as the r leading directions of matrices [n, k]: those that hold most
@@ -41,7 +41,7 @@ from lotr_ext import (
 from lotr_ext.convert import loras_to_bank
 
 from .common import ROOT
-from .problems import DATA, TASKS, Problem, adapt, decay, fit, problem_of
+from .problems import DATA, TASKS, Problem, adapt, fit, problem_of, warmup_and_decay
 
 CACHE = ROOT / "demo_results" / "transfer"
 BASE_TASK = "smollm2-kjv"  # targets and donors have its model, layers and sizes
@@ -55,7 +55,7 @@ LORA_RATE = 5e-3
 MIXED_STEPS = 60
 MIXED_RATE = 4e-3
 
-# The dimension of a weight [n, k] along which a factor lies.
+# Which dimension of a weight [n, k] the rows of a factor belong to.
 A_SIDE = 1
 B_SIDE = 0
 Pairs = dict[str, tuple[Tensor, Tensor]]  # orthonormal A [k, r] and B [n, r] by layer
@@ -66,7 +66,7 @@ Shapes = dict[str, tuple[int, int]]  # [n, k] of the weight by layer
 
 
 def made_once(name: str, write: Callable[[Path], object]) -> Path:
-    """Returns a file of CACHE, which `write` makes if it does not exist."""
+    """Returns the path of a file in CACHE. If it does not exist, `write` makes it."""
     path = CACHE / name
     if not path.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def made_once(name: str, write: Callable[[Path], object]) -> Path:
 
 
 def cached(name: str, make: Callable[[], Any]) -> Any:
-    """Returns what `make` returned in this or an earlier process, tensors in a file of CACHE."""
+    """Returns what `make` returns. It runs once: the result, of tensors, is kept in CACHE."""
     path = made_once(f"{name}.pt", lambda file: torch.save(make(), file))
     return torch.load(path, weights_only=True)
 
@@ -121,14 +121,14 @@ READERS: dict[str, Callable[[], str]] = {
     "products": lambda: snippets("product_snippets.tsv"),
 }
 TEXTS = tuple(READERS)
-DONORS = TEXTS[:6]  # their gradients give the donors' pair
+DONORS = TEXTS[:6]  # the donors of pairs; --collection has all ten texts
 
 
 def donor_text(name: str) -> str:
-    """Returns a donor's text, from packages and from this system.
+    """Returns a donor's text, which is read from installed packages and from this system.
 
     Raises:
-        ValueError: If it is missing.
+        ValueError: If this system does not have it, or only a short one.
     """
     text = READERS[name]()[:MOST_CHARACTERS]
     if len(text) < MOST_CHARACTERS // 4:
@@ -148,7 +148,7 @@ def problem(name: str) -> Problem:
 
 
 def layers_named(kinds: str) -> str:
-    """Returns the pattern of the adapted layers: of all, or of kinds as "o,down"."""
+    """Returns the pattern of the adapted layers' names: all layers, or only kinds as "o,down"."""
     return rf".*\.layers\.\d+\..*\.({kinds.replace(',', '|') or '[a-z]+'})_proj"
 
 
@@ -188,17 +188,19 @@ def gradients(name: str) -> dict[str, Tensor]:
 def shared_factors(
     shapes: Shapes, group_by: str, make: Callable[[list[str], int], Tensor]
 ) -> Pairs:
-    """Returns the pair of each layer.
+    """Returns the pair of each layer. Layers of one group have the same tensor.
 
     Args:
         shapes: [n, k] of each layer's weight.
-        group_by: One of the groupings of LoTRConfig.
-        make: (the layers that share a factor, its side) -> the factor.
+        group_by: Which layers share a factor, as in LoTRConfig. By width, two layers may share only
+            A or only B.
+        make: Makes the factor of a side for a group: make(names, side).
     """
     factors: dict[tuple[str, int], Tensor] = {}
     for side in (A_SIDE, B_SIDE):
         groups: dict[tuple, list[str]] = {}
         for name, shape in shapes.items():
+            # What the layers of a group have in common.
             keys = {
                 "layer": name,
                 "block": (re.match(r".*?\.\d+", name)[0], shape),
@@ -212,13 +214,20 @@ def shared_factors(
 
 
 def leading_pairs(matrices: list[dict[str, Tensor]], group_by: str, rank: int) -> Pairs:
-    """Returns each group's pair: the leading directions of its matrices [n, k], side by side."""
+    """Returns the pair of each layer: the leading directions of all matrices of its group.
+
+    Args:
+        matrices: By layer, [n, k]. Each dictionary is of another text.
+        group_by: Which layers share a factor, as in LoTRConfig.
+        rank: How many directions.
+    """
     shapes = {name: tuple(matrix.shape) for name, matrix in matrices[0].items()}
 
     def make(names: list[str], side: int) -> Tensor:
         members = [by_name[name].float() for name in names for by_name in matrices]
         stack = torch.cat([matrix.T if side == A_SIDE else matrix for matrix in members], 1)
         torch.manual_seed(0)
+        # A randomized SVD. With sixteen more directions than needed, the leading ones are accurate.
         U, _, _ = torch.svd_lowrank(stack, min(rank + 16, *stack.shape), niter=4)
         return U[:, :rank].contiguous()
 
@@ -271,7 +280,7 @@ def mixed_pairs(group_by: str, rank: int) -> Pairs:
     slots = {name: torch.full((4,), tasks.add()) for name in DONORS}
     batches = {name: text.batches(0) for name, text in texts.items()}
     optimizer = torch.optim.AdamW(lotr_parameters(model), lr=MIXED_RATE, weight_decay=0.0)
-    schedule = decay(optimizer, MIXED_STEPS)
+    schedule = warmup_and_decay(optimizer, MIXED_STEPS)
     for step in range(MIXED_STEPS):
         name = DONORS[step % len(DONORS)]
         with use_tasks(model, slots[name]):
@@ -294,11 +303,13 @@ def orthonormal_pairs(model: nn.Module) -> Pairs:
 
 
 TRAINED_SOURCES = {"loras": lora_pairs, "mixed": mixed_pairs}
+# Leading directions are stored at these ranks. A lower rank is their first columns; trained pairs
+# are another pair at each rank.
 STORED_RANKS = (16, 64, 256)
 
 
 def pairs_of(source: str, target: str, group_by: str, rank: int) -> Pairs:
-    """Makes the pairs of a source that reads the model or texts."""
+    """Makes the pairs of any source but random."""
     if source in TRAINED_SOURCES:
         return TRAINED_SOURCES[source](group_by, rank)
     if source == "svd":
@@ -315,25 +326,29 @@ def fixed_pairs(
     Args:
         source: One of those in this file's docstring.
         group_by: Which layers share a factor, as in LoTRConfig.
-        ranks: Of A and of B. Where the source has fewer directions, the other columns are zeros.
+        ranks: The ranks of A and B. If the source has fewer directions, the other columns are
+            zeros.
         target: The task that will be trained.
-        seed: Of the task's run. Only random pairs depend on it.
+        seed: The seed of the task's run. Only random pairs depend on it.
     """
     if source == "random":
         shapes = {name: tuple(weight.shape) for name, weight in base_weights(target).items()}
         return random_pairs(shapes, group_by, ranks, seed)
     rank = max(ranks)
-    if source not in TRAINED_SOURCES:  # stored at a few ranks; at_rank cuts them below
+    if source not in TRAINED_SOURCES:
         rank = next(stored for stored in STORED_RANKS if rank <= stored)
-    about = target if source in ("own", "known") else "all"
-    name = f"pair-{source}-{about}-{group_by}-{rank}"
+    made_for = target if source in ("own", "known") else "all"
+    name = f"pair-{source}-{made_for}-{group_by}-{rank}"
     pairs = cached(name, partial(pairs_of, source, target, group_by, rank))
     r_in, r_out = ranks
     return {layer: (at_rank(A, r_in), at_rank(B, r_out)) for layer, (A, B) in pairs.items()}
 
 
 def captured(pairs: Pairs, target: str) -> float:
-    """Returns the share of the squared norm of a target's gradient that the pairs capture."""
+    """Returns the share of the squared norm of a target's gradient that the pairs capture.
+
+    Of a gradient g [n, k] they capture B^T g A, which is the gradient of a core.
+    """
     of_target = gradients(target)
     parts = [B.T @ of_target[name].float() @ A for name, (A, B) in pairs.items()]
     return sum(float(part.square().sum()) for part in parts) / GRADIENT_NORM**2

@@ -24,15 +24,15 @@ from .model import trained, twin
 from .program import Program
 from .timing import Group, Step, training
 
-NAMES = ("frozen", "lora-peft", "lora-grouped", "lotr_ext")
+RIVALS = ("frozen", "lora-peft", "lora-grouped", "lotr_ext")
 PARAMETERS = ("gate_up_proj", "down_proj")
-KEY = ("m", "hidden", "inner", "experts", "top", "r")
+DIMENSIONS = ("m", "hidden", "inner", "experts", "top", "r")
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 2e-2}  # of the adapter's gradients against float64
 CHECKED_TOKENS = 64
 
 
 class Mixture(nn.Module):
-    """Only the experts, under the name that target_parameters know.
+    """Only the experts of a model, under the name that target_parameters expect.
 
     x [m, hidden], index and weights [m, top k] -> [m, hidden].
     """
@@ -87,12 +87,15 @@ class GroupedLoRA(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         m, top = index.shape
+        # The rows of one expert become neighbors, because a grouped product takes them from its
+        # group's first row to `ends`.
         experts = torch.arange(1, self.experts.num_experts + 1, device=x.device)
         expert_of_row, order = torch.sort(index.reshape(-1))
         ends = torch.searchsorted(expert_of_row, experts, out_int32=True)
         gate, up = self._linear("gate_up_proj", x[order // top], ends).chunk(2, -1)
         y = self._linear("down_proj", self.experts.act_fn(gate) * up, ends)
         y = y * weights.reshape(-1)[order].unsqueeze(-1)
+        # The inverse of the sort: where each row of `index` is in y.
         position = torch.empty_like(order)
         position[order] = torch.arange(order.shape[0], device=order.device)
         return y[position].view(m, top, -1).sum(1)
@@ -126,7 +129,7 @@ def randomize(model: nn.Module) -> None:
 
 def gradient_error(model: nn.Module, x: Tensor, g: Tensor, routing: tuple[Tensor, Tensor]) -> float:
     """Returns the largest error of the adapter's gradients against the same module's in float64."""
-    index, weights = (part[:CHECKED_TOKENS] for part in routing)
+    index, weights = (tensor[:CHECKED_TOKENS] for tensor in routing)
     gradients = []
     for module, dtype in ((model, x.dtype), (copy.deepcopy(model).double(), torch.float64)):
         y = module(x[:CHECKED_TOKENS].detach().to(dtype), index, weights.to(dtype))
@@ -135,7 +138,6 @@ def gradient_error(model: nn.Module, x: Tensor, g: Tensor, routing: tuple[Tensor
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
-    m = case["m"]
     if case["top"] > case["experts"]:
         raise ValueError(
             f"shapes: expected a top k of at most the {case['experts']} experts, got {case['top']}"
@@ -145,15 +147,15 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     limit = TOLERANCE[case["dtype"]]
     torch.manual_seed(0)
     base = frozen_mixture(case, dtype, device)
-    x = torch.randn(m, case["hidden"], device=device).to(dtype).requires_grad_()
-    g = torch.randn(m, case["hidden"], device=device).to(dtype)
-    scores, index = torch.rand(m, case["experts"]).topk(case["top"])
+    x = torch.randn(case["m"], case["hidden"], device=device).to(dtype).requires_grad_()
+    g = torch.randn(case["m"], case["hidden"], device=device).to(dtype)
+    scores, index = torch.rand(case["m"], case["experts"]).topk(case["top"])
     weights = scores / scores.sum(1, keepdim=True)
     routing = index.to(device), weights.to(device, dtype)
 
     def step_of(name: str) -> Step:
         model = adapted(name, base, case["r"])
-        with torch.no_grad():  # at its start an adapter changes nothing
+        with torch.no_grad():  # before training, an adapter changes nothing
             error = error_of(model(x, *routing), base(x, *routing))
         check_error(f"{name} before training", error, limit)
         randomize(model)
@@ -164,25 +166,25 @@ def build(case: Case, options: argparse.Namespace) -> Group:
             facts["error"] = check_error("gradients", error, limit)
         return training(lambda: model(x, *routing), g, (x, *parameters), facts=facts)
 
-    return Group(options.rivals or NAMES, step_of)
+    return Group(options.rivals or RIVALS, step_of)
 
 
 PROGRAM = Program(
     name="experts",
     doc=__doc__,
-    rivals=NAMES,
+    rivals=RIVALS,
     build=build,
     title_format=(
         "{m} tokens, {experts} experts of hidden {hidden} and intermediate {inner}, "
         "top {top}, r {r}"
     ),
-    key=KEY,
+    dimensions=DIMENSIONS,
     shapes={
         "cpu": "2048x512x256x32x4x16,2048x1024x512x32x4x16",
         # the layers of Qwen3-30B-A3B and of Mixtral
         "cuda": "8192x2048x768x128x8x16,8192x4096x14336x8x2x16",
     },
-    slice_s=0.0,
+    measurement_s=0.0,
 )
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

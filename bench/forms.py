@@ -26,7 +26,7 @@ USUAL_NORM = 2.0  # of a row of B in a layer with vectors, about as in VeRA
 class Form(NamedTuple):
     """PAIR/GROUP/RANK/CORE and further words, which say what a task trains.
 
-    PAIR       How the pair of factors is made before the task, and then fixed:
+    PAIR       How the pair of factors is made. It is made before the task, and then fixed:
                    random   at random, another one for each seed
                    svd      the leading directions of the base model's weights
                    own      the leading directions of the target's gradient
@@ -72,14 +72,14 @@ class Form(NamedTuple):
     def pairs(self, target: str, seed: int) -> Pairs:
         """Returns the fixed pair of each layer, or the start of a trained one.
 
-        Empty for a trained pair with the usual random start, and for other methods.
+        There are none for a trained pair with the usual random start, and for other methods.
         """
         source = re.sub("^(trained|peft)-?", "", self.pair)
         return fixed_pairs(source, self.group, self.rank, target, seed) if source else {}
 
 
 def build(form: Form, target: str, seed: int) -> nn.Module:
-    """Returns a fresh model in which what the form trains requires grad."""
+    """Returns a fresh model of a target, in which only what the form trains requires a gradient."""
     model = problem(target).model(seed).requires_grad_(False)
     torch.manual_seed(seed)
     task = TASKS[BASE_TASK]._replace(layers=layers_named(form.only))
@@ -106,9 +106,9 @@ def with_cores(model: nn.Module, form: Form, pairs: Pairs, layers: str) -> nn.Mo
 
 
 class Vectors(nn.Module):
-    """y = base(x) + ((x A) * d) B^T * b with A and B fixed, in plain torch.
+    """y = base(x) + (((x A) * d) B^T) * b with A and B fixed, in plain torch.
 
-    A form with b is a diagonal core d [r] per layer. Only some kinds of layers have b [n].
+    d [r] is a diagonal core. Every layer of a form with b has d, and only some kinds have b [n].
     """
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, with_b: bool, norm: float):

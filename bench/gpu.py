@@ -37,10 +37,10 @@ FOLDER = ROOT / "build-gpu"
 MODULE = "lotr_ext/_C.abi3.so"
 CUDA_PROGRAMS = Path("/usr/local/cuda/bin")
 BUDGET_S = 540
-GRACE_S = 10
-RESTARTS = 5
+GRACE_S = 10  # in which a part that is stopped may end in order
+RESTARTS = 5  # of a part at most
 PYTHON = (sys.executable, "-m")
-GOOD = ("done", "skipped")
+NOT_FAILED = ("done", "skipped")  # what the outcome of a part begins with
 PROFILED = ("shrink", "expand_add", "shrink_grad", "factor_grad")
 PROFILE = (
     *("ncu", "--clock-control", "none", "--csv", "--metrics"),
@@ -69,10 +69,13 @@ class Part(NamedTuple):
     """One process of a run.
 
     Attributes:
-        weight: Its share of the time that is left.
-        needs: Programs and packages without which it cannot run.
-        uses: Packages without which some rivals are left out.
-        environment: Variables that it gets.
+        name: Its name for --parts, and the name of its log.
+        weight: It may take this part of the time that is left, over the sum of the weights of all
+            parts that have not run.
+        command: What it runs.
+        needs: Programs and packages without which it is skipped.
+        uses: Packages without which some of its rivals are left out.
+        environment: Variables that are set for it.
         restarts: Whether it has --from N, to continue after case N - 1 has crashed.
     """
 
@@ -87,79 +90,98 @@ class Part(NamedTuple):
 
 def parts_of(options: argparse.Namespace) -> list[Part]:
     """Returns all parts in order of worth: first what others need, then numbers, then speed."""
-    is_cuda = options.device == "cuda"
     device = ("--device", options.device)
     results = ("--results", str(options.folder / "results"))
-
-    def bench(name: str, weight: float, *words: str, **fields: tuple[str, ...]) -> Part:
-        usual = ("--dtypes", "bf16", "--require-kernels", *results, *device)
-        amount = ("--quick",) if options.quick else words
-        return Part(
-            name, weight, (*PYTHON, f"bench.{name}", *usual, *amount), restarts=True, **fields
-        )
-
-    def tests(name: str) -> Part:
-        has_timeout = importlib.util.find_spec("pytest_timeout") is not None
-        selected = (f"python_tests/cuda/test_{name}.py", "-m", "cuda and not full")
-        reports = ("-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider")
-        command = (*PYTHON, "pytest", *selected, *reports, *["--timeout=60"] * has_timeout)
-        # Launches that wait name the kernel that failed. test_device is about those that do not.
-        environment = {} if name == "device" else {"CUDA_LAUNCH_BLOCKING": "1"}
-        return Part(f"test_{name}", 2.0, command, needs=("pytest",), environment=environment)
-
-    def sanitizer(tool: str) -> Part:
-        words = ("--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=lotr", *PYTHON)
-        smoke = ("bench.smoke", "--in-process", "--dtypes", "bf16", "--shapes", "3", *device)
-        # Memcheck checks against allocations, so each tensor must be one.
-        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return Part(
-            tool,
-            1.5,
-            ("compute-sanitizer", *words, *smoke),
-            needs=("compute-sanitizer",),
-            environment=uncached,
-        )
-
-    build = Part(
-        "build",
-        4.0,
-        (sys.executable, "setup.py", "build_ext", "--inplace"),
-        ("nvcc", "c++", "cmake") if is_cuda else ("c++", "cmake"),
-        environment={"LOTR_CUDA": "ON" if is_cuda else "OFF"},
-    )
-    if options.wheel is not None:
-        unzip = "import sys, zipfile; zipfile.ZipFile(sys.argv[1]).extract(sys.argv[2])"
-        words = (unzip, str(options.wheel.resolve()), MODULE)
-        build = Part("build", 1.0, (sys.executable, "-c", *words))
-    smoke = ("--dtypes", "bf16", "--shapes", "1") if options.quick else ("--shapes", "6")
+    smoke_amount = ("--dtypes", "bf16", "--shapes", "1") if options.quick else ("--shapes", "6")
     profiled_shape = ("--shapes", "8192x4096x16", "--dtypes", "bf16", *device)
+    # The sums of the gradients of A and B, which the layers of a stack share.
     shared = (
         *("--shapes", "4096x4x4096x16,4096x16x4096x16,4096x64x4096x16"),
         *("--wirings", "chained", "--rivals", "lotr-eager,lotr_ext"),
     )
-    mixed = {"needs": ("transformers",), "uses": ("peft",)}
+    models = {"needs": ("transformers",), "uses": ("peft",)}
     return [
-        build,
+        build_part(options),
         Part("info", 0.5, (*PYTHON, "lotr_ext.info")),
-        Part("smoke", 4.0, (*PYTHON, "bench.smoke", *results, *smoke, *device), ("pytest",)),
-        bench("kernels", 4.0),
-        bench("layer", 5.0, uses=("peft",)),
-        tests("gpu_operators"),
-        tests("gpu_layers"),
-        tests("device"),
-        sanitizer("memcheck"),
-        bench("model", 4.0, "--rounds", "7", **mixed),
-        bench("host", 1.5, "--clock", "wall", uses=("peft",)),
-        Part("profile", 1.0, (*PROFILE, *profiled_shape), ("ncu",)),
-        bench("host", 1.0, *shared)._replace(name="shared"),
-        bench("experts", 1.0, **mixed),
-        bench("tasks", 1.0, **mixed),
-        sanitizer("racecheck"),
+        Part(
+            "smoke",
+            4.0,
+            (*PYTHON, "bench.smoke", *results, *smoke_amount, *device),
+            needs=("pytest",),
+        ),
+        bench_part("kernels", 4.0, options),
+        bench_part("layer", 5.0, options, uses=("peft",)),
+        test_part("gpu_operators"),
+        test_part("gpu_layers"),
+        test_part("device"),
+        sanitizer_part("memcheck", options),
+        bench_part("model", 4.0, options, "--rounds", "7", **models),
+        bench_part("host", 1.5, options, "--clock", "wall", uses=("peft",)),
+        Part("profile", 1.0, (*PROFILE, *profiled_shape), needs=("ncu",)),
+        bench_part("host", 1.0, options, *shared)._replace(name="shared"),
+        bench_part("experts", 1.0, options, **models),
+        bench_part("tasks", 1.0, options, **models),
+        sanitizer_part("racecheck", options),
     ]
 
 
+def build_part(options: argparse.Namespace) -> Part:
+    if options.wheel is not None:
+        unzip = "import sys, zipfile; zipfile.ZipFile(sys.argv[1]).extract(sys.argv[2])"
+        words = (unzip, str(options.wheel.resolve()), MODULE)
+        return Part("build", 1.0, (sys.executable, "-c", *words))
+    is_cuda = options.device == "cuda"
+    return Part(
+        "build",
+        4.0,
+        (sys.executable, "setup.py", "build_ext", "--inplace"),
+        needs=("nvcc", "c++", "cmake") if is_cuda else ("c++", "cmake"),
+        environment={"LOTR_CUDA": "ON" if is_cuda else "OFF"},
+    )
+
+
+def bench_part(
+    name: str,
+    weight: float,
+    options: argparse.Namespace,
+    *words: str,
+    **fields: tuple[str, ...],
+) -> Part:
+    """Returns the part of a measuring program. A quick run has --quick in place of the words."""
+    usual = (
+        *("--dtypes", "bf16", "--require-kernels"),
+        *("--results", str(options.folder / "results"), "--device", options.device),
+    )
+    amount = ("--quick",) if options.quick else words
+    command = (*PYTHON, f"bench.{name}", *usual, *amount)
+    return Part(name, weight, command, restarts=True, **fields)
+
+
+def test_part(name: str) -> Part:
+    has_timeout = importlib.util.find_spec("pytest_timeout") is not None
+    selected = (f"python_tests/cuda/test_{name}.py", "-m", "cuda and not full")
+    reports = ("-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider")
+    command = (*PYTHON, "pytest", *selected, *reports, *["--timeout=60"] * has_timeout)
+    # Launches that wait name the kernel that failed. test_device is about those that do not.
+    environment = {} if name == "device" else {"CUDA_LAUNCH_BLOCKING": "1"}
+    return Part(f"test_{name}", 2.0, command, needs=("pytest",), environment=environment)
+
+
+def sanitizer_part(tool: str, options: argparse.Namespace) -> Part:
+    words = ("--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=lotr", *PYTHON)
+    amount = ("--in-process", "--dtypes", "bf16", "--shapes", "3", "--device", options.device)
+    return Part(
+        tool,
+        1.5,
+        ("compute-sanitizer", *words, "bench.smoke", *amount),
+        needs=("compute-sanitizer",),
+        # Memcheck checks against allocations, so each tensor must be one.
+        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
+
+
 def missing(names: tuple[str, ...]) -> list[str]:
-    """The programs and packages of these names that are not installed."""
+    """Returns the programs and packages among `names` that are not installed."""
 
     def is_there(name: str) -> bool:
         is_program = shutil.which(name) or (CUDA_PROGRAMS / name).exists()
@@ -183,7 +205,12 @@ def environment_of(part: Part) -> dict[str, str]:
 
 
 def run(part: Part, log: Path, limit_s: float) -> str:
-    """Runs a part, again with the next case while it crashes. Its output goes to `log` as it comes.
+    """Runs a part. If it crashes, it is started again with the case after the one that crashed.
+
+    Args:
+        part: What runs.
+        log: The file that its output goes to, as it comes.
+        limit_s: The time for all its processes together.
 
     Returns:
         "done", "failed (status)" or "stopped".
@@ -193,7 +220,7 @@ def run(part: Part, log: Path, limit_s: float) -> str:
     command = part.command
     crashes: list[str] = []
     for _ in range(1 + RESTARTS):
-        status = _run_once(part, command, log, end - time.monotonic())
+        status = _run_process(part, command, log, end - time.monotonic())
         has_crashed = status is not None and (status < 0 or status == DEVICE_LOST)
         if not (has_crashed and part.restarts and summary.last_case(log)):
             break
@@ -205,7 +232,7 @@ def run(part: Part, log: Path, limit_s: float) -> str:
     return f"{'stopped' if status is None else 'failed'}, crashed in case {', '.join(crashes)}"
 
 
-def _run_once(part: Part, command: tuple[str, ...], log: Path, limit_s: float) -> int | None:
+def _run_process(part: Part, command: tuple[str, ...], log: Path, limit_s: float) -> int | None:
     """Returns the exit status of a process, None if it was stopped after limit_s seconds."""
     with open(log, "ab") as output:
         process = subprocess.Popen(
@@ -225,7 +252,7 @@ def _run_once(part: Part, command: tuple[str, ...], log: Path, limit_s: float) -
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Ends the process group of a part, first by SIGINT, so that it ends in order."""
+    """Ends the process group of a part: by SIGINT, and if that does not help, by SIGKILL."""
     for sign in (signal.SIGINT, signal.SIGKILL):
         if process.poll() is not None:
             return
@@ -253,12 +280,12 @@ def work(parts: list[Part], options: argparse.Namespace) -> int:
         share = part.weight / sum(other.weight for other in parts[i:])
         log = results / f"{part.name}.log"
         begin = time.monotonic()
-        outcome = run_part(part, log, remaining if part.name == "build" else remaining * share)
+        outcome = outcome_of(part, log, remaining if part.name == "build" else remaining * share)
         seconds = round(time.monotonic() - begin)
         print(f"{part.name}: {outcome}, {seconds} s", flush=True)
         outcomes[part.name] = {"outcome": outcome, "seconds": seconds}
         # A build that was skipped is a failure: without it, nothing can run.
-        if not outcome.startswith("done" if part.name == "build" else GOOD):
+        if not outcome.startswith("done" if part.name == "build" else NOT_FAILED):
             failed.append(part.name)
             for line in summary.error_lines(log):
                 print(f"    {line}", flush=True)
@@ -270,8 +297,8 @@ def work(parts: list[Part], options: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
-def run_part(part: Part, log: Path, limit_s: float) -> str:
-    """Runs a part if it can run. Returns its outcome."""
+def outcome_of(part: Part, log: Path, limit_s: float) -> str:
+    """Runs a part if it can run. Returns its outcome in words."""
     lacking = missing(part.needs)
     if lacking:
         return f"skipped, needs {', '.join(lacking)}"

@@ -24,7 +24,7 @@ from .timing import Group, Step, memory_changes, training
 
 # Of y, dx and the gradients, through all layers: at least five times what correct sums have.
 TOLERANCE = {"fp32": 2e-5, "bf16": 0.2, "fp16": 5e-2}
-KEY = ("m", "layers", "k", "r")
+DIMENSIONS = ("m", "layers", "k", "r")
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -41,7 +41,7 @@ def allocated_bytes(step: Step) -> int:
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
-    m, layers, k, r = (case[name] for name in KEY)
+    m, layers, k, r = (case[name] for name in DIMENSIONS)
     dtype = dtype_of(case)
     if case["wiring"] == "siblings" and layers % 3:
         raise ValueError(f"layers: expected a multiple of 3 for siblings, got {layers}")
@@ -69,12 +69,12 @@ PROGRAM = Program(
     rivals=STACKED,
     build=build,
     title_format="{wiring}, {m} tokens, {layers} layers of width {k}, r {r}",
-    key=KEY,
+    dimensions=DIMENSIONS,
     shapes=dict.fromkeys(("cpu", "cuda"), "1x24x32x8,16x24x32x8,160x24x32x8"),
     cases=cases,
     floor="lotr-eager",
     rounds=41,
-    slice_s=0.0,
+    measurement_s=0.0,
     dtypes="fp32",
     compared=("lotr-eager", "lotr_ext", "lotr_ext-model"),
     options={"wirings": {"type": some_of(WIRINGS), "default": "chained,siblings"}},

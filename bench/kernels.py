@@ -32,9 +32,9 @@ from .timing import Group, Step, copy_gb_per_s
 
 SCALING = 0.5
 lotr = torch.ops.lotr
-KEY = ("m", "n", "r")
+DIMENSIONS = ("m", "n", "r")
 Results = tuple[Tensor, ...]
-SUMS = ("D", "Q")  # float32
+SUMS = ("D", "Q")  # operands in float32, to which a kernel adds: they start at zero
 
 
 # ---- our kernels ---------------------------------------------------------------------------------
@@ -59,10 +59,10 @@ class Kernel(NamedTuple):
     """One kernel.
 
     Attributes:
-        ours: Calls it. Returns all results, new ones or those written in place.
-        operands: Their dimensions, a letter of KEY for each.
+        ours: Calls it. Returns all results: new tensors, or operands that were written in place.
+        operands: Their names and dimensions, a letter of DIMENSIONS for each.
         formula: The same in torch's products. In float64 it is the truth.
-        more: Other products of the library, by name.
+        more: Other products of the library to compare with, by name.
     """
 
     ours: Callable[..., Results]
@@ -73,37 +73,45 @@ class Kernel(NamedTuple):
 
 KERNELS = {
     "gemm_lotr": Kernel(
-        lambda x, W, u, F: (lotr.layer_forward_rows(x, W, None, u, F, FUSED),),
-        {"x": "mn", "W": "nn", "u": "mr", "F": "nr"},
-        lambda x, W, u, F: ((x @ W.T).addmm_(u, F.T),),
-        {
+        ours=lambda x, W, u, F: (lotr.layer_forward_rows(x, W, None, u, F, FUSED),),
+        operands={"x": "mn", "W": "nn", "u": "mr", "F": "nr"},
+        formula=lambda x, W, u, F: ((x @ W.T).addmm_(u, F.T),),
+        more={
             "base product": lambda x, W, u, F: (x @ W.T,),
             "library, beta": lambda x, W, u, F: ((u @ F.T).addmm_(x, W.T),),
         },
     ),
     "shrink": Kernel(
-        lambda x, A: (lotr.shrink(x, A),), {"x": "mn", "A": "nr"}, lambda x, A: (x @ A,)
+        ours=lambda x, A: (lotr.shrink(x, A),),
+        operands={"x": "mn", "A": "nr"},
+        formula=lambda x, A: (x @ A,),
     ),
     "expand_add": Kernel(
-        expand_add, {"y": "mn", "u": "mr", "F": "nr"}, lambda y, u, F: (y.addmm_(u, F.T),)
+        ours=expand_add,
+        operands={"y": "mn", "u": "mr", "F": "nr"},
+        formula=lambda y, u, F: (y.addmm_(u, F.T),),
     ),
     "shrink_grad": Kernel(
-        shrink_grad,
-        {"g": "mn", "F": "nr", "u": "mr", "Q": "nr"},
-        lambda g, F, u, Q: (g @ F, Q.add_(g.T @ u)),
+        ours=shrink_grad,
+        operands={"g": "mn", "F": "nr", "u": "mr", "Q": "nr"},
+        formula=lambda g, F, u, Q: (g @ F, Q.add_(g.T @ u)),
     ),
     "factor_grad": Kernel(
-        factor_grad, {"D": "nr", "x": "mn", "v": "mr"}, lambda D, x, v: (D.add_(x.T @ v),)
+        ours=factor_grad,
+        operands={"D": "nr", "x": "mn", "v": "mr"},
+        formula=lambda D, x, v: (D.add_(x.T @ v),),
     ),
     "fold": Kernel(
-        lambda B, core: (lotr.fold(B, core, SCALING, B.dtype),),
-        {"B": "nr", "core": "rr"},
-        lambda B, core: ((B * SCALING) @ core.T,),
+        ours=lambda B, core: (lotr.fold(B, core, SCALING, B.dtype),),
+        operands={"B": "nr", "core": "rr"},
+        formula=lambda B, core: ((B * SCALING) @ core.T,),
     ),
     "row_core": Kernel(
-        lambda u, cores, index: (lotr.row_core(u, cores, index, None, None, SCALING),),
-        {"u": "mr", "cores": "nrr", "index": "m"},
-        lambda u, cores, index: (SCALING * torch.bmm(u.unsqueeze(1), cores[index]).squeeze(1),),
+        ours=lambda u, cores, index: (lotr.row_core(u, cores, index, None, None, SCALING),),
+        operands={"u": "mr", "cores": "nrr", "index": "m"},
+        formula=lambda u, cores, index: (
+            SCALING * torch.bmm(u.unsqueeze(1), cores[index]).squeeze(1),
+        ),
     ),
 }
 
@@ -112,7 +120,7 @@ KERNELS = {
 
 
 def operands_of(case: Case, device: str) -> dict[str, Tensor]:
-    """Returns random operands, sums of zeros, and an index of all cores."""
+    """Returns the operands of a case's kernel: random ones, sums, and an index of all cores."""
     generator = torch.Generator().manual_seed(3)
     operands = {}
     for name, letters in KERNELS[case["kernel"]].operands.items():
@@ -136,7 +144,7 @@ def copied(operands: dict[str, Tensor], dtype: torch.dtype | None = None) -> dic
 
 
 def obstacle(case: Case, device: str) -> str | None:
-    """Why a kernel cannot run, None if it can."""
+    """Returns why a kernel cannot run, None if it can. Only gemm_lotr depends on the GPU."""
     if case["kernel"] != "gemm_lotr":
         return None
     return fused_obstacle(case["n"], case["n"], case["r"], dtype_of(case), torch.device(device))
@@ -149,6 +157,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
         changes = {"fold": {"m": 1}, "row_core": {"n": min(shape["m"], shape["n"])}}
         for name in options.kernels:
             all_cases.append({"kernel": name, **shape, **changes.get(name, {})})
+    # The dtypes are added later. A GPU that can run gemm_lotr can run it in bf16.
     return [
         case for case in all_cases if obstacle({**case, "dtype": "bf16"}, options.device) is None
     ]
@@ -162,13 +171,13 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     operands = operands_of(case, options.device)
     # Each call gets copies, because some kernels add to an operand.
     truth = kernel.formula(**copied(operands, torch.float64))
-    theirs = max(map(error_of, kernel.formula(**copied(operands)), truth))
+    library_error = max(map(error_of, kernel.formula(**copied(operands)), truth))
     results = kernel.ours(**copied(operands))
     # Ours may round once more, and sums in another order.
-    limit = 2 * theirs + torch.finfo(dtype_of(case)).eps
+    limit = 2 * library_error + torch.finfo(dtype_of(case)).eps
     facts = {
         "error": check_error("ours", max(map(error_of, results, truth)), limit),
-        # What is written in place is an operand and a result.
+        # A tensor that is written in place is an operand and a result: it is read and written.
         "least_bytes": sum(t.nbytes for t in (*operands.values(), *results)),
         "copy_gb_per_s": copy_gb_per_s(options.device),
     }
@@ -185,7 +194,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
 
 
 def run_once(options: argparse.Namespace) -> int:
-    """Calls each kernel once, with nothing else around it. For a profiler."""
+    """Calls each kernel once, with nothing else around it, for a profiler."""
     for case in PROGRAM.all_cases(options):
         KERNELS[case["kernel"]].ours(**operands_of(case, options.device))
         print(PROGRAM.title(case), flush=True)
@@ -200,7 +209,7 @@ PROGRAM = Program(
     rivals=("library", "lotr_ext"),
     build=build,
     title_format="{kernel} {m} x {n}, r {r}",
-    key=KEY,
+    dimensions=DIMENSIONS,
     shapes={
         "cuda": ("8192x4096x16,8192x4096x64,2048x4096x16,8192x14336x16,8192x1024x16,8192x4096x128"),
         "cpu": "2048x768x16,512x768x16,2048x768x64",
@@ -208,7 +217,7 @@ PROGRAM = Program(
     cases=cases,
     floor="library",
     rounds=15,
-    slice_s=0.01,
+    measurement_s=0.01,
     dtypes="bf16",
     options={
         "kernels": {"type": some_of(KERNELS), "default": list(KERNELS), "help": ", ".join(KERNELS)},

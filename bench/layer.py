@@ -19,11 +19,11 @@ from .program import Program
 from .rivals import LAYERS, TOLERANCE, Tensors, check_layer, random_tokens, usual_layers
 from .timing import Group, Step, training
 
-KEY = ("m", "k", "n", "r")
+DIMENSIONS = ("m", "k", "n", "r")
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
-    m, k, n, r = (case[name] for name in KEY)
+    m, k, n, r = (case[name] for name in DIMENSIONS)
     dtype = dtype_of(case)
     tensors = Tensors.random(k, n, r, dtype, options.device)
     x, g = random_tokens(m, k, n, dtype, options.device)
@@ -38,7 +38,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         i = names.index(name)
         return training(lambda: rival(copies[i]), g, [*copies, *rival.parameters()], facts=facts)
 
-    return Group(names, step_of, deal=lambda draw: draw.shuffle(copies))
+    return Group(names, step_of, prepare_round=lambda rng: rng.shuffle(copies))
 
 
 PROGRAM = Program(
@@ -47,7 +47,7 @@ PROGRAM = Program(
     rivals=tuple(LAYERS),
     build=build,
     title_format="{m} x {k} x {n}, r {r}",
-    key=KEY,
+    dimensions=DIMENSIONS,
     shapes={
         "cpu": (
             "512x768x768x16,2048x768x768x16,1024x2048x2048x16,2048x768x768x64,"

@@ -39,15 +39,15 @@ RANK = 16
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The configuration of a model in transformers.
+class ModelSpec:
+    """A model of transformers, and what is adapted and measured by default.
 
     Attributes:
         family: "encoder" or "causal-lm".
         settings: The arguments of its configuration.
-        targets: The adapted layers.
-        batch: Rows of a batch.
-        sequence: Tokens of a row.
+        targets: The endings of the adapted layers' names.
+        batch: The rows of a batch.
+        sequence: The tokens of a row.
     """
 
     family: str
@@ -58,7 +58,7 @@ class Shape:
 
 
 def llama(
-    hidden: int, layers: int, heads: int, inner: int, vocabulary: int, heads_per_key: int = 1
+    *, hidden: int, layers: int, heads: int, inner: int, vocabulary: int, heads_per_key: int = 1
 ) -> dict:
     return {
         "hidden_size": hidden,
@@ -73,7 +73,7 @@ def llama(
     }
 
 
-def bert(hidden: int, layers: int, heads: int, vocabulary: int) -> dict:
+def bert(*, hidden: int, layers: int, heads: int, vocabulary: int) -> dict:
     return {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -88,11 +88,46 @@ def bert(hidden: int, layers: int, heads: int, vocabulary: int) -> dict:
 # Not the head, which is tied to the embeddings.
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODELS = {
-    "smollm2-135m": Shape("causal-lm", llama(576, 30, 9, 1536, 49152, 3), ALL_LINEAR, 1, 128),
-    "minilm": Shape("encoder", bert(384, 6, 12, 30522), ("query", "value"), 16, 64),
-    "llama-8x4096": Shape("causal-lm", llama(4096, 8, 32, 14336, 32000, 4), ALL_LINEAR, 4, 2048),
-    "tiny-lm": Shape("causal-lm", llama(32, 2, 4, 64, 100, 4), ALL_LINEAR, 2, 8),
-    "tiny-encoder": Shape("encoder", bert(32, 2, 2, 100), ("query", "value"), 2, 8),
+    "smollm2-135m": ModelSpec(
+        family="causal-lm",
+        settings=llama(
+            hidden=576, layers=30, heads=9, inner=1536, vocabulary=49152, heads_per_key=3
+        ),
+        targets=ALL_LINEAR,
+        batch=1,
+        sequence=128,
+    ),
+    "minilm": ModelSpec(
+        family="encoder",
+        settings=bert(hidden=384, layers=6, heads=12, vocabulary=30522),
+        targets=("query", "value"),
+        batch=16,
+        sequence=64,
+    ),
+    # Eight layers of Llama-3-8B's size, with a smaller vocabulary.
+    "llama-8x4096": ModelSpec(
+        family="causal-lm",
+        settings=llama(
+            hidden=4096, layers=8, heads=32, inner=14336, vocabulary=32000, heads_per_key=4
+        ),
+        targets=ALL_LINEAR,
+        batch=4,
+        sequence=2048,
+    ),
+    "tiny-lm": ModelSpec(
+        family="causal-lm",
+        settings=llama(hidden=32, layers=2, heads=4, inner=64, vocabulary=100, heads_per_key=4),
+        targets=ALL_LINEAR,
+        batch=2,
+        sequence=8,
+    ),
+    "tiny-encoder": ModelSpec(
+        family="encoder",
+        settings=bert(hidden=32, layers=2, heads=2, vocabulary=100),
+        targets=("query", "value"),
+        batch=2,
+        sequence=8,
+    ),
 }
 
 
@@ -126,11 +161,12 @@ def base_model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
 
 def twin(base: nn.Module) -> nn.Module:
     """Returns a copy of the modules of base that uses the same parameter and buffer objects."""
+    # deepcopy does not copy an object that its memo has.
     return copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
 
 
 def square_weight(base: nn.Module) -> Tensor:
-    """Returns the weight of a layer that keeps the width, as the first one of attention does."""
+    """Returns the weight of a layer that keeps the width, for example attention's first one."""
     width = base.config.hidden_size
     return next(p for p in base.parameters() if p.shape == (width, width))
 
@@ -157,9 +193,10 @@ METHODS = (
     "lotr_ext-compiled",
 )
 # On a CPU the strategies are the same products in another order, and compiling takes minutes. So
-# only the first ones are usual.
+# only the first six run by default.
 USUAL_METHODS = METHODS[:6]
-# The rank at which a method is nearest in size to LoTR or LoRA in this case.
+# The rank at which a method is nearest in size to LoTR or LoRA, in the one case in which that is
+# measured.
 EQUAL_CASE = {"model": "minilm", "targets": "query,value", "r": 16}
 EQUAL_RANKS = {"lora-peft-as-lotr": 2, "vera-peft-as-lotr": 896, "lotr_ext-as-lora": 83}
 
@@ -223,6 +260,7 @@ def adapted_model(method: str, base: nn.Module, targets: list[str], rank: int) -
             "vera": VeraConfig(r=rank, target_modules=targets),
         }
         return get_peft_model(model, configs[family])
+    # "lotr-eager", or lotr_ext and its variants.
     settings = {
         "core": {"train": ("core",)},
         "eager": {"adapter_dtype": square_weight(base).dtype},  # the original cannot mix dtypes
@@ -269,7 +307,7 @@ def gradient_error(model: nn.Module, case: Case, loss_of: Callable[[nn.Module], 
         nn.init.normal_(layer.core, std=0.1)
     gradients = core_gradients(model, loss_of)
     for layer in lotr_layers(model):
-        layer.forward = in_three_lines(layer)
+        layer.forward = in_three_lines(layer)  # of the instance, in place of its class's
     expected = core_gradients(model, loss_of)
     for layer in lotr_layers(model):
         del layer.forward
@@ -312,7 +350,7 @@ PROGRAM = Program(
     build=build,
     title_format="{model} ({targets}), {batch} x {sequence} tokens, r {r}",
     cases=cases,
-    slice_s=0.0,
+    measurement_s=0.0,
     compared=("frozen", "lora-peft", "lotr_ext"),
     options={
         "models": {"type": some_of(MODELS), "help": f"some of {', '.join(MODELS)}"},

@@ -1,7 +1,11 @@
 """The tasks and methods of bench.accuracy and bench.transfer, and how a model is trained.
 
-A problem (a synthetic teacher, a sentence encoder on rated texts, a language model on a text) makes
-fresh models, endless training batches, the loss of a batch, and the losses of held-out items.
+METHODS   what is trained: LoTR and its forms, LoRA, DoRA, VeRA, full fine-tuning
+TASKS     what it is trained on, and with how many steps and items
+Problem   the models, batches and losses of a task. There are three kinds: a synthetic teacher,
+          a sentence encoder on rated texts, and a language model on a text
+adapt     makes a model trainable by a method
+fit       trains it
 """
 
 import copy
@@ -44,56 +48,113 @@ class Method(NamedTuple):
     """What is trained.
 
     Attributes:
-        family: "lotr", "lora", "vera", or what is fully trained: "base", "head", "norm", "full".
-        ranks: Those that run.
-        rates: Where the search begins, for LoTR before the factor 0.4.
-        settings: Of the configuration.
+        family: "lotr", "lora", "vera", or what is fully trained: "base" (nothing), "head", "norm",
+            "full" (all adapted layers).
+        ranks: Those that run. A method without ranks for a kind of task does not run on it.
+        rates: Where the search for the learning rate begins, for LoTR before the factor 0.4.
+        settings: Arguments of LoTRConfig or of PEFT's configuration.
         from_gradient: Whether A and B start in the directions of the gradient.
     """
 
     family: str
     ranks: ByKind
-    rates: ByKind = ByKind(5e-2, 5e-3, 5e-3)
+    rates: ByKind = ByKind(teacher=5e-2, classifier=5e-3, language=5e-3)
     settings: Mapping[str, Any] = {}
     from_gradient: bool = False
 
 
 CORE = {"train": ("core",)}
-LORA_RATES = ByKind(2e-2, 2e-3, 2e-3)
-METHODS = {  # three values of a ByKind are for teacher, classifier, language
-    "base": Method("base", ByKind(teacher=(0,), language=(0,)), ByKind(0.0, 0.0, 0.0)),
-    "head": Method("head", ByKind(classifier=(0,)), ByKind(classifier=HEAD_LR)),
-    "full": Method("full", ByKind((0,), (0,), (0,)), ByKind(1e-2, 1e-4, 1e-4)),
-    "norm": Method("norm", ByKind(classifier=(0,), language=(0,)), ByKind(5e-3, 5e-3, 5e-3)),
-    "lotr": Method("lotr", ByKind((1, 2, 4, 8, 16), (4, 8, 16, 28), (4, 24, 60))),
+LORA_RATES = ByKind(teacher=2e-2, classifier=2e-3, language=2e-3)
+METHODS = {
+    # Without an adapter. There are no ranks, and 0 stands for the one run.
+    "base": Method(
+        "base",
+        ranks=ByKind(teacher=(0,), language=(0,)),
+        rates=ByKind(teacher=0.0, classifier=0.0, language=0.0),
+    ),
+    "head": Method("head", ranks=ByKind(classifier=(0,)), rates=ByKind(classifier=HEAD_LR)),
+    "full": Method(
+        "full",
+        ranks=ByKind(teacher=(0,), classifier=(0,), language=(0,)),
+        rates=ByKind(teacher=1e-2, classifier=1e-4, language=1e-4),
+    ),
+    "norm": Method(
+        "norm",
+        ranks=ByKind(classifier=(0,), language=(0,)),
+        rates=ByKind(teacher=5e-3, classifier=5e-3, language=5e-3),
+    ),
+    # LoTR, its groupings, and its forms.
+    "lotr": Method(
+        "lotr",
+        ranks=ByKind(teacher=(1, 2, 4, 8, 16), classifier=(4, 8, 16, 28), language=(4, 24, 60)),
+    ),
     "lotr-width": Method(
-        "lotr", ByKind(classifier=(16,), language=(28,)), settings={"group_by": "width"}
+        "lotr",
+        ranks=ByKind(classifier=(16,), language=(28,)),
+        settings={"group_by": "width"},
     ),
     "lotr-block": Method(
-        "lotr", ByKind(classifier=(1, 5), language=(6,)), settings={"group_by": "block"}
+        "lotr",
+        ranks=ByKind(classifier=(1, 5), language=(6,)),
+        settings={"group_by": "block"},
     ),
-    "lotr-core": Method("lotr", ByKind((8, 16), (64,), (32,)), settings=CORE),
+    "lotr-core": Method(
+        "lotr",
+        ranks=ByKind(teacher=(8, 16), classifier=(64,), language=(32,)),
+        settings=CORE,
+    ),
     "lotr-diagonal": Method(
         "lotr",
-        ByKind((5, 11, 16, 22, 45), (8,), (48,)),
-        ByKind(5e-2, 2e-2, 2e-2),
-        {"core": "diagonal"},
+        ranks=ByKind(teacher=(5, 11, 16, 22, 45), classifier=(8,), language=(48,)),
+        rates=ByKind(teacher=5e-2, classifier=2e-2, language=2e-2),
+        settings={"core": "diagonal"},
     ),
-    "lotr-gradient": Method("lotr", ByKind(teacher=(4, 8), classifier=(8, 16)), from_gradient=True),
-    "lotr-name": Method("lotr", ByKind(classifier=(16,)), settings={"group_by": "name"}),
+    "lotr-gradient": Method(
+        "lotr",
+        ranks=ByKind(teacher=(4, 8), classifier=(8, 16)),
+        from_gradient=True,
+    ),
+    "lotr-name": Method(
+        "lotr",
+        ranks=ByKind(classifier=(16,)),
+        settings={"group_by": "name"},
+    ),
     "lotr-core-gradient": Method(
-        "lotr", ByKind((8, 16), (64,), (32,)), settings=CORE, from_gradient=True
+        "lotr",
+        ranks=ByKind(teacher=(8, 16), classifier=(64,), language=(32,)),
+        settings=CORE,
+        from_gradient=True,
     ),
-    "lotr-tucker": Method("lotr", ByKind(teacher=(8,)), settings={"core": "tucker"}),
-    "lotr-train": Method("lotr", ByKind(teacher=(8,)), settings={"core": "train"}),
-    "lotr-few": Method("lotr", ByKind((8,), (32,), (32,)), settings={"core": "few", **CORE}),
+    "lotr-tucker": Method("lotr", ranks=ByKind(teacher=(8,)), settings={"core": "tucker"}),
+    "lotr-train": Method("lotr", ranks=ByKind(teacher=(8,)), settings={"core": "train"}),
+    "lotr-few": Method(
+        "lotr",
+        ranks=ByKind(teacher=(8,), classifier=(32,), language=(32,)),
+        settings={"core": "few", **CORE},
+    ),
     # Factors from each layer's weight: LoRA-XS, arXiv 2405.17604.
     "lora-xs": Method(
-        "lotr", ByKind((8,), (32,), (32,)), settings={"init": "svd", "group_by": "layer", **CORE}
+        "lotr",
+        ranks=ByKind(teacher=(8,), classifier=(32,), language=(32,)),
+        settings={"init": "svd", "group_by": "layer", **CORE},
     ),
-    "lora": Method("lora", ByKind((1, 2, 4, 8), (1, 4, 8, 32), (1, 4, 16)), LORA_RATES),
-    "dora": Method("lora", ByKind((1, 4), (1,), (1,)), LORA_RATES, {"use_dora": True}),
-    "vera": Method("vera", ByKind((64,), (256,), (256,)), ByKind(2e-2, 1e-2, 1e-2)),
+    # PEFT's methods.
+    "lora": Method(
+        "lora",
+        ranks=ByKind(teacher=(1, 2, 4, 8), classifier=(1, 4, 8, 32), language=(1, 4, 16)),
+        rates=LORA_RATES,
+    ),
+    "dora": Method(
+        "lora",
+        ranks=ByKind(teacher=(1, 4), classifier=(1,), language=(1,)),
+        rates=LORA_RATES,
+        settings={"use_dora": True},
+    ),
+    "vera": Method(
+        "vera",
+        ranks=ByKind(teacher=(64,), classifier=(256,), language=(256,)),
+        rates=ByKind(teacher=2e-2, classifier=1e-2, language=1e-2),
+    ),
 }
 ALL = ",".join(METHODS)
 
@@ -106,8 +167,9 @@ class Task(NamedTuple):
 
     Attributes:
         kind: "teacher", "classifier" or "language".
-        source: A file in data/, or the shared part of a teacher's change.
-        steps: Of a run.
+        source: A file in data/. For a teacher, a number from "0.0" to "1.0": the part of its change
+            that all layers share.
+        steps: Of a training run.
         validation: How many items choose the rate.
         held_out: How many items give the reported loss.
         batch: Items per step.
@@ -127,6 +189,7 @@ class Task(NamedTuple):
     methods: str = ALL
 
 
+# The common fields of each kind of task. An entry of TASKS replaces some of them.
 _teacher = partial(
     Task,
     "teacher",
@@ -175,21 +238,26 @@ TASKS = {
 BASES = {"classifier": MINILM, "language": SMOLLM2}
 
 
-def shuffled_epochs(count: int, draw: random.Random) -> Iterator[int]:
-    """Endless indices: each epoch has all of them, in a new order."""
+def shuffled_epochs(count: int, rng: random.Random) -> Iterator[int]:
+    """Yields indices without end: each epoch has all of them, in a new order."""
     while True:
         epoch = list(range(count))
-        draw.shuffle(epoch)
+        rng.shuffle(epoch)
         yield from epoch
 
 
 class Problem:
     """Models, batches and losses of a task.
 
+    A subclass sets `base` and `parts`, and defines `losses(model, batch)`. It returns two tensors
+    with a value per item: the loss, and 1.0 if the model was right, 0.0 if it was wrong, NaN if it
+    can be neither.
+
     Attributes:
         base: The unadapted model.
-        parts: Training, validation and held_out, as tensors or arrays of items.
-        measured_at_once: Items.
+        parts: The items of "training", "validation" and "held_out", each as tensors or arrays of
+            one length: inputs and perhaps targets.
+        measured_at_once: How many items `measure` gives to `losses` at a time.
     """
 
     measured_at_once = 100
@@ -204,7 +272,7 @@ class Problem:
         return copy.deepcopy(self.base)
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, ...]]:
-        """Endless rows of the training tensors."""
+        """Yields batches of training items without end."""
         training = self.parts["training"]
         indices = shuffled_epochs(len(training[0]), random.Random(seed))
         while True:
@@ -216,15 +284,13 @@ class Problem:
 
     @torch.no_grad()
     def measure(self, model: nn.Module, part: str) -> tuple[Tensor, Tensor]:
-        """Returns the loss of each item in float64, and whether each was right.
-
-        The second is NaN if an item cannot be right or wrong.
-        """
+        """Returns the results of `losses` for all items of a part, in float64."""
         order = self.order(part)
         outcomes = []
         for rows in order.split(self.measured_at_once):
             batch = tuple(values[rows] for values in self.parts[part])
             outcomes.append(torch.stack([result.double() for result in self.losses(model, batch)]))
+        # argsort of a permutation is its inverse: the results come in the order of the items again.
         return tuple(torch.cat(outcomes, 1)[:, order.argsort()])
 
     def order(self, part: str) -> Tensor:
@@ -237,8 +303,9 @@ class Problem:
 class Teacher(Problem):
     """A small residual net learns what a changed copy of it computes, from noisy outputs.
 
-    The change of every weight has rank 4. A part `source` of its squared norm is in spaces that all
-    layers of one shape share. The loss is the squared error over the unchanged net's.
+    The change of every weight has rank 4. `task.source` is the part of its squared norm that is in
+    spaces which all layers of one shape share. The loss is the squared error, divided by the
+    unchanged net's.
     """
 
     def __init__(self, task: Task):
@@ -251,11 +318,11 @@ class Teacher(Problem):
         counts = {"training": 2048, "validation": task.validation, "held_out": task.held_out}
         with torch.no_grad():
             inputs = {
-                part: torch.randn(count, 32, generator=generator) for part, count in counts.items()
+                part: torch.randn(items, 32, generator=generator) for part, items in counts.items()
             }
             outputs = {part: teacher(x) for part, x in inputs.items()}
             differences = outputs["training"] - self.base(inputs["training"])
-        self.unit = differences.square().mean().item()
+        self.unit = differences.square().mean().item()  # the unchanged net has a loss of about 1
         noise = 0.2 * differences.std()
         self.parts = {}
         for part, y in outputs.items():
@@ -311,7 +378,7 @@ Texts = tuple[np.ndarray, Tensor]  # lists of token ids, and labels
 class RatedTexts(Problem):
     """MiniLM with a new linear head on the mean of its last hidden states.
 
-    The texts are rated above or below 0. The loss is nats per text.
+    It learns whether a text is rated above or below 0. The loss is in nats per text.
     """
 
     def __init__(self, task: Task):
@@ -335,20 +402,23 @@ class RatedTexts(Problem):
         return TextClassifier(copy.deepcopy(self.base), 2)
 
     def batches(self, seed: int) -> Iterator[Texts]:
-        """Twenty batches at a time are sorted by length, to reduce padding."""
+        """Yields batches of texts of similar length, to reduce padding.
+
+        Twenty batches at a time are sorted by length, and come in random order.
+        """
         ids, labels = self.parts["training"]
         size = self.task.batch
-        draw = random.Random(seed)
-        indices = shuffled_epochs(len(ids), draw)
+        rng = random.Random(seed)
+        indices = shuffled_epochs(len(ids), rng)
         while True:
             chunk = sorted([next(indices) for _ in range(20 * size)], key=lambda i: len(ids[i]))
             batches = [chunk[i : i + size] for i in range(0, 20 * size, size)]
-            draw.shuffle(batches)
+            rng.shuffle(batches)
             for batch in reversed(batches):
                 yield ids[batch], labels[batch]
 
     def order(self, part: str) -> Tensor:
-        """Texts of similar length are measured together, to reduce padding."""
+        """Returns the texts' order by length, so that those measured together need less padding."""
         return torch.tensor([len(row) for row in self.parts[part][0]]).argsort(stable=True)
 
     def losses(self, model: nn.Module, batch: Texts) -> tuple[Tensor, Tensor]:
@@ -362,7 +432,10 @@ class RatedTexts(Problem):
 
 
 class PlainText(Problem):
-    """SmolLM2-135M in bfloat16 with trained parts in float32, on a text. Nats per token."""
+    """SmolLM2-135M on a text, in bfloat16 with trained parameters in float32.
+
+    An item is a row of SEQUENCE tokens. The loss is in nats per token.
+    """
 
     measured_at_once = 8
 
@@ -381,15 +454,15 @@ class PlainText(Problem):
         rows = ids.unfold(0, SEQUENCE, SEQUENCE)
         count = len(rows)
         # Validation and held-out rows are spread over the text, because its parts differ.
-        held = task.validation + task.held_out
-        spread_evenly = torch.arange(held) * (count // held)
-        is_held = torch.zeros(count, dtype=torch.bool).index_fill_(0, spread_evenly, True)
-        order = torch.randperm(held, generator=torch.Generator().manual_seed(0))
-        held_rows = rows[is_held][order]
+        measured = task.validation + task.held_out
+        spread_evenly = torch.arange(measured) * (count // measured)
+        is_measured = torch.zeros(count, dtype=torch.bool).index_fill_(0, spread_evenly, True)
+        order = torch.randperm(measured, generator=torch.Generator().manual_seed(0))
+        measured_rows = rows[is_measured][order]
         self.parts = {
-            "training": (rows[~is_held],),
-            "validation": (held_rows[: task.validation],),
-            "held_out": (held_rows[task.validation :],),
+            "training": (rows[~is_measured],),
+            "validation": (measured_rows[: task.validation],),
+            "held_out": (measured_rows[task.validation :],),
         }
 
     @torch.autocast("cpu", torch.bfloat16)
@@ -408,7 +481,7 @@ class PlainText(Problem):
 
 
 def missing(task: Task) -> str:
-    """Returns the files of a task's data that are not there, "" if all are."""
+    """Returns the paths of a task's data that do not exist, "" if all do."""
     paths = [BASES[task.kind], DATA / task.source] if task.kind in BASES else []
     return ", ".join(str(path) for path in paths if not path.exists())
 
@@ -439,6 +512,7 @@ def adapt(model: nn.Module, task: Task, method: str, rank: int) -> nn.Module:
         if family == "lora":
             config = LoraConfig(r=rank, lora_alpha=2 * rank, **common)
         return get_peft_model(model, config)
+    # Without an adapter: the modules of this name are fully trained.
     trained = {"full": task.layers, "norm": task.norms}.get(family, "head")
     for name, module in model.named_modules():
         is_trained = re.fullmatch(trained, name) is not None or name == "head"
@@ -449,33 +523,39 @@ def adapt(model: nn.Module, task: Task, method: str, rank: int) -> nn.Module:
     return model
 
 
-def decay(optimizer: torch.optim.Optimizer, steps: int) -> Callable[[], None]:
-    """Returns a function to call after each step.
+def warmup_and_decay(optimizer: torch.optim.Optimizer, steps: int) -> Callable[[], None]:
+    """Returns a function to call after each step, which changes the optimizer's rates.
 
-    Rates rise over the first 6 % of the steps, then fall to zero.
+    They rise linearly over the first 6 % of the steps, then fall linearly to zero.
     """
-    warm = max(1, round(0.06 * steps))
+    warmup = max(1, round(0.06 * steps))
 
     def factor(step: int) -> float:
-        return min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
+        return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor).step
 
 
-def trained_parts(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Returns what a method trains, and a new head, which its size does not count."""
+def parameters_and_head(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Returns the parameters that a method trains, and the parameters of a new head.
+
+    A head belongs to the task: it is not counted in a method's size, and has its learning rate.
+    """
     trained = [(name.split("."), p) for name, p in model.named_parameters() if p.requires_grad]
     head = [p for parts, p in trained if "head" in parts]
     return [p for parts, p in trained if "head" not in parts], head
 
 
 def start_from_gradient(model: nn.Module, problem: Problem, batches: Iterator, steps: int) -> int:
-    """Sets A and B from the gradients of eight batches, after training a new head.
+    """Sets A and B from the gradients of eight batches.
+
+    A new head is trained first, for a tenth of the steps, so that it fits the task when they are
+    computed.
 
     Returns:
-        The steps that are left: the head takes a tenth.
+        The steps that are left.
     """
-    _, head = trained_parts(model)
+    _, head = parameters_and_head(model)
     if head:
         head_steps = steps // 10
         steps -= head_steps
@@ -489,22 +569,22 @@ def start_from_gradient(model: nn.Module, problem: Problem, batches: Iterator, s
 
 
 def fit(model: nn.Module, method: str, lr: float, seed: int, problem: Problem) -> list[float]:
-    """Trains by AdamW without weight decay, a new head at its rate.
+    """Trains a model by AdamW without weight decay. A new head has the rate HEAD_LR.
 
     Returns:
-        The losses by step. The last one of a diverged run is not finite.
+        The loss of each step. A run that diverges ends at once, and its last loss is not finite.
     """
     steps = problem.task.steps
     batches = problem.batches(seed)
     if METHODS[method].from_gradient:
         steps = start_from_gradient(model, problem, batches, steps)
-    parameters, head = trained_parts(model)
+    parameters, head = parameters_and_head(model)
     groups = [
         {"params": parameters, "lr": lr},
         {"params": head, "lr": lr if method == "head" else HEAD_LR},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = decay(optimizer, steps)
+    schedule = warmup_and_decay(optimizer, steps)
     losses: list[float] = []
     while len(losses) < steps and (not losses or np.isfinite(losses[-1])):
         loss = problem.loss(model, next(batches))

@@ -2,6 +2,13 @@
 
     cases -> build: a Group of rivals -> rounds -> rows into the file, as they come -> tables
 
+A program is a module with a `Program` named PROGRAM: its cases, and a function `build` that makes
+the rivals of a case. `Program.main` measures them, for example bench.layer:
+
+    case     {"m": 512, "k": 768, "n": 768, "r": 16, "dtype": "bf16", "threads": 1}
+    rivals   frozen, lora-eager, .., lotr_ext, each timed once per round
+    rows     a median per rival and stage, in bench/results/<machine>/layer.jsonl
+
 Nothing that was measured is lost. A rival that fails loses its column, a case that fails its rows,
 and a program that is ended keeps the rounds that it has measured. With --against, the lotr_ext of
 another checkout runs in turns with this one.
@@ -34,12 +41,12 @@ from .common import (
     Case,
     case_table,
     commit,
-    facts,
     keep_memory,
     machine,
     named,
     parser_of,
     pivot,
+    provenance,
     read,
     reason_of,
     replace_rows,
@@ -57,17 +64,17 @@ from .timing import (
     Step,
     Times,
     gpu_samples,
-    interval,
+    median_interval,
     rows_of,
     seconds_of,
 )
 
-CASE_ENDING = ", {dtype}, threads: {threads}"  # of a title
+CASE_ENDING = ", {dtype}, threads: {threads}"  # of a case's title
 DEVICE_LOST = 3  # exit status after a CUDA error
 WRITE_EVERY_S = 2.0
 
-
-OPTIONS: dict[str, dict[str, Any]] = {  # of every program; Program.parser has the others
+# The options of every program. `Program.parser` adds those that depend on the program.
+OPTIONS: dict[str, dict[str, Any]] = {
     "quick": {"action": "store_true", "help": "few rounds of one case, into demo_results/bench"},
     "device": {
         "choices": ("cpu", "cuda"),
@@ -94,21 +101,24 @@ class Program:
     """One measuring program.
 
     Attributes:
-        name: Of its module in `bench`.
+        name: The name of its module in `bench`.
         doc: What --help prints.
-        rivals: All of them, in the order of the tables.
-        build: The rivals of a case, only `options.rivals` if it is set.
-        title_format: The title of a case, as a format of its columns.
-        key: The numbers of a shape. A program with shapes has the option --shapes.
-        shapes: The usual shapes, by device.
-        cases: The cases for some options, without dtype and threads: by default the shapes.
+        rivals: The names of all rivals, in the order of the tables.
+        build: Makes the rivals of a case, only those in `options.rivals` if it is set.
+        title_format: A format string that makes a case's title from its columns.
+        dimensions: The names of the numbers in a shape: ("m", "k", "n", "r") for 512x768x768x16.
+            A program with dimensions has the option --shapes.
+        shapes: The shapes that are measured without --shapes, by device.
+        cases: Makes the cases from the options, without dtype and threads. By default a case is a
+            shape.
         floor: The rival that the others are compared with.
-        rounds: How many, by default.
-        slice_s: About how many seconds one measurement of a rival takes.
-        dtypes: The default, the most important first.
-        compared: The rivals that --against compares.
+        rounds: How many rounds are measured without --rounds.
+        measurement_s: About how many seconds one measurement of a rival takes. A step that is
+            shorter is repeated within it.
+        dtypes: The dtypes that are measured without --dtypes, the most important first.
+        compared: The rivals that --against compares without --rivals.
         is_pivoted: Whether the program prints one table of all cases instead of one per case.
-        options: Further ones.
+        options: Options that only this program has.
     """
 
     name: str
@@ -116,12 +126,12 @@ class Program:
     rivals: Sequence[str]
     build: Callable[[Case, argparse.Namespace], Group]
     title_format: str
-    key: Sequence[str] = ()
+    dimensions: Sequence[str] = ()
     shapes: Mapping[str, str] = field(default_factory=dict)
     cases: Callable[[argparse.Namespace], list[Case]] = lambda options: options.shapes
     floor: str = "frozen"
     rounds: int = 11
-    slice_s: float = 0.02
+    measurement_s: float = 0.02
     dtypes: str = "bf16,fp32"
     compared: tuple[str, ...] = ()
     is_pivoted: bool = False
@@ -142,16 +152,23 @@ class Program:
             },
             "rivals": {"type": some_of(self.rivals), "help": f"some of {', '.join(self.rivals)}"},
         }
-        if self.key:
-            shape = "x".join(self.key)
-            per_program["shapes"] = {"type": sizes(*self.key), "help": f"{shape}, comma-separated"}
+        if self.dimensions:
+            per_program["shapes"] = {
+                "type": sizes(*self.dimensions),
+                "help": f"{'x'.join(self.dimensions)}, comma-separated",
+            }
         return parser_of(self.name, self.doc, OPTIONS | per_program | dict(self.options))
 
     def arguments(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Returns the options, complete. Ends the program for a bad one."""
+        """Returns the options with all defaults filled in. A bad option ends the program.
+
+        `options.words` is the command line, which the output repeats.
+        """
         parser = self.parser()
         words = list(sys.argv[1:] if argv is None else argv)
         options = parser.parse_args(words, argparse.Namespace(words=words))
+        # CPU seconds add up over threads, and events are recorded by a GPU: where neither measures
+        # the time that a user waits, only the wall clock is left.
         usual_clock = "wall"
         if options.device == "cuda":
             usual_clock = "events"
@@ -163,8 +180,8 @@ class Program:
                 f"clock: expected wall or {usual_clock} on {options.device} with these threads, "
                 f"got {options.clock}"
             )
-        if self.key and options.shapes is None:
-            options.shapes = sizes(*self.key)(self.shapes[options.device])
+        if self.dimensions and options.shapes is None:
+            options.shapes = sizes(*self.dimensions)(self.shapes[options.device])
         usual_rounds = 41 if options.against else self.rounds
         options.rounds = options.rounds or (3 if options.quick else usual_rounds)
         if options.against and not list((options.against / "lotr_ext").glob("_C*.so")):
@@ -204,7 +221,7 @@ class Program:
     # ---- tables ----
 
     def tables(self, frame: pd.DataFrame, key: list[str]) -> None:
-        """Prints the rows of cases, which the columns `key` name."""
+        """Prints the tables of recorded rows. The columns `key` tell the cases apart."""
         if self.is_pivoted:
             table = pivot(frame, self.title_format + CASE_ENDING, self.floor)
             show(f"{self.name}: time over {named(self.floor)}", table)
@@ -221,6 +238,9 @@ class Measurement:
     """One run of a program: what it has measured, and its result file.
 
     Attributes:
+        provenance: The columns of every row.
+        path: The result file.
+        rows: The rows that were measured, by case.
         status: The exit status: 1 if a case or a rival could not be measured, DEVICE_LOST after a
             CUDA error, because no call of the process can then use the GPU.
     """
@@ -228,10 +248,10 @@ class Measurement:
     def __init__(self, program: Program, options: argparse.Namespace):
         self.program = program
         self.options = options
-        self.about = facts(options)
+        self.provenance = provenance(options)
         folder = options.results or (QUICK if options.quick else RESULTS)
-        self.path = folder / slug(self.about["machine"]) / f"{program.name}.jsonl"
-        self.rows: dict[str, list[dict[str, Any]]] = {}  # by case
+        self.path = folder / slug(self.provenance["machine"]) / f"{program.name}.jsonl"
+        self.rows: dict[str, list[dict[str, Any]]] = {}
         self.status = 0
 
     def run(self, cases: Sequence[Case]) -> int:
@@ -249,21 +269,21 @@ class Measurement:
         if self.rows:
             rows = itertools.chain.from_iterable(self.rows.values())
             self.program.tables(pd.DataFrame(rows), list(cases[0]))
-        about = self.about
         print(
             f"\npython -m bench.{self.program.name} {' '.join(self.options.words)}\n"
-            f"{about['machine']}, {about['clock']} seconds, {about['date']}, {about['commit']}\n"
-            f"results in {self.path}"
+            "{machine}, {clock} seconds, {date}, {commit}\n".format(**self.provenance)
+            + f"results in {self.path}"
         )
         return self.status
 
     def measure(self, case: Case) -> None:
-        """Measures one case. Its rows are in the file every WRITE_EVERY_S seconds."""
+        """Measures one case, and writes its rows every WRITE_EVERY_S seconds and at the end."""
         options = self.options
         torch.set_num_threads(case["threads"])
-        slice_s = 0.0 if options.quick or options.rounds < 5 else self.program.slice_s
+        # A run this short only shows that everything works, so steps are not repeated.
+        measurement_s = 0.0 if options.quick or options.rounds < 5 else self.program.measurement_s
         clock = Clock(options.device, options.clock)
-        rounds = Rounds(self.program.build(case, options), clock, slice_s)
+        rounds = Rounds(self.program.build(case, options), clock, measurement_s)
         for name, reason in rounds.failures.items():
             self.fail(f"{self.program.title(case)}, {named(name)}: {reason}")
         if not rounds.steps:
@@ -272,35 +292,36 @@ class Measurement:
         with gpu_samples(options.device) as samples:
             try:
                 next_write = time.monotonic() + WRITE_EVERY_S
-                for turn in range(options.rounds):
-                    times.append(rounds.run(turn))
+                for number in range(options.rounds):
+                    times.append(rounds.run(number))
                     if time.monotonic() > next_write:
-                        self.keep(case, times, rounds.steps, samples())
+                        self.write_rows(case, times, rounds.steps, samples())
                         next_write = time.monotonic() + WRITE_EVERY_S
             finally:  # also when a round raises, and when the program is interrupted
                 if times:
-                    self.keep(case, times, rounds.steps, samples())
+                    self.write_rows(case, times, rounds.steps, samples())
 
-    def keep(
+    def write_rows(
         self,
         case: Case,
         times: Sequence[Times],
         steps: Mapping[str, Step],
         samples: dict[str, float],
     ) -> None:
-        """Writes the rows of a case in place of those from fewer rounds."""
-        columns = self.about | {"rounds": len(times)} | samples | case
+        """Writes the rows of a case. They replace those that were written after fewer rounds."""
+        columns = self.provenance | {"rounds": len(times)} | samples | case
         rows = [columns | row for row in rows_of(times, steps, self.program.floor)]
         self.rows[str(case)] = rows
         replace_rows(self.path, rows, ["machine", *case])
 
     def fail(self, line: str) -> None:
+        # Only the text of an error says that it is CUDA's: torch raises a RuntimeError for it.
         self.status = DEVICE_LOST if "CUDA error" in line else max(self.status, 1)
         print(f"not measured: {line}", file=sys.stderr, flush=True)
 
 
 def fallback_line(cases: Sequence[Case], device: str) -> str | None:
-    """Returns `explain`'s line for the first case that our kernels cannot run, None if all can."""
+    """Returns why our kernels cannot run one of the cases, as `explain` says it, or None."""
     from lotr_ext import LoTRLinear, explain
 
     # The kernels depend on dtype and rank, not on the other sizes.
@@ -316,7 +337,11 @@ def fallback_line(cases: Sequence[Case], device: str) -> str | None:
 
 
 class Worker:
-    """A process that measures with the lotr_ext of one checkout, one round per question."""
+    """A process that measures with the lotr_ext of one checkout.
+
+    It answers two questions: {"case": ..} makes the rivals of a case, and its answer says which of
+    them cannot run; {"round": number} measures one round, and its answer has the times.
+    """
 
     def __init__(self, name: str, argv: list[str], checkout: Path):
         self.connection, other_end = Pipe()
@@ -345,7 +370,7 @@ class Worker:
 
 
 def work(name: str, argv: list[str], file_descriptor: int) -> None:
-    """The program of a worker: answers questions until one is None."""
+    """Answers the questions of a `Worker` in its process, until one is None."""
     connection = Connection(file_descriptor)
     program = importlib.import_module(f"bench.{name}").PROGRAM
     options = program.arguments(argv)
@@ -354,12 +379,12 @@ def work(name: str, argv: list[str], file_descriptor: int) -> None:
     for question in iter(connection.recv, None):
         if "case" in question:
             torch.set_num_threads(question["case"]["threads"])
-            rounds = Rounds(
-                program.build(question["case"], options), clock, max(program.slice_s, 0.05)
-            )
+            # At least 50 ms: two checkouts differ by less than rivals do.
+            measurement_s = max(program.measurement_s, 0.05)
+            rounds = Rounds(program.build(question["case"], options), clock, measurement_s)
             connection.send(rounds.failures)
         else:
-            connection.send(rounds.run(question["turn"]))
+            connection.send(rounds.run(question["round"]))
 
 
 def compare(program: Program, cases: Sequence[Case], options: argparse.Namespace) -> None:
@@ -367,8 +392,10 @@ def compare(program: Program, cases: Sequence[Case], options: argparse.Namespace
     words = options.words
     if program.compared and not options.rivals:
         words = [*words, "--rivals", ",".join(program.compared)]
-    checkouts = {"new": ROOT, "old": options.against}
-    workers = {side: Worker(program.name, words, root) for side, root in checkouts.items()}
+    workers = {
+        "new": Worker(program.name, words, ROOT),
+        "old": Worker(program.name, words, options.against),
+    }
     for number, case in enumerate(cases, 1):
         title = program.title(case)
         print(f"[{number}/{len(cases)}] {title}", file=sys.stderr, flush=True)
@@ -376,10 +403,10 @@ def compare(program: Program, cases: Sequence[Case], options: argparse.Namespace
             for rival, reason in worker.ask({"case": case}).items():
                 print(f"not measured: {side}, {named(rival)}: {reason}", file=sys.stderr)
         times: dict[str, list[Times]] = {"new": [], "old": []}
-        for turn in range(options.rounds):
+        for number in range(options.rounds):
             # In random order, so that no side always runs second.
-            for side in random.Random(turn).sample(list(workers), 2):
-                times[side].append(workers[side].ask({"turn": turn}))
+            for side in random.Random(number).sample(list(workers), 2):
+                times[side].append(workers[side].ask({"round": number}))
         show(title, comparison(times["new"], times["old"], program.floor))
     for worker in workers.values():
         worker.close()
@@ -392,7 +419,11 @@ def compare(program: Program, cases: Sequence[Case], options: argparse.Namespace
 
 
 def comparison(new: list[Times], old: list[Times], floor: str) -> pd.DataFrame:
-    """Returns the ratios of new to old times, a row per rival and stage."""
+    """Returns the ratios of new to old times, a row per rival and stage.
+
+    The last column first divides each time by the floor's of the same checkout and round. A floor
+    without lotr_ext runs the same code in both checkouts, so the machine's drift cancels out.
+    """
     rows = []
     for rival, stages in new[0].items():
         for stage in stages:
@@ -414,4 +445,4 @@ def comparison(new: list[Times], old: list[Times], floor: str) -> pd.DataFrame:
 
 
 def _ratio_text(ratio: np.ndarray) -> str:
-    return "{:.3f} ({:.3f} to {:.3f})".format(*interval(ratio))
+    return "{:.3f} ({:.3f} to {:.3f})".format(*median_interval(ratio))

@@ -1,5 +1,10 @@
 """The rivals for one layer and for a stack of layers, on the same weights.
 
+    Tensors       the weight, bias, factors, core and vectors that all rivals of a case get
+    LAYERS        makes a `Rival` of them, by name: x -> y, and what it trains
+    check_layer   compares its y, dx and gradients with `formula` in float64
+    stack         the same for a stack of layers, with one pair of factors for LoTR
+
 LoRA from library products has four forms:
 
     eager      as it is usually written
@@ -10,8 +15,8 @@ LoRA from library products has four forms:
 
 LoTR in three lines is README's formula in plain torch. Not here: transformers (model.py).
 
-lotr_ext.core is imported inside the functions, and not at all on a CPU: with --against, a worker
-measures an older lotr_ext that has no strategies.
+lotr_ext.core is imported inside functions that a CPU does not call by default: with --against, a
+worker may measure an older lotr_ext that has no strategies.
 """
 
 import functools
@@ -34,7 +39,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 1.5e-2, "fp16": 2e-3}
 
 @dataclass
 class Tensors:
-    """The tensors of a layer.
+    """The tensors of a layer, from which every rival takes those that it has.
 
     Attributes:
         weight: [n, k].
@@ -82,11 +87,11 @@ class Tensors:
 
 
 class Rival(nn.Module):
-    """x [m, k] -> y [m, n] by a formula or a module.
+    """x [m, k] -> y [m, n] by a function or a module.
 
     Args:
-        call: The formula or the module.
-        trained: The parameters by the formula's names.
+        call: The function or the module.
+        trained: Its parameters, by the names that `formula` has for them: A, B, core, d, b.
     """
 
     def __init__(self, call: Callable[[Tensor], Tensor], trained: dict[str, nn.Parameter]):
@@ -99,7 +104,7 @@ class Rival(nn.Module):
 
 
 def random_tokens(m: int, k: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Returns x [m, k] and the gradient g [m, n] of a layer's output."""
+    """Returns an input x [m, k] of a layer, and a gradient g [m, n] of its output."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(m, k, generator=generator).to(device, dtype)
     g = torch.randn(m, n, generator=generator).to(device, dtype)
@@ -198,7 +203,7 @@ def _peft_layer(t: Tensors, config: object) -> nn.Module:
 
 
 def three_lines(t: Tensors, pair: tuple[nn.Parameter, nn.Parameter] | None = None) -> Rival:
-    """LoTR in plain torch. pair: A and B that several layers share."""
+    """LoTR in plain torch, with its copy of A and B, or with a pair that several layers share."""
     A, B = pair or (copied(t.A), copied(t.B))
     core = copied(t.core)
 
@@ -212,6 +217,7 @@ def three_lines(t: Tensors, pair: tuple[nn.Parameter, nn.Parameter] | None = Non
 
 def factors_of(layer: nn.Module) -> dict[str, nn.Parameter]:
     """Returns A and B of an adapted layer, by name."""
+    # "A.value" here, and "A" in an older lotr_ext.
     parameters = layer.factors.named_parameters()
     return {name.partition(".")[0]: parameter for name, parameter in parameters}
 
@@ -225,7 +231,7 @@ def set_values(layer: nn.Module, t: Tensors) -> dict[str, nn.Parameter]:
 
 
 def our_layers(tensors: list[Tensors]) -> list[Rival]:
-    """LoTRLinear on one pair of factors."""
+    """Returns a LoTRLinear for each of the tensors, all on the first one's A and B."""
     n, k = tensors[0].weight.shape
     A = tensors[0].A
     factors = LoTRFactors(k, n, A.shape[1], dtype=A.dtype, device=A.device)
@@ -234,7 +240,7 @@ def our_layers(tensors: list[Tensors]) -> list[Rival]:
 
 
 def fused_reason(weight: Tensor, rank: int) -> str | None:
-    """Why the fused strategy cannot run a layer of this weight [n, k], None if it can."""
+    """Returns why the fused strategy cannot run a layer of this weight [n, k], None if it can."""
     if weight.device.type != "cuda":
         return "it needs a GPU"
     from lotr_ext.core.strategy import fused_obstacle
@@ -311,10 +317,11 @@ LAYERS: dict[str, Callable[[Tensors], Rival]] = {
 def usual_layers(t: Tensors) -> list[str]:
     """Returns the rivals of one layer that are measured by default."""
     is_on_cpu = t.weight.device.type == "cpu"
+    # Whether these rivals run only if --rivals names them. All others always run.
     only_on_request = {
         "lora-compiled": is_on_cpu,  # compiling takes longer there than the rest of a case
-        "lotr_ext-fp32": t.weight.dtype == torch.float32,
-        "lotr_ext-two_pass": is_on_cpu,
+        "lotr_ext-fp32": t.weight.dtype == torch.float32,  # the same as lotr_ext
+        "lotr_ext-two_pass": is_on_cpu,  # there the strategies differ only in the order of products
         "lotr_ext-beta": is_on_cpu,
         "lotr_ext-fused": fused_reason(t.weight, t.A.shape[1]) is not None,
         "lotr_ext-compiled": True,
@@ -323,9 +330,12 @@ def usual_layers(t: Tensors) -> list[str]:
 
 
 def formula(x: Tensor, t: Tensors, values: dict[str, Tensor]) -> Tensor:
-    """The frozen layer and what a rival adds to it.
+    """Returns y of a layer with the rival's trained parameters, which tell the methods apart.
 
-    s x A^T B^T for LoRA with A [r, k], s x A G B^T for LoTR, b * (((x A) * d) B^T) for VeRA.
+    nothing       the frozen layer
+    A, B          LoRA: + s (x A^T) B^T with A [r, k]
+    A, B, core    LoTR: + s ((x A) G) B^T
+    d, b          VeRA: + b * (((x A) * d) B^T) with A and B of t
     """
     y = nnf.linear(x, t.weight, t.bias)
     if not values:
@@ -336,7 +346,9 @@ def formula(x: Tensor, t: Tensors, values: dict[str, Tensor]) -> Tensor:
     return y + SCALING * h @ values["B"].T
 
 
-def run(model: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def forward_backward(
+    model: Callable[[Tensor], Tensor], x: Tensor, g: Tensor
+) -> tuple[Tensor, Tensor]:
     """Returns y and dx. The gradients of parameters are in their .grad."""
     leaf = x.detach().requires_grad_()
     y = model(leaf)
@@ -354,8 +366,8 @@ def check_layer(rival: Rival, t: Tensors, x: Tensor, g: Tensor, limit: float) ->
         name: parameter.detach().double().requires_grad_()
         for name, parameter in rival.trained.items()
     }
-    truth = run(lambda x: formula(x, t.double(), values), x.double(), g.double())
-    errors = list(map(error_of, run(rival, x, g), truth))
+    truth = forward_backward(lambda x: formula(x, t.double(), values), x.double(), g.double())
+    errors = list(map(error_of, forward_backward(rival, x, g), truth))
     for name, parameter in rival.trained.items():
         errors.append(error_of(parameter.grad, values[name].grad))
         parameter.grad = None
@@ -383,7 +395,7 @@ class Siblings(Chain):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = iter(self.layers)
-        for q, k, v in zip(layers, layers, layers):
+        for q, k, v in zip(layers, layers, layers):  # each takes the next of the same iterator
             x = q(x) + k(x) + v(x)
         return x
 
@@ -418,15 +430,20 @@ def stack(rival: str, tensors: list[Tensors], wiring: str) -> Chain:
     if rival != "lotr_ext-model":
         return chain(LAYERS[rival](t) for t in tensors)
     model = chain(frozen_linear(t) for t in tensors)
-    rank = tensors[0].A.shape[1]
-    apply_lotr(model, LoTRConfig(rank=rank, scaling=SCALING, target_modules=r".*layers\.\d+"))
+    config = LoTRConfig(
+        rank=tensors[0].A.shape[1], scaling=SCALING, target_modules=r".*layers\.\d+"
+    )
+    apply_lotr(model, config)
     for layer, t in zip(model.layers, tensors):
         set_values(layer, t)
     return model
 
 
 def gradients(model: nn.Module) -> Tensor:
-    """Returns the gradients of a LoTR stack: of the cores, which are smaller, then of A and B."""
+    """Returns the gradients of a LoTR stack in one vector: of the cores, then of A and B.
+
+    That is the order of their sizes. The order in which modules have them differs between rivals.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.cat([p.grad.flatten() for p in sorted(trained, key=torch.numel)])
 
@@ -438,6 +455,6 @@ def check_stack(model: Chain, truth: Chain, x: Tensor, g: Tensor, limit: float) 
         ArithmeticError: If it is above the limit.
     """
     truth.zero_grad()
-    results = (*run(model, x, g), gradients(model))
-    expected = (*run(truth, x.double(), g.double()), gradients(truth))
+    results = (*forward_backward(model, x, g), gradients(model))
+    expected = (*forward_backward(truth, x.double(), g.double()), gradients(truth))
     return check_error("y, dx and gradients", max(map(error_of, results, expected)), limit)

@@ -17,7 +17,11 @@ then in the other dtypes, also with float32 factors. An outcome is printed as so
     hung       one shape took 20 s, and the process was ended
 
 Several processes share the forms. After failed, crashed and hung a new process takes over the rest,
-because a CUDA error is sticky.
+because after a CUDA error no call of the process can use the GPU.
+
+    main -> run_all -> run_jobs   starts a process, reads its lines and reports outcomes
+                       child      in that process: prints @shape and @outcome
+                       outcome_of runs one form
 """
 
 import argparse
@@ -44,7 +48,7 @@ from lotr_ext.core.strategy import fused_obstacle
 
 from .common import ROOT, parser_of, some_of, telling_line, write
 
-# The dtype of x, and of factors if they have another one.
+# The dtypes of x and of the factors.
 DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "bf16+fp32": (torch.bfloat16, torch.float32),
@@ -53,8 +57,8 @@ DTYPES = {
     "fp32": (torch.float32, torch.float32),
 }
 MOST_PROCESSES = 14
-WATCHDOG_S = 20
-DROPPED = 0.4
+WATCHDOG_S = 20  # the most that one shape may take
+DROPPED = 0.4  # the probability of the forms with dropout
 Job = tuple[str, str]  # form, dtype
 
 
@@ -83,7 +87,7 @@ def forms() -> list[str]:
 
 
 def obstacle(form: str, dtype: str, device: str) -> str | None:
-    """Why the device cannot run a form, None if it can."""
+    """Returns why the device cannot run a form, None if it can."""
     if not form.endswith(" fused"):
         return None
     if "+" in dtype:
@@ -98,9 +102,12 @@ def outcome_of(
     shapes: int | None = None,
     before: Callable[[str], None] = lambda shape: None,
 ) -> str:
-    """Runs a form in this process.
+    """Runs a form in this process, and returns its outcome.
 
     Args:
+        form: An entry of the table, and perhaps " dropout" or " fused".
+        dtype: One of DTYPES.
+        device: "cuda" or "cpu".
         shapes: How many of the table's shapes, None for all.
         before: Called with each shape before it runs.
     """
@@ -111,16 +118,18 @@ def outcome_of(
     operators = tests.test_operators
     name, _, variant = form.partition(" ")
     on_device = tests.OnDevice(device, fused=variant == "fused")
-    p = {"dropout": DROPPED}.get(variant, 0.0)
+    dropout = {"dropout": DROPPED}.get(variant, 0.0)
     all_shapes = {"fused": tests.FUSED_SHAPES}.get(variant, operators.SHAPES)
-    # From the last: those are ragged or large.
+    # From the last shape of the table, because the last ones are ragged or large.
     for i, shape in enumerate(all_shapes[::-1][:shapes]):
         layout = operators.LAYOUTS[i % len(operators.LAYOUTS)]
         place = f"{' x '.join(map(str, shape))} {layout}"
         before(place)
         try:
             with mock.patch.object(operators, "ops", on_device):  # else they run on a CPU
-                tests.check(name, partial(operators.Case, shape, *DTYPES[dtype], layout, p), place)
+                tests.check(
+                    name, partial(operators.Case, shape, *DTYPES[dtype], layout, dropout), place
+                )
         except AssertionError as error:
             return f"wrong: {telling_line(str(error))}"
         except Exception as error:
@@ -129,11 +138,11 @@ def outcome_of(
 
 
 def child(jobs: Sequence[Job], device: str, shapes: int | None) -> None:
-    """The program of a process: prints @shape and @outcome. It ends after an error."""
+    """The program of a process: prints @shape and @outcome for each job, until one fails."""
 
     def before(shape: str) -> None:
         print(f"@shape {shape}", flush=True)
-        # Its thread ends the process even while a call of CUDA does not return.
+        # A thread of faulthandler ends the process even if a call of CUDA does not return.
         faulthandler.dump_traceback_later(WATCHDOG_S, exit=True)
 
     for form, dtype in jobs:
@@ -151,11 +160,14 @@ def run_jobs(
     jobs: Sequence[Job],
     report: Callable[[Job, str], None],
 ) -> None:
-    """Runs forms in as many processes as it takes, and reports each outcome.
+    """Runs forms one after another, and reports each outcome.
+
+    They share a process, until one of them ends it. Then a new process runs those that remain.
 
     Args:
-        command: The command of a process for some jobs.
-        report: Called with a job and its outcome.
+        command: Returns the command of a process that runs some jobs.
+        jobs: The forms and their dtypes.
+        report: Called with each job and its outcome.
     """
     environment = os.environ | {
         "CUDA_LAUNCH_BLOCKING": "1",  # an error is raised by the call that caused it
@@ -185,12 +197,19 @@ def run_jobs(
             else:
                 output.append(line)
         status = process.wait()
+        # After "failed" the process has ended as it should. Else the next job has ended it.
         if remaining and not outcome.startswith("failed"):
             report(remaining.pop(0), end_of(status, shape, output))
 
 
 def end_of(status: int, shape: str, output: list[str]) -> str:
-    """Returns the outcome of a form during which its process ended."""
+    """Returns the outcome of a form that ended its process.
+
+    Args:
+        status: The exit status.
+        shape: The shape that ran last.
+        output: The other lines that the process printed.
+    """
     if any(line.startswith("Timeout (") for line in output):  # of faulthandler
         return f"hung: {shape}, ended after {WATCHDOG_S} s without an answer"
     reason = signal.Signals(-status).name if status < 0 else f"status {status}"
@@ -198,7 +217,7 @@ def end_of(status: int, shape: str, output: list[str]) -> str:
 
 
 def run_all(options: argparse.Namespace, jobs: list[Job], report: Callable) -> None:
-    """Runs all jobs, side by side in processes."""
+    """Runs all jobs, several processes at a time."""
 
     def command(jobs: Sequence[Job]) -> list[str]:
         words = ["--child", json.dumps(jobs), "--device", options.device]

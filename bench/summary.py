@@ -1,6 +1,13 @@
 """The page about a run of bench.gpu: what passed, how fast it is, and what to do next.
 
-python -m bench.summary build-gpu/results     prints it again
+    python -m bench.summary build-gpu/results     prints it again
+
+It is made only from what the parts left in a folder, results:
+
+    summary.json         the outcome and the seconds of each part
+    <part>.log           its output
+    smoke.jsonl          a row per form of an operator (bench.smoke)
+    <machine>/*.jsonl    the rows of the measuring programs
 """
 
 import json
@@ -15,9 +22,10 @@ import pandas as pd
 from .common import markdown_table, pivot, read, seconds_text, slug
 
 Outcomes = dict[str, dict]  # part: {"outcome": .., "seconds": ..}
+# The lines of lotr_ext.info that the page quotes begin with one of these.
 INFO_LINES = ("CPU kernels", "lotr_ext ", "torch ", "CUDA ", "           they", "cuda:0")
 QUICK_ROUNDS = 3
-FUSED_GOAL = 0.94  # of cuBLAS: below it the fused kernel is slower than beta
+FUSED_GOAL = 0.94  # of cuBLAS's speed: below it the fused kernel is slower than beta
 
 
 # ---- what the parts left -------------------------------------------------------------------------
@@ -33,16 +41,16 @@ def text_of(file: Path) -> str:
 
 
 def error_lines(log: Path) -> list[str]:
-    """Returns the lines of a log that say most: the first with "CUDA error", and the last ones."""
+    """Returns the most telling lines of a log: the first with "CUDA error", and the last ones."""
     lines = [line.rstrip()[:300] for line in text_of(log).splitlines() if line.strip()]
     first = [line for line in lines if "CUDA error" in line][:1]
     return [*first, *(line for line in lines[-5:] if line not in first)]
 
 
 def last_case(log: Path) -> list[str]:
-    """Returns "3", "42" and the title of a log's last line "[3/42] title", else nothing.
+    """Returns the case that ran when a log ended: ["3", "42", "title"] of its "[3/42] title".
 
-    It is the case that ran when the log ended.
+    The list is empty if no case began.
     """
     cases = re.findall(r"^\[(\d+)/(\d+)\] (.*)$", text_of(log), re.MULTILINE)
     return list(cases[-1]) if cases else []
@@ -52,19 +60,28 @@ def last_case(log: Path) -> list[str]:
 
 
 def page(results: Path, outcomes: Outcomes) -> str:
-    """Returns the page in Markdown."""
+    """Returns the page in Markdown, without the sections that have nothing to show."""
     frames = {path.stem: read(path) for path in results.glob("*/*.jsonl")}
     smoke = read(results / "smoke.jsonl").to_dict("records")
     sections = [_head(results, frames), _parts(results, outcomes, smoke), _smoke(smoke)]
     if "layer" in frames:
-        title = "One layer: time over the frozen layer, forward and backward"
-        sections.append(_over_frozen(frames["layer"], title, "{m} x {k} x {n}, r {r}, {dtype}"))
+        sections.append(
+            _over_frozen(
+                frames["layer"],
+                title="One layer: time over the frozen layer, forward and backward",
+                title_format="{m} x {k} x {n}, r {r}, {dtype}",
+            )
+        )
     if "kernels" in frames:
         sections.append(_kernels(frames["kernels"]))
     if "model" in frames:
-        title = "A model: time of a training step over the frozen model's"
-        form = "{model}, {batch} x {sequence}, r {r}, {dtype}"
-        sections.append(_over_frozen(frames["model"], title, form))
+        sections.append(
+            _over_frozen(
+                frames["model"],
+                title="A model: time of a training step over the frozen model's",
+                title_format="{model}, {batch} x {sequence}, r {r}, {dtype}",
+            )
+        )
     steps = _next_steps(outcomes, frames, smoke)
     numbered = "\n".join(f"{i}. {step}" for i, step in enumerate(steps, 1))
     sections.append(f"## What to do next\n\n{numbered}" if steps else "")
@@ -72,8 +89,8 @@ def page(results: Path, outcomes: Outcomes) -> str:
 
 
 def _head(results: Path, frames: dict[str, pd.DataFrame]) -> str:
-    lines = text_of(results / "info.log").splitlines()
-    lines = [line for line in lines if line.startswith(INFO_LINES)]
+    info = text_of(results / "info.log").splitlines()
+    lines = [line for line in info if line.startswith(INFO_LINES)]
     machine = "a machine without measurements"
     if frames:
         rows = pd.concat(frames.values())
@@ -101,7 +118,7 @@ def _parts(results: Path, outcomes: Outcomes, smoke: list[dict]) -> str:
 
 
 def _details(name: str, outcome: str, log: Path, smoke: list[dict]) -> str:
-    """Returns what a row of the table says of a part besides its outcome."""
+    """Returns what the table says of a part besides its outcome: counts, or where it ended."""
     details = ""
     if name == "smoke":
         kinds = [row["outcome"].partition(":")[0] for row in smoke]
@@ -123,7 +140,7 @@ def counted(words: Iterable[str]) -> str:
 
 
 def _smoke(rows: list[dict]) -> str:
-    """What did not pass, one line each; skipped forms by their reason."""
+    """Returns a line for each form that did not pass, and for each reason to skip some."""
     lines = ["- **{form}, {dtype}** {outcome}".format(**row) for row in broken(rows)]
     skipped = [row["outcome"] for row in rows if row["outcome"].startswith("skipped")]
     lines += [f"- {count} {outcome}" for outcome, count in Counter(skipped).items()]
@@ -135,13 +152,13 @@ def broken(rows: list[dict]) -> list[dict]:
     return [row for row in rows if not row["outcome"].startswith(("passed", "skipped"))]
 
 
-def _over_frozen(frame: pd.DataFrame, title: str, case: str) -> str:
+def _over_frozen(frame: pd.DataFrame, *, title: str, title_format: str) -> str:
     rounds = f"Medians of {frame['rounds'].min():.0f} rounds with 95 % intervals."
-    return f"## {title}\n\n{rounds}\n\n{markdown_table(pivot(frame, case, 'frozen'))}"
+    return f"## {title}\n\n{rounds}\n\n{markdown_table(pivot(frame, title_format, 'frozen'))}"
 
 
 def _kernel_rows(frame: pd.DataFrame) -> pd.DataFrame:
-    """Our kernels, each with the time of the library's product in the same case."""
+    """Returns the rows of our kernels, with columns for the library's times in the same case."""
     key = ["kernel", "m", "n", "r", "dtype"]
     ours = frame[frame["rival"] == "lotr_ext"].set_index(key)
     for rival in ("library", "base product"):
@@ -176,6 +193,7 @@ def _kernels(frame: pd.DataFrame) -> str:
 def _next_steps(
     outcomes: Outcomes, frames: dict[str, pd.DataFrame], smoke: list[dict]
 ) -> list[str]:
+    """Returns sentences in order of urgency: faults, what has not run, speed, keeping results."""
     steps = []
     if broken(smoke):
         words = '--forms "{form}" --dtypes {dtype}'.format(**broken(smoke)[0])
@@ -191,38 +209,40 @@ def _next_steps(
     if unfinished:
         words = ",".join(unfinished)
         steps.append(f"Run the rest: `python -m bench.gpu --parts {words}`, with more --budget.")
-    steps += _strategy_steps(frames)
-    full = [frame for frame in frames.values() if frame["rounds"].min() > QUICK_ROUNDS]
-    if full:
-        folder = slug(full[0].iloc[-1]["machine"])
+    if "kernels" in frames:
+        steps += _fused_steps(frames["kernels"])
+    if "layer" in frames:
+        steps += _strategy_steps(frames["layer"])
+    not_quick = [frame for frame in frames.values() if frame["rounds"].min() > QUICK_ROUNDS]
+    if not_quick:
+        folder = slug(not_quick[0].iloc[-1]["machine"])
         steps.append(f"Copy the result files into `bench/results/{folder}` and run `bench.plot`.")
     return steps
 
 
-def _strategy_steps(frames: dict[str, pd.DataFrame]) -> list[str]:
-    """Which strategy a layer should take, by what was measured."""
-    steps = []
-    if "kernels" in frames:
-        rows = _kernel_rows(frames["kernels"]).query("kernel == 'gemm_lotr'")
-        share = (rows["base product"] / rows["seconds"]).median()
-        if len(rows):
-            verdict = "keep it" if share >= FUSED_GOAL else "remove it"
-            steps.append(
-                f"gemm_lotr runs at {share:.0%} of the library's base product (the goal is "
-                f"{FUSED_GOAL:.0%}): {verdict}."
-            )
-    if "layer" in frames:
-        strategies = [f"lotr_ext-{name}" for name in ("two_pass", "beta", "fused")]
-        layers = frames["layer"]
-        rows = layers[(layers["stage"] == "step") & layers["rival"].isin(strategies)]
-        times = rows.pivot_table(
-            index=["m", "k", "n", "r", "dtype"], columns="rival", values="seconds"
-        )
-        if len(times.columns) > 1:
-            best = Counter(times.idxmin(axis=1).str.removeprefix("lotr_ext-"))
-            words = ", ".join(f"{name} in {count} cases" for name, count in best.most_common())
-            steps.append(f"Fastest strategy: {words}. Compare BETA_TOKENS in core/strategy.py.")
-    return steps
+def _fused_steps(kernels: pd.DataFrame) -> list[str]:
+    """Returns whether gemm_lotr, the kernel of the fused strategy, is fast enough."""
+    rows = _kernel_rows(kernels).query("kernel == 'gemm_lotr'")
+    if not len(rows):
+        return []
+    share = (rows["base product"] / rows["seconds"]).median()
+    verdict = "keep it" if share >= FUSED_GOAL else "remove it"
+    return [
+        f"gemm_lotr runs at {share:.0%} of the library's base product (the goal is "
+        f"{FUSED_GOAL:.0%}): {verdict}."
+    ]
+
+
+def _strategy_steps(layers: pd.DataFrame) -> list[str]:
+    """Returns in how many cases each strategy was the fastest."""
+    strategies = [f"lotr_ext-{name}" for name in ("two_pass", "beta", "fused")]
+    rows = layers[(layers["stage"] == "step") & layers["rival"].isin(strategies)]
+    times = rows.pivot_table(index=["m", "k", "n", "r", "dtype"], columns="rival", values="seconds")
+    if len(times.columns) < 2:
+        return []
+    best = Counter(times.idxmin(axis=1).str.removeprefix("lotr_ext-"))
+    words = ", ".join(f"{name} in {count} cases" for name, count in best.most_common())
+    return [f"Fastest strategy: {words}. Compare BETA_TOKENS in core/strategy.py."]
 
 
 if __name__ == "__main__":

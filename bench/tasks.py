@@ -33,26 +33,36 @@ from .timing import Group, Step, training
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 VOCABULARY = 2048
-KEY = ("rows", "tokens", "tasks", "hidden", "blocks", "r")
+DIMENSIONS = ("rows", "tokens", "tasks", "hidden", "blocks", "r")
 FLOOR = "lotr_ext-one"
-BANKED = ("lotr_ext-row", "lotr_ext-token", "lotr_ext-half")
-ALL_RIVALS = ("frozen", FLOOR, *BANKED, "lora-peft-one", "lora-peft-row")
-RIVALS = {"train": (FLOOR, *BANKED), "serve": ALL_RIVALS}
+BANKED = ("lotr_ext-row", "lotr_ext-token", "lotr_ext-half")  # with a bank of tasks
+RIVALS = ("frozen", FLOOR, *BANKED, "lora-peft-one", "lora-peft-row")
+MODES = {"train": (FLOOR, *BANKED), "serve": RIVALS}  # the rivals of each
 PEFT_TASKS = 64  # LoRA adapters in PEFT's model: one per row of a batch
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    return [{"mode": mode, **shape} for shape in options.shapes for mode in RIVALS]
+    return [{"mode": mode, **shape} for shape in options.shapes for mode in MODES]
 
 
 def transformer(case: Case, dtype: torch.dtype, device: str) -> nn.Module:
-    hidden = case["hidden"]
-    settings = llama(hidden, case["blocks"], max(1, hidden // 64), 4 * hidden, VOCABULARY)
+    settings = llama(
+        hidden=case["hidden"],
+        layers=case["blocks"],
+        heads=max(1, case["hidden"] // 64),
+        inner=4 * case["hidden"],
+        vocabulary=VOCABULARY,
+    )
     return random_model("causal-lm", settings, dtype, device).eval()
 
 
 class Batch:
-    """The tokens, and the tasks of the rows, which `deal` draws for each round."""
+    """The batch of all rivals.
+
+    Attributes:
+        ids: The tokens [rows, tokens].
+        tasks: The task of each row [rows], drawn again for each round.
+    """
 
     def __init__(self, case: Case, device: str):
         self.case = case
@@ -60,18 +70,19 @@ class Batch:
         size = (case["rows"], case["tokens"])
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(0, VOCABULARY, size, generator=generator).to(device)
-        self.deal(random.Random(0))
+        self.draw_tasks(random.Random(0))
 
-    def deal(self, draw: random.Random) -> None:
+    def draw_tasks(self, rng: random.Random) -> None:
         rows = self.case["rows"]
         tasks = range(self.case["tasks"])
-        drawn = draw.sample(tasks, rows) if rows <= len(tasks) else draw.choices(tasks, k=rows)
+        drawn = rng.sample(tasks, rows) if rows <= len(tasks) else rng.choices(tasks, k=rows)
         self.tasks = torch.tensor(drawn, device=self.device)
 
     def index(self, rival: str) -> Tensor:
         """Returns the task of each row [rows], or of each token [rows, tokens], -1 for the base."""
         tokens = torch.arange(self.case["tokens"], device=self.device)
         if rival == "lotr_ext-token":
+            # The rows' tasks in turns: token t of row r has the task of row r + t.
             rows = torch.arange(self.case["rows"], device=self.device).unsqueeze(1)
             return self.tasks[(rows + tokens) % self.case["rows"]]
         if rival == "lotr_ext-half":
@@ -84,8 +95,8 @@ class Adapted(NamedTuple):
 
     Attributes:
         run: Computes the logits of the batch.
-        cores: What is trained.
-        task_bytes: Of one task.
+        cores: The parameters that a step trains.
+        task_bytes: The size of one task.
     """
 
     run: Callable[[], Tensor]
@@ -139,6 +150,7 @@ def check_moved(cores: list[nn.Parameter], batch: Batch) -> None:
     Raises:
         ArithmeticError: Unless exactly the tasks of the batch have one.
     """
+    # A core is [tasks, ..]: has the gradient of a task any number, in any layer?
     has_gradient = torch.stack([core.grad.flatten(1).any(1) for core in cores]).any(0)
     moved = has_gradient.nonzero().flatten()
     if not torch.equal(moved, batch.tasks.unique()):
@@ -165,27 +177,27 @@ def build(case: Case, options: argparse.Namespace) -> Group:
             check_moved(adapted.cores, batch)
         return step
 
-    names = [name for name in RIVALS[case["mode"]] if name in (options.rivals or ALL_RIVALS)]
-    return Group(names, step_of, batch.deal)
+    names = [name for name in MODES[case["mode"]] if name in (options.rivals or RIVALS)]
+    return Group(names, step_of, batch.draw_tasks)
 
 
 PROGRAM = Program(
     name="tasks",
     doc=__doc__,
-    rivals=ALL_RIVALS,
+    rivals=RIVALS,
     build=build,
     title_format=(
         "{mode}, {rows} rows of {tokens} tokens, {tasks} tasks, width {hidden}, "
         "{blocks} blocks, r {r}"
     ),
-    key=KEY,
+    dimensions=DIMENSIONS,
     shapes={
         "cpu": "64x16x1000x512x4x16,64x1x1000x512x4x16",
         "cuda": "64x64x1000x2048x8x16,64x1x1000x2048x8x16",
     },
     cases=cases,
     floor=FLOOR,
-    slice_s=0.0,
+    measurement_s=0.0,
     dtypes="fp32",
 )
 if __name__ == "__main__":

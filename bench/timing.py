@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from .common import reason_of
 
 CLOCKS = ("wall", "cpu", "events")
-FLUSH_BYTES = 256 << 20  # at least, and at least four times the L2
+FLUSH_BYTES = 256 << 20  # or four times the L2, if that is more
 QUEUE_CYCLES = 6_000_000  # a few milliseconds, in which the CPU queues a complete step
 COPIED_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
 SAMPLED = {  # column: what nvidia-smi calls it
@@ -47,7 +47,8 @@ class Step:
     """What is timed of a rival.
 
     Attributes:
-        stages: By name, timed one after the other. Each gets the result of the one before.
+        stages: Functions by name, timed one after the other. The first one gets None, and each
+            other one the result of the one before.
         prepare: Runs before the stages and is not timed.
         layers: What each time is divided by.
         facts: Further columns of the rival's rows. `Rounds` adds the peak of memory.
@@ -69,14 +70,15 @@ class Group(NamedTuple):
     """The rivals of one case.
 
     Attributes:
-        names: The rivals.
-        make: Returns the step of a rival.
-        deal: Called before each round, to draw what the steps use in it.
+        names: The names of the rivals.
+        make: Returns the step of a rival. If it raises, the rival is left out.
+        prepare_round: Called before each round with its random generator, to draw what the steps
+            use in it.
     """
 
     names: Iterable[str]
     make: Callable[[str], Step]
-    deal: Callable[[random.Random], None] = lambda draw: None
+    prepare_round: Callable[[random.Random], None] = lambda rng: None
 
 
 def training(
@@ -91,9 +93,9 @@ def training(
     Args:
         forward: Computes the output, or the loss.
         g: The gradient of the output, None for a loss.
-        leaves: Their gradients are dropped before each step.
+        leaves: The tensors with a gradient, which is dropped before each step.
         optimizer: Its step is the last stage.
-        further: Other fields of the step.
+        further: The other fields of the step: layers, facts.
     """
 
     def drop_gradients() -> None:
@@ -127,13 +129,13 @@ class Clock:
         if self.is_cuda:
             properties = torch.cuda.get_device_properties(0)
             size = max(FLUSH_BYTES, 4 * getattr(properties, "L2_cache_size", 0))
-            self._large = torch.zeros(size // 4, device=device)
-            self._sum = torch.zeros((), device=device)
+            self._flushed = torch.zeros(size // 4, device=device)
+            self._flushed_sum = torch.zeros((), device=device)
 
     def seconds(self, step: Step, repeats: int = 1) -> dict[str, float]:
-        """Returns the seconds of each stage per layer, and their sum as "step" if they are several.
+        """Returns the seconds of each stage, and their sum as "step" if there are several stages.
 
-        They are averages over repeats back to back.
+        They are per layer, and averages over `repeats` runs back to back.
         """
         mean = np.mean([self._run(step) for _ in range(repeats)], 0) / step.layers
         stages = dict(zip(step.stages, mean.tolist()))
@@ -142,10 +144,10 @@ class Clock:
     def _run(self, step: Step) -> list[float]:
         step.prepare()
         if self.is_cuda:
-            torch.sum(self._large, 0, out=self._sum)
+            torch.sum(self._flushed, 0, out=self._flushed_sum)
         if self.kind == "events":
-            # A private name: without it the launches of a short stage would be timed, not its
-            # kernels.
+            # The GPU sleeps while the CPU queues the stages. The name is private, but without it
+            # the launches of a short stage would be timed, not its kernels.
             torch.cuda._sleep(QUEUE_CYCLES)
         state = None
         times = [self._now()]
@@ -175,7 +177,7 @@ def gpu_samples(device: str) -> Iterator[Callable[[], dict[str, float]]]:
     Yields a function that returns the medians so far: none on a CPU, and none without nvidia-smi.
     """
     if device != "cuda" or shutil.which("nvidia-smi") is None:
-        yield dict
+        yield dict  # a function that returns {}
         return
     query = ["--query-gpu=" + ",".join(SAMPLED.values()), "--format=csv,noheader,nounits"]
     with tempfile.NamedTemporaryFile("r") as log:
@@ -243,15 +245,18 @@ class Rounds:
     A rival that cannot be made or run is left out, and the others are measured.
 
     Args:
-        slice_s: About how many seconds one measurement of a rival takes.
+        group: The rivals of one case.
+        clock: What measures them.
+        measurement_s: About how many seconds one measurement of a rival takes.
 
     Attributes:
-        steps: The rivals that run, by name.
-        failures: Why the others do not run, by name.
+        steps: The steps of the rivals that run, by name.
+        repeats: How often each of these steps runs in one measurement, by name.
+        failures: Why the other rivals do not run, by name.
     """
 
-    def __init__(self, group: Group, clock: Clock, slice_s: float):
-        self.deal = group.deal
+    def __init__(self, group: Group, clock: Clock, measurement_s: float):
+        self.prepare_round = group.prepare_round
         self.clock = clock
         self.steps: dict[str, Step] = {}
         self.repeats: dict[str, int] = {}
@@ -259,30 +264,30 @@ class Rounds:
         for name in group.names:
             try:
                 step = group.make(name)
-                clock.seconds(step)  # makes caches and the optimizer's state
+                clock.seconds(step)  # makes caches, compiled code and the optimizer's state
                 step.facts["peak_bytes"] = peak_bytes(step.run, clock.is_cuda)
                 begin = time.perf_counter()
                 clock.seconds(step)
-            except Exception as error:  # packages of rivals may raise anything
+            except Exception as error:  # the packages that rivals come from may raise anything
                 self.failures[name] = reason_of(error)
                 continue
             elapsed = time.perf_counter() - begin
             self.steps[name] = step
-            self.repeats[name] = max(1, min(1000, round(slice_s / elapsed)))
+            self.repeats[name] = max(1, min(1000, round(measurement_s / elapsed)))
         gc.collect()
 
-    def run(self, turn: int) -> Times:
+    def run(self, number: int) -> Times:
         """Returns the seconds of each rival's stages in one round.
 
-        Each rival runs once untimed first, so that caches and allocator are as it leaves them. A
-        turn has the same order in every run of the program.
+        Each rival runs once untimed first, so that caches and allocator are as it leaves them.
+        Rounds of one number have the same order of rivals in every run of the program.
         """
-        draw = random.Random(turn)
+        rng = random.Random(number)
         times = {}
         gc.disable()  # a collection would be timed with the rival that happens to run
         try:
-            self.deal(draw)
-            for name in draw.sample(list(self.steps), len(self.steps)):
+            self.prepare_round(rng)
+            for name in rng.sample(list(self.steps), len(self.steps)):
                 self.clock.seconds(self.steps[name])
                 times[name] = self.clock.seconds(self.steps[name], self.repeats[name])
         finally:
@@ -291,12 +296,15 @@ class Rounds:
 
 
 def seconds_of(times: Sequence[Times], rival: str, stage: str) -> np.ndarray:
-    """Returns the seconds of each round, NaN for a rival that was not measured."""
-    return np.array([turn.get(rival, {}).get(stage, np.nan) for turn in times])
+    """Returns the seconds of a rival's stage in each round, NaN if it was not measured."""
+    return np.array([in_round.get(rival, {}).get(stage, np.nan) for in_round in times])
 
 
-def interval(ratios: np.ndarray) -> tuple[float, float, float]:
-    """Returns the median and its 95 % bootstrap interval, NaN for fewer than three rounds."""
+def median_interval(ratios: np.ndarray) -> tuple[float, float, float]:
+    """Returns the median over rounds and the ends of its 95 % bootstrap interval.
+
+    The ends are NaN for fewer than three rounds.
+    """
     middle = float(np.median(ratios))
     if len(ratios) < 3:
         return middle, float("nan"), float("nan")
@@ -318,10 +326,10 @@ def rows_of(times: Sequence[Times], steps: Mapping[str, Step], floor: str) -> li
     for name, step in steps.items():
         for stage in times[0][name]:
             seconds = seconds_of(times, name, stage)
-            over, low, high = interval(seconds / seconds_of(times, floor, stage) - 1)
+            over, low, high = median_interval(seconds / seconds_of(times, floor, stage) - 1)
             row = {"rival": name, "stage": stage, "seconds": float(np.median(seconds))}
             row |= {"over": over, "over_low": low, "over_high": high, **step.facts}
-            if "least_bytes" in row:
+            if "least_bytes" in row:  # facts of bench.kernels
                 row["gb_per_s"] = row["least_bytes"] / row["seconds"] / 1e9
                 row["of_copy"] = row["gb_per_s"] / row["copy_gb_per_s"]
             rows.append(row)

@@ -1,4 +1,4 @@
-"""What a new task keeps of LoRA's gain if it is small, for example only cores on a fixed pair.
+"""What share of LoRA's gain a small new task keeps, for example one of only cores on a fixed pair.
 
     python -m bench.transfer --targets smollm2-kjv --forms donors/layer/16/dense --seeds 5
     python -m bench.transfer --targets none    the tables and the picture of the recorded runs
@@ -9,11 +9,16 @@ forms (forms.py), some with a pair of factors that was fixed before (donors.py).
 losses are bench.accuracy's, whose recorded runs are compared. The program continues from
 what is recorded. Data: python examples/data.py smollm2 snippets kjv wycliffe verilog.
 
-A row of bench/results/transfer.jsonl is a run: target, form, lr, seed, steps, parameters
-(trained), captured (the share of the target's squared gradient that a fixed pair captures),
-validation, loss, items (these three as in bench.accuracy), seconds, commit. A row of
-transfer_collection.jsonl is a text under its LoRA, or as a task of a bank. The time of a step:
-python -m bench.model.
+A row of bench/results/transfer.jsonl is a run:
+
+    target, form, lr, seed, steps
+    parameters               the trained ones
+    captured                 the share of the target's squared gradient that a fixed pair captures
+    validation, loss, items  as in bench.accuracy
+    seconds, commit
+
+A row of transfer_collection.jsonl is a text under its LoRA, or as a task of a bank. bench.model
+measures the time of a step.
 """
 
 import argparse
@@ -55,10 +60,11 @@ FORMS = (  # what is run without --forms
 RATES = [2e-3, 4e-3, 8e-3]  # a pair from gradients needs a lower rate than a random one
 COLLECTION_RANKS = (16, 32, 64)
 COLLECTION_ROWS = 16  # held-out rows of each text
+PER_KIB = 256  # float32 parameters
 
 
 class Run(NamedTuple):
-    """One training run of a form, which is its text."""
+    """One training run. The form is the text that `Form.of` parses."""
 
     target: str
     form: str
@@ -74,7 +80,7 @@ COLUMNS = (*Run._fields, "parameters", "captured", "validation", "loss", "items"
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Trains and measures with one thread. Returns the run's row."""
+    """Makes a run with one thread: trains and measures. Returns its row."""
     start = time.perf_counter()
     torch.set_num_threads(1)
     form = Form.of(run.form)
@@ -86,7 +92,8 @@ def train(run: Run) -> dict[str, Any]:
     pairs = form.pairs(run.target, run.seed)
     if pairs and not form.is_trained:
         row["captured"] = captured(pairs, run.target)
-    # "lora" stands for any method without a new head and without a start from the gradient.
+    # `fit` reads only two things of a method. "lora" has no head and no start from the gradient,
+    # as all forms.
     row |= accuracy.measured(model, fit(model, "lora", run.lr, run.seed, text), text)
     return row | {"seconds": time.perf_counter() - start, "commit": commit()}
 
@@ -109,17 +116,17 @@ def next_runs(recorded: pd.DataFrame, options: argparse.Namespace) -> list[Run]:
 
 
 def other_runs() -> pd.DataFrame:
-    """Returns the runs of bench.accuracy that are compared."""
+    """Returns the runs of bench.accuracy that are compared: of the base, LoTR, LoRA, VeRA, full."""
     runs = runs_in(RESULTS / "accuracy.jsonl")
     return runs[(runs["scaling"] == "") & runs["method"].str.match("base|lo|vera|full")].copy()
 
 
 class Result(NamedTuple):
-    """A form or a method on a target.
+    """What a form or a method reaches on a target.
 
     Attributes:
-        point: Its runs at the best rate. The `method` is the form.
-        kept: The share of LoRA r 4's gain.
+        point: Its runs at the best rate. Its `method` is the form, or the name of the method.
+        kept: The share of LoRA r 4's gain that it keeps.
     """
 
     point: accuracy.Point
@@ -127,11 +134,13 @@ class Result(NamedTuple):
 
 
 def results_of(recorded: pd.DataFrame, target: str) -> list[Result]:
-    """Returns the results of all forms and methods by size."""
+    """Returns the results of all forms and methods on a target, in the order of their sizes.
+
+    Each is compared with LoRA r 4 and the base model over the seeds that it and LoRA have.
+    """
     others = other_runs()
     others["form"] = others["method"].combine(others["rank"], accuracy.name_of)
-    forms = recorded.rename(columns={"target": "task"})
-    runs = pd.concat([forms, others])
+    runs = pd.concat([recorded.rename(columns={"target": "task"}), others])
     runs = runs[(runs["task"] == target) & (runs["steps"] == STEPS) & runs["items"].notna()]
     by_name = {name: at_best_rate(of_form) for name, of_form in runs.groupby("form")}
     lora_runs = by_name["lora, r 4"]
@@ -147,16 +156,15 @@ def results_of(recorded: pd.DataFrame, target: str) -> list[Result]:
 
 
 def short_runs(recorded: pd.DataFrame) -> pd.DataFrame:
-    """Returns the runs of fewer steps, with their share of LoRA r 4's gain after as many.
+    """Returns the runs of fewer than the usual steps, with a column `gain`.
 
-    The gain is in the validation loss.
+    It is the share of the gain in validation loss that LoRA r 4 has after as many steps.
     """
-    runs = recorded[recorded["steps"] < STEPS]
-    others = other_runs()
-    base = others[others["method"] == "base"].groupby("task")["validation"].first()
-    of_lora = runs[runs["form"] == "peft/all/4/lora"]
+    short = recorded[recorded["steps"] < STEPS]
+    base = other_runs().query("method == 'base'").groupby("task")["validation"].first()
+    of_lora = short[short["form"] == "peft/all/4/lora"]
     lora = of_lora.groupby(["target", "steps"])["validation"].min().rename("lora")
-    runs = runs.join(lora, on=["target", "steps"])
+    runs = short.join(lora, on=["target", "steps"])
     before = runs["target"].map(base)
     return runs.assign(gain=(before - runs["validation"]) / (before - runs["lora"]))
 
@@ -167,7 +175,7 @@ def tables(recorded: pd.DataFrame) -> None:
             {
                 "": point.method,
                 "parameters": f"{point.parameters:,}",
-                "KiB": f"{point.parameters / 256:,.0f}",
+                "KiB": f"{point.parameters / PER_KIB:,.0f}",
                 "rate": f"{point.lr:g}",
                 "seeds": len(point.seeds),
                 "held-out loss": accuracy.interval(lambda loss: loss, point).text("{:.3f}"),
@@ -179,12 +187,12 @@ def tables(recorded: pd.DataFrame) -> None:
     shorter = short_runs(recorded).sort_values(["target", "steps", "validation"])
     columns = ["target", "form", "lr", "steps", "parameters", "captured", "validation", "gain"]
     show("shorter runs", shorter[columns].round(3).astype(object).fillna(""))
-    collection = read(RESULTS / "transfer_collection.jsonl")
-    show("ten LoRAs, and banks of them", collection_table(collection))
+    collection = collection_table(read(RESULTS / "transfer_collection.jsonl"))
+    show("ten LoRAs, and banks of them", collection)
 
 
 def collection_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Returns the loss of each text: base model, its LoRA, its task in a bank of each rank.
+    """Returns a table with the loss of each text: base model, its LoRA, its task in each bank.
 
     The last row has the mean share of the LoRAs' gain, with a 95 % t interval over the texts.
     """
@@ -203,7 +211,8 @@ def collection_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 # ---- the picture ---------------------------------------------------------------------------------
 
-PAIR_MARKS = {  # of the last panel
+# The last panel has a mark for each way to make a fixed pair.
+PAIR_MARKS = {
     "random": "o",
     "svd": "s",
     "donors": "^",
@@ -212,7 +221,9 @@ PAIR_MARKS = {  # of the last panel
     "loras": "P",
     "mixed": "X",
 }
-FAMILIES = {  # name: (which forms and methods, as a regular expression; mark; color)
+# The other panels have a mark and a color for each family. Its members are the forms and methods
+# of which the regular expression matches the name.
+FAMILIES = {
     "cores and a vector b": (r".*/b:.*", "s", "tab:cyan"),
     "LoTR, a trained pair": (r"trained.*|lotr(-width|-block|-diagonal)?,.*", "^", "tab:green"),
     "cores on a fixed pair": (
@@ -249,15 +260,18 @@ def draw_results(ax: Axes, results: list[Result]) -> None:
     """Draws the gain that is kept against the size of a task."""
     for family, (names, mark, color) in FAMILIES.items():
         members = [result for result in results if re.fullmatch(names, result.point.method)]
-        sizes = [result.point.parameters / 256 for result in members]
+        sizes = [result.point.parameters / PER_KIB for result in members]
         gains = [result.kept.value for result in members]
         ax.plot(sizes, gains, mark, color=color, label=family)
-    ax.axvline(256, color="0.6", linestyle="--", linewidth=1)
+    ax.axvline(256, color="0.6", linestyle="--", linewidth=1)  # a quarter of a MiB
     ax.set_xlabel("KiB per task, float32")
 
 
 def draw_short_runs(ax: Axes, recorded: pd.DataFrame) -> None:
-    """Draws what cores on a fixed pair gain in short runs against what the pair captures."""
+    """Draws the gain of cores on a fixed pair in short runs against what the pair captures.
+
+    A point is a target and a form at its best rate: the color is the target, the mark the pair.
+    """
     runs = short_runs(recorded)
     fixed = runs[runs["captured"].notna() & runs["gain"].notna()]
     best = fixed.loc[fixed.groupby(["target", "form"])["gain"].idxmax()]
@@ -284,7 +298,10 @@ def held_out_loss(model: nn.Module, name: str) -> float:
 
 
 def collect(path: Path) -> None:
-    """Measures each text without and with its LoRA, and as a task of each bank, all anew."""
+    """Measures each text without and with its LoRA, and as a task of each bank.
+
+    It does not continue from recorded rows: the file is written anew.
+    """
     from peft import PeftModel
 
     torch.set_num_threads(1)

@@ -12,12 +12,13 @@ __version__ = "0.1.0"
 from .choosing import rank_for
 from .experts import LoTRExperts, lotr_grouped_linear
 from .factors import LoTRFactor, LoTRFactors
-from .files import load_adapter, push_to_hub, save_adapter
 from .functional import lotr_linear
 from .layers import LoTRConv1D, LoTRLinear
+from .loading import load_adapter
 from .merging import merge, unmerge
 from .model import LoTRConfig, apply_lotr, disabled, init_from_gradient, unload
 from .reports import explain, lotr_parameters, parameter_groups, trainable_summary
+from .saving import push_to_hub, save_adapter
 from .tasks import TaskBank, use_tasks
 from .wrapped import LoTRWrapped, adapt
 

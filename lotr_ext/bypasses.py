@@ -48,14 +48,14 @@ def block_bypasses(model: nn.Module, layer_type: type[nn.Module] = LoTRLayer) ->
     """
     for module in model.modules():
         for cls, attribute in _FAST_PATH_ATTRIBUTES.items():
-            # A second adapter of PEFT finds it turned off already.
-            is_on = isinstance(module, cls) and "lotr_fast_path" not in vars(module)
-            if is_on and _contains(module, layer_type):
+            # Already off if another adapter of PEFT was added before.
+            is_off = "lotr_fast_path" in vars(module)
+            if isinstance(module, cls) and not is_off and _contains(module, layer_type):
                 module.lotr_fast_path = (attribute, getattr(module, attribute))
                 setattr(module, attribute, False)
         if callable(getattr(module, "fuse_projections", None)) and _contains(module, layer_type):
             module.fuse_projections = _refuse_to_fuse
-        # Resizing only the input embedding would be right, but it resizes both.
+        # The method resizes both embeddings. For the input embedding only, it would be right.
         if callable(getattr(module, "resize_token_embeddings", None)):
             output = module.get_output_embeddings()
             if output is not None and _contains(output, layer_type):
@@ -69,6 +69,7 @@ def restore_bypasses(model: nn.Module) -> None:
             if vars(module).get(name) is refusal:
                 delattr(module, name)
         if "lotr_fast_path" in vars(module):
+            # The attribute and the value that it had.
             setattr(module, *vars(module).pop("lotr_fast_path"))
 
 

@@ -51,10 +51,10 @@ def check_rank(rank: object) -> tuple[int, int]:
     return check_dimension("rank", pair[0]), check_dimension("rank", pair[1])
 
 
-def check_dtype(dtype: object, name: str = "dtype") -> None:
+def check_dtype(dtype: object) -> None:
     """Checks that dtype is None or one in which layers compute."""
     if dtype is not None and dtype not in DTYPES.values():
-        raise TypeError(f"{name}: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise TypeError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
 
 
 def check_number(name: str, value: object) -> None:
@@ -99,7 +99,10 @@ def check_index(name: str, index: object, count: int, x: Tensor | None = None) -
     The values are checked only on the CPU, because reading them from a GPU would wait for it.
 
     Args:
-        x: If given, the input [b, .., k] of the rows that the index [b] or [b, tokens] is for.
+        name: The argument, for the error.
+        index: [b] or [b, tokens] if x is given.
+        count: How many cores there are.
+        x: The input [b, .., k] whose rows the index is for.
     """
     check_integers(name, index, torch.int64)
     if x is not None and (not 1 <= index.dim() < x.dim() or index.shape != x.shape[: index.dim()]):
@@ -124,7 +127,7 @@ def check_integers(name: str, tensor: object, dtype: torch.dtype) -> None:
 
 
 def check_range(name: str, index: Tensor, start: int, end: int) -> None:
-    """Checks that the values of an index are in [start, end), if `has_values`.
+    """Checks that the values of an index are in [start, end), unless they are costly to read.
 
     Args:
         name: The argument, for the error.
@@ -157,9 +160,9 @@ def check_tensor(name: str, tensor: object, *shape: int | str) -> None:
 
 
 def check_values(x: Tensor, tensors: Mapping[str, Tensor]) -> None:
-    """Checks that the tensors have values if x does. Tensors on the meta device have none.
+    """Checks that the tensors have values if x does, and none if x is on the meta device.
 
-    torch would compute with x and a meta tensor, and return memory that was never written.
+    If only one of them has values, torch returns memory that was never written.
     """
     for name, tensor in tensors.items():
         if tensor.is_meta != x.is_meta:

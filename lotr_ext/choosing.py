@@ -1,9 +1,9 @@
 """rank_for: the recipe of docs/choosing.md for one model.
 
     parameters of the adapter     form                                      size in the recipe
-    below LoRA of rank 0.1        dense cores, one pair per shape           "a tenth"
-    below LoRA of rank 2          diagonal cores, one pair per shape        "the same"
-    more                          dense cores, one pair per shape and       "LoRA of rank 4"
+    below LoRA of rank 0.1        dense cores, one pair per shape           a tenth of LoRA of rank 1
+    below LoRA of rank 2          diagonal cores, one pair per shape        LoRA of rank 1
+    more                          dense cores, one pair per shape and       LoRA of rank 4
                                   block
 
 The rank is the largest one with at most this number of parameters.
@@ -19,8 +19,8 @@ from .checks import check_dimension
 from .config import LoTRConfig
 from .targets import Selection, select
 
-# The forms of the table: (the rank of a LoRA below whose size it is used, the form). The ranks are
-# between those that were measured (docs/choosing.md), 1 and 4 at their geometric mean.
+# The forms of the table: (the rank of a LoRA below whose size it is used, the form). The ranks
+# separate the sizes that docs/choosing.md measured. 2 is the geometric mean of 1 and 4.
 _FORMS = (
     (0.1, {"group_by": "shape", "core": "dense"}),
     (2.0, {"group_by": "shape", "core": "diagonal"}),

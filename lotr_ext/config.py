@@ -17,13 +17,12 @@ from .cores import FORMS
 from .factors import Scaling, scaling_of
 from .init import CORE_INITS, FACTOR_INITS
 
-DIAGONAL = ("diagonal", "cp")  # forms of cores with r numbers on the diagonal, see `scaling_of`
+# The values of LoTRConfig's fields: group_by, train and task_type.
 GROUPS = ("shape", "block", "name", "layer", "width")
-HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT's names, as in TASKS
-TASKS = (*HEADED_TASKS, "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION")
-PARTS = ("A", "B", "core")
 GroupBy = str | Mapping[str, str] | Callable[[str, nn.Module], str]
-
+PARTS = ("A", "B", "core")
+HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # whose models have a new head
+TASKS = (*HEADED_TASKS, "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION")
 
 # Settings of PEFT's LoRA that LoTR lacks or calls by another name, and what to use instead.
 LORA_SETTINGS = {
@@ -50,15 +49,15 @@ LORA_SETTINGS = {
 }
 
 
-def check_names(names: Iterable[str], config_class: type) -> None:
-    """Checks that no name is a setting of PEFT's LoRA that a configuration does not have.
+def refuse_lora_settings(names: Iterable[str], config_class: type) -> None:
+    """Raises for a name that is a setting of PEFT's LoRA but not a field of a configuration.
 
     Args:
-        names: The names of the arguments.
-        config_class: The configuration's class, a dataclass.
+        names: The names of the arguments with which the configuration is made.
+        config_class: The class of the configuration, a dataclass.
 
     Raises:
-        TypeError: If one is. The message says what to use.
+        TypeError: If there is such a name. The message says what to use instead.
     """
     field_names = {field.name for field in fields(config_class)}
     for name in names:
@@ -70,10 +69,10 @@ def check_names(names: Iterable[str], config_class: type) -> None:
 
 
 def place_of(name: str) -> tuple[str, str]:
-    """Returns (layer, kind) of a layer's name: the parts up to its first number and after it.
+    """Returns the place (layer, kind) of a layer: its name up to the first number, and the rest.
 
     "model.layers.3.self_attn.q_proj" has the place ("model.layers.3", "self_attn.q_proj"). A name
-    without a number is a kind: ("", name).
+    without a number is only a kind: ("", name).
     """
     # As few dotted parts as possible, of which the last one is a number.
     match = re.fullmatch(r"((?:.*?\.)??\d+)(?:\.(.*))?", name)
@@ -86,8 +85,10 @@ def place_of(name: str) -> tuple[str, str]:
 class LoTRConfig:
     """How `apply_lotr` adapts a model. Frozen, and checked when it is made.
 
+    Layers have in_features k and out_features n.
+
     Attributes:
-        rank: r, or (r_in, r_out) for A [K, r_in], B [N, r_out] and cores [r_in, r_out].
+        rank: r, or (r_in, r_out) for A [k, r_in], B [n, r_out] and cores [r_in, r_out].
         alpha: If given, s is alpha / r (alpha / sqrt(r) with rslora), with r = max(r_in, r_out).
         rslora: Whether to divide by sqrt(r) instead of r (arXiv 2312.03732). alpha is then r if it
             is not given.
@@ -102,11 +103,11 @@ class LoTRConfig:
         exclude_modules: Name endings, or a regular expression, to leave out.
         modules_to_save: Name endings of modules that are fully trained, and saved with the adapter,
             such as a new head.
-        group_by: Which layers share A and B. "shape": one pair per (K, N), as in the paper.
+        group_by: Which layers share A and B. "shape": one pair per (k, n), as in the paper.
             "block": one pair per shape and block. The layers of a block have one name up to the
             first number ("model.layers.3"). "name": one pair per shape and last part of the
-            name (q and v apart). "layer": one pair per layer. "width": one A per K and one B per
-            N, over all adapted layers. Or a mapping from layer name to group, or a callable
+            name (q and v apart). "layer": one pair per layer. "width": one A per k and one B per
+            n, over all adapted layers. Or a mapping from layer name to group, or a callable
             (name, module) -> group.
         init: "orthonormal", "normal", "kaiming" or "svd" (lotr_ext.init).
         train: Which of "A", "B" and "core" are trained. The rest stays as it starts.
@@ -147,8 +148,8 @@ class LoTRConfig:
     task_type: str | None = None
 
     def __new__(cls, *_: Any, **settings: Any) -> "LoTRConfig":
-        # Before __init__, in which Python would only call the argument unexpected.
-        check_names(settings, cls)
+        # Before __init__ gets them, whose error would not say what to use instead.
+        refuse_lora_settings(settings, cls)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -178,10 +179,11 @@ class LoTRConfig:
 
     def _check_combinations(self) -> None:
         svd = self.init == "svd"
-        trained = set(self.train)
-        # At the start, one part has a gradient: with zero cores the core, with identity cores B.
-        needed = {"zero": "core", "identity": "B"}[self.core_init]
-        if not trained or not trained <= set(PARTS) or not (svd or needed in trained):
+        # At the start, one part has a gradient: zero cores, or B with identity cores. With "svd",
+        # all parts have one.
+        needed = "core" if self.core_init == "zero" else "B"
+        can_learn = len(self.train) > 0 if svd else needed in self.train
+        if not can_learn or not set(self.train) <= set(PARTS):
             raise ValueError(
                 f"train: expected some of {', '.join(PARTS)}, with {needed!r} among them, because "
                 f"at core_init {self.core_init!r} all other gradients are zero at the start, got "
@@ -216,7 +218,13 @@ class LoTRConfig:
     @property
     def s(self) -> float:
         """The scaling of each layer."""
-        return scaling_of(self.rank, self.alpha, self.rslora, self.scaling, self.core in DIAGONAL)
+        return scaling_of(
+            self.rank,
+            self.alpha,
+            self.rslora,
+            self.scaling,
+            diagonal=self.core in ("diagonal", "cp"),
+        )
 
     @property
     def everything(self) -> bool:

@@ -9,9 +9,9 @@
     FewCores        sum_j v[p, j] R[j], with     P c, or c if tied                TinyLoRA
                     c fixed random R
 
-Most methods related to LoTR differ in this. All forms start at G = 0 with a nonzero gradient, so
-the model starts unchanged. A place identifies the core of a layer: (layer, kind), or any name for
-the forms that use neither. docs/relatives.md has the sources.
+Many published relatives of LoTR are LoTR with one of these forms (docs/relatives.md). A place
+identifies the core of a layer: (layer, kind), or any name for the forms that use neither. All forms
+start at G = 0 with a nonzero gradient, so the model starts unchanged.
 
 Not here: how a layer uses a form (`LoTRLayer.use_core`).
 """
@@ -54,7 +54,9 @@ class CoreAt(nn.Module):
 
 
 class Cores(nn.Module):
-    """Base class: the cores of all places. A subclass has parameters, at G = 0, and `make`.
+    """Base class: the cores of all places.
+
+    A subclass defines `make`, and parameters that start with values for which G = 0.
 
     Args:
         places: One per core, each once.
@@ -112,14 +114,15 @@ class Cores(nn.Module):
 
 
 class LayersAndKinds(Cores):
-    """Cores of a grid: all pairs of a layer and a kind that occur in places, [(layer, kind), ..].
+    """Base class of forms over a grid: each layer and each kind has a parameter.
 
-    The pairs that places lack get an index as well, so that divmod finds layer and kind.
+    Places are pairs (layer, kind). The grid has all pairs of their layers and kinds, row by row, so
+    that layer and kind of a place are divmod(index, number of kinds).
     """
 
     def __init__(self, places: Sequence[tuple[Hashable, Hashable]], rank: int | tuple[int, int]):
         super().__init__(places, rank)
-        # In the order of the places, which decides what the rows in a file belong to.
+        # In the order of the places, by which the rows in a file are assigned.
         self.layers = list(dict.fromkeys(layer for layer, _ in self.places))
         self.kinds = list(dict.fromkeys(kind for _, kind in self.places))
         self.places = [(layer, kind) for layer in self.layers for kind in self.kinds]

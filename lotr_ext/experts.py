@@ -58,19 +58,21 @@ class Routing:
     tokens: Tensor | None = None
 
     def choice(self, cores: Tensor, tasks: Tensor | None) -> tuple[RowChoice, Tensor]:
-        """Returns the core of each row, and the cores [c, r_in, r_out] among which it is.
+        """Returns the choice of each row's core, and the cores [c, r_in, r_out] that it indexes.
 
         Args:
             cores: [e, r_in, r_out], or [t, e, r_in, r_out] with tasks.
-            tasks: The task of each token (int64), -1 for none.
+            tasks: The task of each token (int64), -1 for none. If None, the expert of a row is the
+                index of its core.
         """
         if tasks is None:
             return RowChoice(None, self.offs, self.reads), cores
         task = tasks if self.tokens is None else tasks[self.tokens]
         experts = cores.shape[1]
-        # The core of task t and expert c has the index t e + c in the flattened cores.
         expert = index_from_offs(self.offs, len(task), experts)
+        # A row of no task is the base model's. A row past the last end has no expert.
         has_core = (task >= 0) & (expert >= 0)
+        # The core of task t and expert c has the index t e + c in the flattened cores.
         index = torch.where(has_core, task * experts + expert, -1)
         return RowChoice(index, None, self.reads), cores.flatten(0, 1)
 
@@ -81,10 +83,10 @@ class Routing:
         """
         if self.reads is None:
             return self.zero_past_end(x)
-        # A row past the last end marks one more row than x has.
-        marked = self.reads.masked_fill(self._is_past_end(self.reads), len(x))
-        is_unread = torch.ones(len(x) + 1, dtype=torch.bool, device=marked.device)
-        return _with_zeros(x, is_unread.index_fill(0, marked, False)[: len(x)])
+        # Rows past the last end are sent to an entry after x, which is cut off below.
+        read = self.reads.masked_fill(self._is_past_end(self.reads), len(x))
+        is_unread = torch.ones(len(x) + 1, dtype=torch.bool, device=read.device)
+        return _with_zeros(x, is_unread.index_fill(0, read, False)[: len(x)])
 
     def zero_past_end(self, rows: Tensor) -> Tensor:
         """Returns rows with zeros past the last end, where their gradient then is zero as well.
@@ -94,7 +96,7 @@ class Routing:
         return _with_zeros(rows, self._is_past_end(rows))
 
     def _is_past_end(self, rows: Tensor) -> Tensor:
-        # A mask and not a slice: the last end is on the GPU, and reading it would wait.
+        # Not a slice up to the last end, which is on the GPU: reading it would wait.
         return torch.arange(len(rows), device=self.offs.device) >= self.offs[-1]
 
 
@@ -152,7 +154,7 @@ def lotr_grouped_linear(
     """
     check_tensor("weight", weight, "e", "n", "k")
     e, n, k = weight.shape
-    _check_routing(x, e, k, offs, tokens)
+    _check_routing(x, offs, tokens, experts=e, in_features=k)
     check_tensor("A", A, k, "r_in")
     check_tensor("B", B, n, "r_out")
     lead = () if core_index is None else ("t",)
@@ -164,10 +166,9 @@ def lotr_grouped_linear(
             raise TypeError(f"bias: expected weight's dtype {weight.dtype}, got {bias.dtype}")
     check_values(x, {"weight": weight, "A": A, "B": B, "cores": cores})
     check_number("scaling", scaling)
-    tasks = None
     if core_index is not None:
         check_index("core_index", core_index, len(cores), x)
-        tasks = core_index.to(x.device)
+    tasks = None if core_index is None else core_index.to(x.device)
     routing = Routing(offs, reads=tokens, tokens=tokens)
     choice, flat_cores = routing.choice(cores, tasks)
     x = routing.zero_unread_rows(x)
@@ -175,19 +176,21 @@ def lotr_grouped_linear(
     return routing.zero_past_end(dispatch.grouped_linear(call, offs))
 
 
-def _check_routing(x: Tensor, experts: int, in_features: int, offs: object, tokens: object) -> None:
+def _check_routing(
+    x: Tensor, offs: object, tokens: object, *, experts: int, in_features: int
+) -> None:
+    # With tokens, rows may read one row of x more than once.
     check_tensor("x", x, "rows" if tokens is None else "m", in_features)
     check_integers("offs", offs, torch.int32)
     if offs.shape != (experts,):
         raise ValueError(
             f"offs: expected one end per expert, shape ({experts},), got {tuple(offs.shape)}"
         )
-    if tokens is None:
-        return
-    check_integers("tokens", tokens, torch.int64)
-    if tokens.dim() != 1:
-        raise ValueError(f"tokens: expected shape [rows], got {tuple(tokens.shape)}")
-    check_range("tokens", tokens, 0, len(x))
+    if tokens is not None:
+        check_integers("tokens", tokens, torch.int64)
+        if tokens.dim() != 1:
+            raise ValueError(f"tokens: expected shape [rows], got {tuple(tokens.shape)}")
+        check_range("tokens", tokens, 0, len(x))
 
 
 # ---- the module ----------------------------------------------------------------------------------
@@ -206,7 +209,7 @@ class LoTRExperts(LoTRLayer):
 
     Args:
         num_experts: e.
-        in_features: k. The further arguments are as for `LoTRLinear`.
+        in_features: k. This and all further arguments are as for `LoTRLinear`.
 
     Raises:
         TypeError, ValueError: If an argument has the wrong type or value. The message names it.
@@ -253,11 +256,11 @@ class LoTRExperts(LoTRLayer):
         Returns:
             [rows, out_features].
         """
-        _check_routing(x, self.num_experts, self.in_features, offs, tokens)
+        _check_routing(x, offs, tokens, experts=self.num_experts, in_features=self.in_features)
         routing = Routing(offs, reads=tokens, tokens=tokens)
-
-        x_read = routing.zero_unread_rows(x)
-        y = self.routed(x_read, self.weight, self.bias, routing, request_input=x)
+        y = self.routed(
+            routing.zero_unread_rows(x), self.weight, self.bias, routing, request_input=x
+        )
         return routing.zero_past_end(y)
 
     def routed(
@@ -268,29 +271,32 @@ class LoTRExperts(LoTRLayer):
         routing: Routing,
         request_input: Tensor,
     ) -> Tensor:
-        """Computes the experts without argument checks.
+        """Returns y [rows, out_features], without checks of the arguments.
 
         Args:
-            x: The rows that `routing.reads` indexes.
+            x: The rows that `routing.reads` indexes, or one row per row of y. Unread rows are zero
+                (`zero_unread_rows`), or at least not NaN.
             weight: [e, n, k], full (unsharded) during the forward of the module that owns it.
             bias: [e, n].
-            request_input: The tokens, whose tasks a request names.
+            routing: The expert and the token of each row of y.
+            request_input: The tokens [m, ..] before they are sent to experts. A request has their
+                tasks.
         """
         state = state_of(self)
+        # Nothing has to be added back, because experts cannot have init "svd".
         if self.merged or state is ADAPTER_OFF:
             return grouped.linear(x, weight, bias, routing.offs, routing.reads)
         if state is None:
             choice, cores = routing.choice(self.core, tasks=None)
         else:
             choice, cores = routing.choice(state.cores, state.index_of(request_input))
-        factors = self.factors
         dropout = self.dropout if self.training else 0.0
 
         def compute(A: Tensor, B: Tensor) -> Tensor:
             call = LayerCall(x, weight, bias, A, B, cores, self.scaling, dropout, choice=choice)
-            return dispatch.grouped_linear(call, routing.offs, factors.caches, self)
+            return dispatch.grouped_linear(call, routing.offs, self.factors.caches, self)
 
-        return factors.read(compute)
+        return self.factors.read(compute)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, {super().extra_repr()}"

@@ -3,7 +3,9 @@
     delta W_l = s B G_l^T A^T      A [in_features, r_in], B [out_features, r_out], G_l [r_in, r_out]
 
 Each factor is a separate module, so that sharded training can gather and reduce it once for all of
-its layers, and so that one A can be paired with several B.
+its layers, and so that one A can be paired with several B. Sharded training gathers a module's
+parameters around its call. So layers do not read A and B as attributes: they pass what they compute
+with them to `LoTRFactors.read`.
 
 Not here: the layers, which hold the cores G_l (layers.py).
 """
@@ -216,9 +218,9 @@ class LoTRFactors(nn.Module):
         self.rank = A.rank if A.rank == B.rank else (A.rank, B.rank)
 
     def read(self, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Returns operation(A, B).
+        """Returns operation(A, B), and gathers sharded A and B around it.
 
-        Sharded training gathers A and B around this call. Shard each LoTRFactor, not the pair.
+        Shard each LoTRFactor, not the pair.
 
         Args:
             operation: Holds x and its other tensors itself. If they were arguments, FSDP2 would
@@ -227,12 +229,14 @@ class LoTRFactors(nn.Module):
         """
         A = self.A
         B = self.B
-        # Mostly without calls of the modules, which would cost 7 us per layer (bench.host, one
-        # token). nn.Module.__getattr__ would cost 0.6 us per read, so plain parameters are read
-        # from nn.Module's dictionary, here and in the layers.
+        # Plain parameters are read from nn.Module's dictionary, here and in the layers. Calls of
+        # the modules would cost 7 us per layer (bench.host, one token), and reads by
+        # nn.Module.__getattr__ 0.6 us each.
         A_value = A._parameters.get("value")
         B_value = B._parameters.get("value")
-        # Not there: one that parametrize computes. FSDP2 and ZeRO-3 gather in the hooks.
+        # The modules are called if parametrize computes a value, which is then not in the
+        # dictionary, or if they have hooks, in which FSDP2 and ZeRO-3 gather. The calls are nested,
+        # because the operation needs both values at the same time.
         if A_value is None or B_value is None or A._forward_pre_hooks or B._forward_pre_hooks:
             return A(lambda value: B(partial(operation, value)))
         return operation(A_value, B_value)

@@ -1,10 +1,9 @@
 """Warns at an optimizer step that trains an adapted model in a way that cannot be intended.
 
-    watch(model)      looks at the steps of all optimizers, until one is a mistake, and is reported,
-                      or has trained the adapter
+    watch(model)      checks each optimizer step, until one has trained the adapter or was reported
 
-torch calls a hook for the steps of all optimizers of the process. It is registered with the first
-model that is watched, so importing lotr_ext changes nothing.
+torch calls a hook after the steps of all optimizers of the process. The hook is registered with the
+first model that is watched, so importing lotr_ext changes nothing.
 """
 
 import warnings
@@ -23,7 +22,7 @@ _watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def watch(model: nn.Module) -> None:
-    """Checks the next optimizer steps of an adapted model, until one trains the adapter."""
+    """Checks the next optimizer steps of an adapted model, and warns of a mistake once."""
     _watched.add(model)
     _register_hook()
 
@@ -35,11 +34,11 @@ def _register_hook() -> None:
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    # Every step of every optimizer of the process pays for this hook.
+    # First, because every step of every optimizer of the process pays for this hook.
     if torch.compiler.is_compiling() or not _watched:
         return
     optimized = {p for group in optimizer.param_groups for p in group["params"]}
-    # A copy, because a model that has its answer is removed.
+    # A copy, because models are removed in the loop.
     for model in list(_watched):
         mistake = _mistake(model, optimized)
         if mistake is not None or _has_trained(model, optimized):
@@ -51,6 +50,9 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
     """Returns what is wrong with a step, None if nothing is.
 
+    There are four mistakes: an optimizer from before `apply_lotr`, a merged adapter, tasks that no
+    forward has used, and layers that no forward has called.
+
     Args:
         model: An adapted model.
         optimized: The parameters of the optimizer. The gradients that it used are still in place.
@@ -59,7 +61,7 @@ def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
     adapter = {p for layer in layers.values() for p in layer.adapter_parameters()}
     tasks = {p for p in attached_parameters(model) if p.requires_grad}
     if optimized.isdisjoint(adapter | tasks):
-        # It may be for another model, or for a head: those parameters are not frozen.
+        # It may be for another model, or for a head, whose parameters are not frozen.
         if all(p.requires_grad for p in optimized.intersection(model.parameters())):
             return None
         return (
@@ -78,13 +80,15 @@ def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
     with_gradient = {p for p in adapter | tasks if p.grad is not None}
     if not with_gradient:
         return None  # a step without a backward
-    if tasks & optimized and not tasks & optimized & with_gradient:
+    optimized_tasks = tasks & optimized
+    if optimized_tasks and optimized_tasks.isdisjoint(with_gradient):
         return (
             "the optimizer has the tasks of the bank, but no forward has used them, so only the "
             "model's adapter has a gradient. Call the model inside use_tasks(model, index)."
         )
     cores = {name: trained.intersection(layer.core_parameters()) for name, layer in layers.items()}
-    # A core has a gradient as soon as a forward and a backward have passed its layer.
+    # A core has a gradient after a forward and a backward of its layer. If no core has one, all may
+    # be replaced by tasks.
     called = [name for name in cores if cores[name] & with_gradient]
     idle = [name for name in cores if cores[name] and name not in called]
     if called and idle:
@@ -97,11 +101,15 @@ def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
 
 
 def _has_trained(model: nn.Module, optimized: set[nn.Parameter]) -> bool:
-    """Whether the step has trained what the model trains: tasks if there are some, else cores.
+    """Whether a step has trained what the model trains: its tasks if it has some, else its cores.
 
-    If not, the step of another optimizer may.
+    Otherwise the step was of another optimizer, and the next step is checked, too.
     """
     tasks = {p for p in attached_parameters(model) if p.requires_grad}
-    cores = {p for layer in layers_in(model).values() for p in layer.core_parameters()}
-    trained = tasks or {p for p in cores if p.requires_grad}
-    return any(p.grad is not None for p in trained & optimized)
+    cores = {
+        parameter
+        for layer in layers_in(model).values()
+        for parameter in layer.core_parameters()
+        if parameter.requires_grad
+    }
+    return any(p.grad is not None for p in (tasks or cores) & optimized)

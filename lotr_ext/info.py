@@ -102,6 +102,7 @@ def plans(m: int, k: int, n: int, r: int) -> list[str]:
     if not build_info()["cuda"]["built"]:
         raise RuntimeError("--plans: expected a build with CUDA kernels, got one without")
     device = 0 if torch.cuda.is_available() else -1  # -1: an H100
+    # Rows and columns of the large matrix of each kernel, for which it is planned.
     large_matrices = {
         "shrink": (m, k),
         "expand_add": (m, n),

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from .checks import check_choice, check_tensor
 
-# Multiplies the initial factors, and divides s by its cube (factors.scaling_of). With AdamW,
-# factors and cores times a, the rate times a, and s times a^-3 give exactly the same path. So this
-# constant moves the best learning rate of LoTR onto LoRA's (docs/choosing.md).
+# Multiplies the initial factors, and divides s by its cube (factors.scaling_of). It moves the best
+# learning rate of LoTR onto LoRA's (docs/choosing.md): under AdamW, a run does not change if
+# factors, cores and learning rate are multiplied by any a, and s by a^-3.
 INIT_GAIN = 0.4
 FACTOR_INITS = ("orthonormal", "normal", "kaiming")
 CORE_INITS = ("zero", "identity")
@@ -105,8 +105,7 @@ _EXTRA_COLUMNS = 10  # columns of a subspace iteration in addition to those that
 def leading_vectors(blocks: Sequence[Tensor], r: int) -> Tensor:
     """Returns the r leading left singular vectors [d, r] of the matrix [block_1 .. block_L].
 
-    A dense decomposition if d or the columns are few. Otherwise nine steps of subspace iteration
-    from a fixed random block, which are exact for a rank of at most r + 10.
+    By a dense decomposition if d or the columns are few, else by subspace iteration.
 
     Args:
         blocks: [d, c_l] each, in float64.
@@ -114,18 +113,25 @@ def leading_vectors(blocks: Sequence[Tensor], r: int) -> Tensor:
     d = blocks[0].shape[0]
     columns = sum(block.shape[1] for block in blocks)
     # With few columns, all of them are in the span of a small basis.
-    has_small_basis = columns < d and r <= columns <= _DENSE
-    if has_small_basis:
+    if columns < d and r <= columns <= _DENSE:
         q, upper = torch.linalg.qr(torch.cat(list(blocks), 1))
         return q @ torch.linalg.svd(upper)[0][:, :r]
-    # Few rows, or so many vectors that an iteration would not be cheaper.
+    # Few rows, or so many vectors that nine steps would cost as much as the decomposition.
     if d <= _DENSE or 8 * (r + _EXTRA_COLUMNS) >= d:
         gram = sum(block @ block.T for block in blocks)
         return torch.linalg.eigh(gram)[1].flip(1)[:, :r].contiguous()
+    return _leading_vectors_by_iteration(blocks, r)
+
+
+def _leading_vectors_by_iteration(blocks: Sequence[Tensor], r: int) -> Tensor:
+    """Computes `leading_vectors` by nine steps from a fixed random block.
+
+    They are exact for a matrix of a rank of at most r + 10.
+    """
     # From a seed, so that the same weights give the same factors in every process.
     generator = torch.Generator("cpu").manual_seed(0)
     subspace = torch.randn(
-        d, r + _EXTRA_COLUMNS, dtype=torch.float64, device="cpu", generator=generator
+        len(blocks[0]), r + _EXTRA_COLUMNS, dtype=torch.float64, device="cpu", generator=generator
     ).to(blocks[0].device)
     for _ in range(9):
         subspace = torch.linalg.qr(sum(block @ (block.T @ subspace) for block in blocks))[0]
@@ -135,7 +141,7 @@ def leading_vectors(blocks: Sequence[Tensor], r: int) -> Tensor:
 
 
 def padded(vectors: Tensor, r: int) -> Tensor:
-    """Returns vectors [d, c] as [d, r], with unit vectors in the columns that they lack."""
+    """Returns vectors [d, c] as [d, r], with unit vectors in the columns past c."""
     d, c = vectors.shape
     unit = torch.eye(d, dtype=vectors.dtype, device=vectors.device)
     missing = torch.arange(max(r - c, 0), device=vectors.device) % d
@@ -146,8 +152,9 @@ def padded(vectors: Tensor, r: int) -> Tensor:
 def tucker2(weights: Sequence[Tensor], rank: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the Tucker-2 factorization of a stack of weights: W_l ~= B G_l^T A^T.
 
-    Least squares over all l at once. HOSVD gives the start (De Lathauwer et al., 2000a); at most 20
-    steps of HOOI (2000b) improve A and B in turns. Exact if the stack has that multilinear rank.
+    Least squares over all l at once. HOSVD gives the start (De Lathauwer et al., 2000a). At most 20
+    steps of HOOI (2000b) then improve A and B in turns, see `tucker2_from_products`. The result is
+    exact if the stack has that multilinear rank.
 
     Args:
         weights: L matrices [n, k].
@@ -166,17 +173,21 @@ def tucker2(weights: Sequence[Tensor], rank: tuple[int, int]) -> tuple[Tensor, T
     def left(B: Tensor) -> list[Tensor]:
         return [weight.T @ B for weight in stack]
 
-    return tucker2_of([weight.T for weight in stack], right, left, len(stack[0]), rank)
+    return tucker2_from_products(
+        [weight.T for weight in stack], right, left, n=len(stack[0]), rank=rank
+    )
 
 
-def tucker2_of(
+def tucker2_from_products(
     blocks: Sequence[Tensor],
     right: Callable[[Tensor], list[Tensor]],
     left: Callable[[Tensor], list[Tensor]],
     n: int,
     rank: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes `tucker2` of matrices W_l [n, k] from their products.
+    """Computes `tucker2` of matrices W_l [n, k] that it reads only by their products.
+
+    So they may be products of smaller matrices themselves (convert/to_lotr.py).
 
     Args:
         blocks: For each l a matrix [k, c_l] with the left singular vectors and the singular values
@@ -223,13 +234,49 @@ class CapturedGradient(NamedTuple):
     layers: dict[str, float]
 
 
-class _Products(NamedTuple):
-    """Products of one layer's gradient dW = g^T x with V and U, over all batches."""
+class _GradientProducts:
+    """Products of one layer's gradient dW = g^T x with V and U, summed over the batches.
 
-    V: Tensor  # [k, c]
-    U: Tensor  # [n, c]
-    right: Tensor  # dW V = g^T (x V)
-    left: Tensor  # dW^T U = x^T (g U)
+    Args:
+        layer: The layer.
+        V: [k, c].
+        U: [n, c].
+
+    Attributes:
+        right: dW V = g^T (x V).
+        left: dW^T U = x^T (g U).
+    """
+
+    def __init__(self, layer: nn.Module, V: Tensor, U: Tensor):
+        self.layer = layer
+        self.V = V
+        self.U = U
+        self.right = V.new_zeros(len(U), V.shape[1])
+        self.left = V.new_zeros(len(V), U.shape[1])
+
+    def tap(
+        self, anchor: Tensor, layer: nn.Module, args: tuple, kwargs: dict[str, Tensor], y: Tensor
+    ) -> Tensor:
+        """Adds the anchor to the layer's output, whose backward then calls `add`.
+
+        Args:
+            anchor: See `_sum_over_batches`. The other arguments are those of a forward hook.
+        """
+        # In a part of the model that runs under no_grad, a layer has no backward.
+        if not torch.is_grad_enabled():
+            return y
+        # x is the first argument, by position or by name.
+        inputs = (*args, *kwargs.values())
+        tapped = y + anchor
+        tapped.register_hook(partial(self.add, inputs[0].detach()))
+        return tapped
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """Adds the products for an input x [.., k] and the gradient g [.., n] of its output."""
+        x_rows = x.reshape(-1, x.shape[-1]).to(self.V.dtype)
+        g_rows = g.reshape(-1, g.shape[-1]).to(self.V.dtype)
+        self.right.add_(g_rows.T @ (x_rows @ self.V))
+        self.left.add_(x_rows.T @ (g_rows @ self.U))
 
 
 def start_from_gradients(
@@ -265,15 +312,15 @@ def start_from_gradients(
     )
     directions = {factor: _random_directions(factor, generator) for factor in factors}
     for _ in range(_ITERATIONS):
-        inputs = [
-            (layer, directions[layer.factors.A], directions[layer.factors.B])
+        all_products = [
+            _GradientProducts(layer, directions[layer.factors.A], directions[layer.factors.B])
             for layer in layers.values()
         ]
-        products = _products_of_gradients(model, inputs, batches, loss)
+        _sum_over_batches(all_products, model, batches, loss)
         blocks: dict[nn.Module, list[Tensor]] = {factor: [] for factor in directions}
-        for layer, product in zip(layers.values(), products):
-            blocks[layer.factors.A].append(product.left.double())
-            blocks[layer.factors.B].append(product.right.double())
+        for products in all_products:
+            blocks[products.layer.factors.A].append(products.left.double())
+            blocks[products.layer.factors.B].append(products.right.double())
         for factor, factor_blocks in blocks.items():
             _check_gradients(factor_blocks)
             previous = directions[factor]
@@ -317,57 +364,48 @@ def _captured(
     that are orthogonal to A, so the error is relative to what A does not capture.
     """
     generator = torch.Generator("cpu").manual_seed(1)
-    inputs = []
+    all_products = []
     for layer in layers.values():
         A = directions[layer.factors.A]
         probes = torch.randn(len(A), _PROBES, device="cpu", generator=generator).to(A)
         probes -= A @ (A.T @ probes)
-        inputs.append((layer, torch.cat([A, probes], 1), directions[layer.factors.B]))
-    products = _products_of_gradients(model, inputs, batches, loss)
+        all_products.append(
+            _GradientProducts(layer, torch.cat([A, probes], 1), directions[layer.factors.B])
+        )
+    _sum_over_batches(all_products, model, batches, loss)
 
     captured: dict[str, float] = {}
     norms: dict[str, float] = {}
-    for name, layer, product in zip(layers, layers.values(), products):
-        in_A, outside = product.right.double().tensor_split([-_PROBES], dim=1)
-        captured[name] = float((directions[layer.factors.B].double().T @ in_A).square().sum())
+    for name, products in zip(layers, all_products):
+        in_A, outside = products.right.double().tensor_split([-_PROBES], dim=1)
+        captured[name] = float((products.U.double().T @ in_A).square().sum())
         norms[name] = float(in_A.square().sum() + outside.square().sum() / _PROBES)
     # A layer may have no gradient at all. Not all layers, see `_check_gradients`.
     shares = {name: captured[name] / norm if norm else 0.0 for name, norm in norms.items()}
     return CapturedGradient(sum(captured.values()) / sum(norms.values()), shares)
 
 
-def _products_of_gradients(
+def _sum_over_batches(
+    all_products: Sequence[_GradientProducts],
     model: nn.Module,
-    inputs: Sequence[tuple[nn.Module, Tensor, Tensor]],
     batches: list[Any],
     loss: Callable[[nn.Module, Any], Tensor],
-) -> list[_Products]:
-    """Returns dW V and dW^T U of each layer, summed over the batches and all processes.
+) -> None:
+    """Computes the products of each layer, summed over the batches and all processes.
 
-    The frozen weights need no gradient. Each layer adds a scalar to its output that requires one,
-    so that autograd computes the gradients g of all outputs.
+    autograd computes the gradient of an output only if a tensor before it requires one, and the
+    weights are frozen. So each layer adds to its output the `anchor`, a zero that requires one.
 
     Buffers and the random state are as before afterwards.
-
-    Args:
-        inputs: (layer, V, U) of each layer.
     """
     anchor = torch.zeros((), device="cpu", requires_grad=True)
-    all_products = []
     with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(torch.random.fork_rng())
         for buffer in model.buffers():  # a batch norm, for example, counts the batches
             stack.callback(buffer.copy_, buffer.detach().clone())
-        for layer, V, U in inputs:
-            products = _Products(
-                V,
-                U,
-                right=V.new_zeros(len(U), V.shape[1]),
-                left=V.new_zeros(len(V), U.shape[1]),
-            )
-            all_products.append(products)
-            hook = partial(_tap, anchor, products)
-            stack.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
+        for products in all_products:
+            hook = partial(products.tap, anchor)
+            stack.enter_context(products.layer.register_forward_hook(hook, with_kwargs=True))
         for batch in batches:
             (gradient,) = torch.autograd.grad(loss(model, batch), anchor, allow_unused=True)
             # If no layer has a part in the loss, or if a checkpoint hides its part.
@@ -381,33 +419,3 @@ def _products_of_gradients(
         for products in all_products:
             dist.all_reduce(products.right)
             dist.all_reduce(products.left)
-    return all_products
-
-
-def _tap(
-    anchor: Tensor,
-    products: _Products,
-    layer: nn.Module,
-    args: tuple,
-    kwargs: dict[str, Tensor],
-    y: Tensor,
-) -> Tensor:
-    """Adds products of the layer's gradient g^T x in backward.
-
-    A forward hook, after its first two arguments.
-    """
-    # In a part of the model that runs under no_grad, a layer has no backward.
-    if not torch.is_grad_enabled():
-        return y
-    inputs = (*args, *kwargs.values())
-    x = inputs[0].detach()
-
-    def add_products(g: Tensor) -> None:
-        x_rows = x.reshape(-1, x.shape[-1]).to(products.V.dtype)
-        g_rows = g.reshape(-1, g.shape[-1]).to(products.V.dtype)
-        products.right.add_(g_rows.T @ (x_rows @ products.V))
-        products.left.add_(x_rows.T @ (g_rows @ products.U))
-
-    tapped = y + anchor
-    tapped.register_hook(add_products)
-    return tapped

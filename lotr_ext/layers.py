@@ -50,8 +50,16 @@ class _CoreAttribute:
 class LoTRLayer(nn.Module):
     """Base class of adapted layers: y = base(x) + s ((drop(x) A) G) B^T.
 
-    Subclasses with `from_linear` define `adapts`, which says whether they can adapt a module. They
-    also define `weight_matrix` if their weight is not W, and `to_base` if they keep the module.
+    What a subclass may override, and what this class does:
+
+        adapts             whether `from_linear` can adapt a module. Not defined here
+        _take_base         keeps weight and bias of the module that `from_linear` adapts
+        compute_base       base(x) = x W^T + bias
+        _with_adapter      the whole equation, from W and bias
+        weight_matrix      W, which is the attribute `weight`
+        _weight_to_write   W for `merge`, checked
+        to_base            the module without its adapter
+        called_module      the module whose forward computes the layer, which is the layer
 
     Attributes:
         factors: The pair of A and B.
@@ -110,6 +118,7 @@ class LoTRLayer(nn.Module):
             )
         check_factors(factors)
         s = scaling_of(factors.rank, alpha, rslora, scaling)
+        # Without __init__, which would make a new base.
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = features(linear)
@@ -145,7 +154,7 @@ class LoTRLayer(nn.Module):
             raise ValueError(
                 f"factors: expected (in_features, out_features) = {layer_sizes}, got {factor_sizes}"
             )
-        # The other way round is common: a layer on the meta device gets its values from a file.
+        # Only the layer may be on the meta device: it then gets its values from a file.
         A = factors.A.value
         if A.is_meta and device.type != "meta":
             raise ValueError(
@@ -202,7 +211,7 @@ class LoTRLayer(nn.Module):
         return self._with_adapter(input, state.cores, choice)
 
     def _with_adapter(self, x: Tensor, core: Tensor, choice: RowChoice | None) -> Tensor:
-        """Computes the base and the adapter. Overridden if the base computes x W^T itself.
+        """Computes the base and the adapter, here in one call with W and bias.
 
         Args:
             core: [r_in, r_out], or [c, r_in, r_out] with a choice.
@@ -224,6 +233,7 @@ class LoTRLayer(nn.Module):
         factors = self.factors
         p = self.dropout if self.training else 0.0
 
+        # A function of A and B, because sharded training gathers them around `read`.
         def compute(A: Tensor, B: Tensor) -> Tensor:
             call = LayerCall(x, weight, bias, A, B, core, self.scaling, p, base_output, choice)
             return dispatch.linear(call, factors.caches, self)
@@ -237,7 +247,7 @@ class LoTRLayer(nn.Module):
             return y
         A = self.factors.A.start
         B = self.factors.B.start
-        # Fast enough, because it is rarely used.
+        # The PyTorch fallback is fast enough here: few forwards run without the adapter.
         return fallback.layer(
             LayerCall(x, None, None, A, B, self.start_core, self.scaling, base_output=y)
         )
@@ -247,7 +257,7 @@ class LoTRLayer(nn.Module):
         return nn.functional.linear(x, self.weight_matrix(), self.bias)
 
     def called_module(self) -> nn.Module:
-        """Returns the module whose forward computes this layer."""
+        """Returns the module whose forward computes this layer. For experts in a host, the host."""
         return self
 
     def weight_matrix(self) -> Tensor:
@@ -256,7 +266,7 @@ class LoTRLayer(nn.Module):
 
     def to_base(self) -> nn.Module:
         """Returns the plain layer with the current weight, which contains a merged adapter."""
-        self.give_start_back()
+        self.add_start_back()
         base = self.original
         base.weight = self.weight
         base.bias = self.bias
@@ -325,8 +335,8 @@ class LoTRLayer(nn.Module):
             raise ValueError(
                 'core: expected a layer that starts as its base, got one of init "svd"'
             )
-        expected = _kind_of(self.core)
-        actual = _kind_of(form())
+        expected = _described(self.core)
+        actual = _described(form())
         if actual != expected:
             raise ValueError(
                 f"core: expected a {expected}, got a {actual} of {type(form).__name__}"
@@ -361,7 +371,7 @@ class LoTRLayer(nn.Module):
             safe: Whether to check that the result is finite before anything is changed.
             keep_backup: Whether to keep a copy of W, so that `unmerge` restores it bit for bit.
                 Without the copy, `unmerge` subtracts.
-            dequantize: What a `LoTRWrapped` does with a quantized base. Other layers have none.
+            dequantize: See `LoTRWrapped.merge`. Other layers have no quantized base, and ignore it.
 
         Raises:
             RuntimeError: If the layer is merged already.
@@ -403,10 +413,10 @@ class LoTRLayer(nn.Module):
         self.weight_backup = None
 
     def _weight_to_write(self, caller: str) -> Tensor:
-        """Returns `weight_matrix()` to write into.
+        """Returns `weight_matrix()`, checked to be a tensor to which a write is not lost.
 
         Raises:
-            TypeError: If the write would be lost.
+            TypeError: If it is computed in each forward, or sharded.
         """
         check_plain(self, caller)
         return self.weight_matrix()
@@ -419,12 +429,12 @@ class LoTRLayer(nn.Module):
         return linear_of(self.merged_weight(), self.bias, self.training)
 
     @torch.no_grad()
-    def give_start_back(self) -> None:
-        """Undoes init "svd": adds the initial adapter back into W.
+    def add_start_back(self) -> None:
+        """Undoes init "svd": adds to W the initial adapter, which was subtracted from it.
 
-        Removing the adapter then restores the original weight.
+        Without the adapter, the layer then computes what its base did before.
         """
-        # The adapter in a merged weight includes the start.
+        # In a merged weight, the adapter has added the start back already.
         if self.start_core is None or self.merged:
             return
         factors = self.factors
@@ -526,7 +536,7 @@ class LoTRConv1D(LoTRLayer):
         return self.weight.t()
 
 
-# ---- weights and plain linear layers -------------------------------------------------------------
+# ---- weights and cores ---------------------------------------------------------------------------
 
 
 def plus(weight: Tensor, delta: Tensor) -> Tensor:
@@ -586,6 +596,16 @@ def check_plain(module: nn.Module, caller: str, name: str = "weight") -> None:
         )
 
 
+def _described(core: object) -> str:
+    """Describes a core by what it must have in common with one that replaces it."""
+    if not isinstance(core, Tensor):
+        return type(core).__name__
+    return f"tensor {list(core.shape)}, {core.dtype}, on {core.device}"
+
+
+# ---- modules that are adapted --------------------------------------------------------------------
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether module is transformers' Conv1D, which may not be installed: checks its attributes."""
     return (
@@ -603,18 +623,11 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     return sizes if all(isinstance(size, int) for size in sizes) else None
 
 
-def _kind_of(core: object) -> str:
-    """Describes what a core must have in common with the core that it replaces."""
-    if not isinstance(core, Tensor):
-        return type(core).__name__
-    return f"tensor {list(core.shape)}, {core.dtype}, on {core.device}"
-
-
 def device_of(module: nn.Module) -> torch.device:
     """Returns the device on which a module computes: that of its tensors, the CPU if it has none.
 
-    accelerate keeps the tensors of an offloaded module on the meta device between two forwards, and
-    moves them to the device of its hook for each.
+    accelerate keeps the tensors of an offloaded module on the meta device, and moves them to the
+    device of its hook for each forward.
     """
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
     if tensor is None:

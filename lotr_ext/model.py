@@ -4,10 +4,14 @@ After `apply_lotr(model, config)`, every targeted layer is a `LoTRLayer` in its 
 old state_dict keys and `core`. The model registers each A and B once (adapted.py), the layers only
 refer to them.
 
-    select (targets.py)  ->  for each group: a pair A, B, for each layer: adapt, a core
-                         ->  what is trained, lotr_config, watches (bypasses.py, first_step.py)
+    select (targets.py)   finds the layers and their groups, and checks them
+    make_pair             makes A and B of a group
+    _adapt_target         puts an adapted layer into each place of a target, and makes its core
+    install               does this for all groups, freezes the rest and starts the watches of
+                          bypasses.py and first_step.py
 
-Not here: the selection (targets.py), merging (merging.py), reports (reports.py), files (files.py).
+Not here: the selection (targets.py), merging (merging.py), reports (reports.py), files (saving.py,
+loading.py).
 """
 
 import warnings
@@ -107,7 +111,12 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def install(model: nn.Module, selection: Selection) -> None:
-    """Adapts the layers that `select` returned for a plain model."""
+    """Adapts the layers that `select` returned for a plain model.
+
+    Args:
+        model: The plain model. Its caller opens `unchanged_on_error`.
+        selection: From `select`, for this model.
+    """
     config = selection.config
     # First, because it reads the plain weights and may raise.
     starts = _svd_starts(selection) if config.init == "svd" else {}
@@ -117,12 +126,12 @@ def install(model: nn.Module, selection: Selection) -> None:
         device=device_of(selection.targets[0].module),
         dtype=config.adapter_dtype,
     )
-    # From here on the model changes. `unchanged_on_error` undoes it.
+    # From here on the model changes.
     model.requires_grad_(False)
     for module in selection.saved.values():
         for parameter in module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())  # integers have no gradient
-    all_factors: dict[str, LoTRFactor] = {}
+    all_factors: dict[str, LoTRFactor] = {}  # by `factor_names`
     for group, targets in selection.groups.items():
         factors = make_pair(
             all_factors,
@@ -142,7 +151,8 @@ def install(model: nn.Module, selection: Selection) -> None:
         attach(model, "lotr_cores", cores.requires_grad_("core" in config.train))
     for layer in adapted_layers(model).values():
         layer.set_trained(config.train)
-    if callable(config.group_by):  # it cannot be pickled or saved, the groups that it returned can
+    if callable(config.group_by):
+        # It cannot be pickled or saved, but the groups that it returned can.
         config = replace(config, group_by={t.name: t.group for t in selection.targets})
     model.lotr_config = config
     model.lotr_left_out = selection.left_out
@@ -156,8 +166,8 @@ def factor_names(group: str, sizes: tuple[int, int], group_by: GroupBy) -> list[
     Args:
         group: The group.
         sizes: (in_features, out_features) of its layers.
-        group_by: As in the configuration. With "width", layers of several groups share A, and
-            others B.
+        group_by: As in the configuration. With "width", the layers of one in_features share A, and
+            those of one out_features share B.
     """
     if group_by == "width":
         return [f"A_{sizes[0]}", f"B_{sizes[1]}"]
@@ -165,7 +175,7 @@ def factor_names(group: str, sizes: tuple[int, int], group_by: GroupBy) -> list[
 
 
 def make_pair(
-    factors: MutableMapping[str, LoTRFactor] | nn.ModuleDict,
+    all_factors: MutableMapping[str, LoTRFactor] | nn.ModuleDict,
     group: str,
     sizes: tuple[int, int],
     config: LoTRConfig,
@@ -173,10 +183,10 @@ def make_pair(
     device: torch.device,
     dtype: torch.dtype,
 ) -> LoTRFactors:
-    """Makes the pair of A and B for a group of layers.
+    """Returns the pair of A and B for a group of layers, and makes what does not exist yet.
 
     Args:
-        factors: All factors so far, by `factor_names`. Those that exist are used, others are added.
+        all_factors: The factors of all groups so far, by `factor_names`. New ones are added to it.
         group: The group.
         sizes: (in_features, out_features) of its layers.
         config: The configuration.
@@ -185,13 +195,14 @@ def make_pair(
     """
     # "kaiming" is the cheapest: `set_start` overwrites the values.
     init = "kaiming" if config.init == "svd" else config.init
-    names = factor_names(group, sizes, config.group_by)
-    for name, features, rank in zip(names, sizes, config.ranks):
-        if name not in factors:
-            factors[name] = LoTRFactor(features, rank, init=init, device=device, dtype=dtype)
-            if name.startswith("B") and config.core_init == "identity":
-                nn.init.zeros_(factors[name].value)  # the model starts unchanged, as with LoRA
-    return LoTRFactors.of(*(factors[name] for name in names))
+    A_name, B_name = factor_names(group, sizes, config.group_by)
+    for name, features, rank in zip((A_name, B_name), sizes, config.ranks):
+        if name not in all_factors:
+            all_factors[name] = LoTRFactor(features, rank, init=init, device=device, dtype=dtype)
+            # With identity cores, B = 0 lets the model start unchanged, as in LoRA.
+            if name == B_name and config.core_init == "identity":
+                nn.init.zeros_(all_factors[name].value)
+    return LoTRFactors.of(all_factors[A_name], all_factors[B_name])
 
 
 def _adapt_target(
@@ -237,11 +248,10 @@ def make_cores(
             'core: expected a name or a callable, got "custom" from a saved adapter. Pass the '
             "original callable."
         )
-    places = [place_of(name) for name in names]
     form = FORMS[config.core] if isinstance(config.core, str) else config.core
-    # Not on the caller's default device, which may be meta. For "meta" nothing is allocated.
+    # Otherwise the form would use the caller's default device, which may be meta.
     with torch.device("meta" if device.type == "meta" else "cpu"):
-        cores = form(places, config.rank)
+        cores = form([place_of(name) for name in names], config.rank)
     if not isinstance(cores, Cores):
         raise TypeError(
             f"core: expected a callable that returns lotr_ext.cores.Cores, got "
@@ -257,9 +267,9 @@ def make_cores(
 
 @torch.no_grad()
 def _svd_starts(selection: Selection) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Returns A, B and the core of each layer: the Tucker-2 factorization of its group's weights.
+    """Returns (A, B, core) of each layer: the Tucker-2 factorization of its group's weights.
 
-    A and B are INIT_GAIN times orthonormal factors.
+    A and B are INIT_GAIN times orthonormal factors, the same tensors for all layers of a group.
     """
     for target in selection.targets:
         if layer_class(target.module) is LoTRWrapped:
@@ -274,26 +284,29 @@ def _svd_starts(selection: Selection) -> dict[str, tuple[Tensor, Tensor, Tensor]
         A, B, cores = tucker2(weights, config.ranks)
         pair = (INIT_GAIN * A, INIT_GAIN * B)
         for target, core in zip(targets, cores):
+            # Divided by what the adapter s B G^T A^T multiplies the core with.
             starts[target.name] = (*pair, core / (INIT_GAIN**2 * config.s))
     return starts
 
 
 @torch.no_grad()
 def set_start(layer: LoTRLayer, A: Tensor, B: Tensor, core: Tensor) -> None:
-    """Sets the start of a layer that has none. The layer still computes as its base.
+    """Gives a layer a start, which it must not have yet. The layer still computes as its base.
 
     The weight is reduced by s B G^T A^T, which the adapter adds.
 
     Args:
         layer: The layer.
-        A: [K, r_in], as of all layers of its group, and so is B.
+        A: [K, r_in]. The factors belong to all layers of the group, so each of these must get the
+            same A and B.
         B: [N, r_out].
         core: [r_in, r_out].
     """
     for factor, value in ((layer.factors.A, A), (layer.factors.B, B)):
         factor.start = value.to(factor.value)
         factor.value.copy_(factor.start)
-    # Rounded to the parameters' dtype first: what is subtracted must be what the layer adds.
+    # All three rounded to the parameters' dtype, because what is subtracted must be what the layer
+    # adds.
     layer.start_core = core.to(layer.core)
     layer.core.copy_(layer.start_core)
     weight = layer._weight_to_write("init")
@@ -386,9 +399,9 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
         TypeError, ValueError, RuntimeError: As for `merge` and `unmerge`.
     """
     layers = adapted_layers(model)
-    # Before anything is merged.
+    # Checked before anything is merged.
     for name, layer in layers.items():
-        # `LoTRLayer.to_base` gives back what a layer keeps as `original`.
+        # `LoTRLayer.to_base` returns what a layer keeps as `original`, which LoTRExperts lack.
         if type(layer).to_base is LoTRLayer.to_base and not hasattr(layer, "original"):
             raise TypeError(
                 f"unload: expected layers with a plain form, got {name!r}, a {type(layer).__name__}"
@@ -403,7 +416,7 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
 
 def without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
     """Puts the plain layers back: the part of `unload` that cannot fail."""
-    # By layer, because one layer may have several names.
+    # By layer, because a layer with several names has one base.
     bases = {layer: layer.to_base() for layer in layers.values()}
     restore_bypasses(model)
     for name, layer in list(model.named_modules(remove_duplicate=False)):

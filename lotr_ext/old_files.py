@@ -30,7 +30,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         path: The JSON file.
 
     Returns:
-        The document of the present version, unchecked, and the tensors, with a right checksum.
+        The document, as `AdapterState.from_document` takes and checks it, and the tensors, whose
+        checksum is checked here.
 
     Raises:
         TypeError, ValueError: If the files are damaged. The message names the file.
@@ -44,7 +45,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{version!r:.80}"
         )
     name = str(content.get("tensors_file"))
-    # Else a file from somewhere else could name any path.
+    # A damaged or foreign file could name any path.
     if not _TENSORS.fullmatch(name):
         raise ValueError(
             f"{path}: expected tensors_file lotr_adapter.<digits>.safetensors, got {name:.80}"
@@ -60,22 +61,17 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def remove(directory: Path) -> None:
     """Removes an adapter of an older version, after a new one was written."""
     for path in directory.iterdir():
-        is_old = path.name == JSON_NAME or _TENSORS.fullmatch(path.name)
-        if is_old and path.is_file():
+        if path.is_file() and (path.name == JSON_NAME or _TENSORS.fullmatch(path.name)):
             # Another process may save at the same time, and remove it first.
             path.unlink(missing_ok=True)
 
 
-def start_key(key: str) -> str:
-    """Returns the name of a factor's start. In version 1 one module had the starts of A and B."""
-    owner, _, name = key.rpartition(".")
-    return f"{owner}.start" if name == "value" else f"{owner}.start_{name}"
-
-
 def factor_names(factors: str | Sequence[str]) -> tuple[str, str]:
-    """Returns the names of A and B among the tensors, of an entry `factors` of a layer.
+    """Returns the names of the tensors A and B of a layer.
 
-    The entry has the names of two modules, or in version 1 of the one that had both tensors.
+    Args:
+        factors: The names of two modules, one per factor. In version 1 the name of one module with
+            both.
     """
     if isinstance(factors, str):
         return f"{factors}.A", f"{factors}.B"
@@ -86,8 +82,11 @@ def factor_names(factors: str | Sequence[str]) -> tuple[str, str]:
 def config_of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a configuration of version 1 as one of the present version.
 
-    In version 1 a scaling None meant alpha / r with alpha = r, "auto" was for other initial
-    factors, only the form "diagonal" counted as diagonal, and there were magnitudes.
+    Settings of version 1 that the present one lacks, or in which it differs:
+
+        scaling     None was alpha / r, with alpha = r by default. "auto" had other values.
+        init        "gradient", which is now the function `init_from_gradient`.
+        magnitude   Whether magnitudes were trained, with a part of this name in `train`.
 
     Raises:
         TypeError, ValueError: If a value has a wrong type, or is not supported any more.

@@ -20,10 +20,6 @@ from .core.request import ADAPTER_OFF, state_of
 from .core.strategy import strategy_note
 from .layers import LoTRLayer
 
-# The groups of an optimizer, by the part of the adapter.
-_GROUPS = {"A": "factors", "B": "factors", "core": "cores"}
-
-
 # ---- for an optimizer ----------------------------------------------------------------------------
 
 
@@ -37,17 +33,17 @@ def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     Raises:
         RuntimeError: If the model has no adapter.
     """
-    return iter([p for p in _adapter_parts(model) if p.requires_grad])
+    return iter([p for p in _adapter_groups(model) if p.requires_grad])
 
 
-def _adapter_parts(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Returns the part of each parameter of the adapter: "A", "B" or "core"."""
-    parts = {
-        parameter: part
+def _adapter_groups(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Returns the group of each parameter of the adapter: "cores" or "factors"."""
+    groups = {
+        parameter: "cores" if part == "core" else "factors"
         for layer in adapted_layers(model).values()
         for part, parameter in layer.parts()
     }
-    return parts | dict.fromkeys(attached_parameters(model), "core")
+    return groups | dict.fromkeys(attached_parameters(model), "cores")
 
 
 def parameter_groups(
@@ -67,7 +63,7 @@ def parameter_groups(
     Raises:
         RuntimeError: If the model has no adapter.
     """
-    parts = _adapter_parts(model)
+    adapter_groups = _adapter_groups(model)
     rates = {"cores": lr, "factors": lr, "other": lr if other_lr is None else other_lr}
     groups: dict[str, dict[str, Any]] = {}
     for name, rate in rates.items():
@@ -76,7 +72,7 @@ def parameter_groups(
             groups[name]["lr"] = rate
     for p in model.parameters():
         if p.requires_grad:
-            groups[_GROUPS.get(parts.get(p), "other")]["params"].append(p)
+            groups[adapter_groups.get(p, "other")]["params"].append(p)
     return [group for group in groups.values() if group["params"]]
 
 
@@ -113,16 +109,19 @@ class TrainableSummary(NamedTuple):
             f"({self.trained / self.total:.4%})",
             f"trained: {_shortened(self.parts, 5) or 'nothing'}; all else is frozen",
         ]
-        for reason, names in self.left_out.items():
-            lines.append(f"left out: {_shortened(names, 3)} ({reason})")
+        lines += [
+            f"left out: {_shortened(names, 3)} ({reason})"
+            for reason, names in self.left_out.items()
+        ]
         return "\n".join(lines)
 
 
 def _shortened(names: Sequence[str], most: int) -> str:
-    shown = list(names)
-    if len(names) > most:
-        shown[most - 1 :] = [f"{len(names) - most + 1} more"]
-    return ", ".join(shown)
+    """Lists at most so many names. If there are more, the last entry counts the rest."""
+    if len(names) <= most:
+        return ", ".join(names)
+    shown = most - 1
+    return ", ".join([*names[:shown], f"{len(names) - shown} more"])
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
@@ -134,7 +133,7 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
         RuntimeError: If the model has no adapter.
     """
     layers = adapted_layers(model).values()
-    # Without the tasks of a bank, which `parts` lists as a module.
+    # Without the tasks of a bank, which the summary lists as another module that is trained.
     adapter = {parameter: part for layer in layers for part, parameter in layer.parts()}
     other_modules = [
         name.rpartition(".")[0]
@@ -175,19 +174,21 @@ def explain(model: nn.Module, x: Tensor) -> str:
 
 
 def _line(layer: LoTRLayer, x: Tensor) -> str:
-    # As in the model: token ids become the weight's dtype. As in the layer: autocast decides.
-    dtype = x.dtype if x.is_floating_point() else layer.weight.dtype
-    like_input = x.new_empty(0, dtype=dtype)
-    cast = like_input.to(dispatch.autocast_dtype(like_input) or dtype)
+    """Describes a layer, and what runs in it for an input x of its model."""
+    # As in the model: the layers after an embedding of token ids get the weights' dtype.
+    input_dtype = x.dtype if x.is_floating_point() else layer.weight.dtype
+    layer_input = x.new_empty(0, dtype=input_dtype)
+    # As in the layer: under autocast, it casts its input.
+    computed = layer_input.to(dispatch.autocast_dtype(layer_input) or input_dtype)
     return (
         f"{type(layer).__name__} {layer.in_features} -> {layer.out_features} at rank "
-        f"{layer.factors.rank}: {_what_runs(layer, cast)} "
-        f"({str(cast.dtype).removeprefix('torch.')} on {x.device.type})"
+        f"{layer.factors.rank}: {_what_runs(layer, computed)} "
+        f"({str(computed.dtype).removeprefix('torch.')} on {x.device.type})"
     )
 
 
 def _what_runs(layer: LoTRLayer, x: Tensor) -> str:
-    """Returns what runs in a layer for an input of the dtype and device of x."""
+    """Returns what runs in a layer that computes in the dtype and on the device of x."""
     if layer.merged:
         return "only the base, because the adapter is merged into its weight"
     if state_of(layer) is ADAPTER_OFF:

@@ -1,27 +1,27 @@
 """Models that several processes train: DistributedDataParallel, FSDP2 and DeepSpeed's ZeRO.
 
-Each process adds its layers' gradients of A and of B into one sum, and autograd sees each sum once
-per backward, so training in several processes reduces A once and B once per step. Under FSDP2 and
-ZeRO-3 a process holds only a shard of each tensor. `save_adapter` and `load_adapter` here gather
-full tensors for the file and shard them again.
+Training needs nothing special: in each process the layers add their gradients of A into one sum and
+those of B into another, so the processes reduce A once and B once per step. Under FSDP2 and ZeRO-3
+a process holds only a shard of each tensor. `save_adapter` here gathers full tensors for the file,
+and `load_adapter` writes the shards.
 
 Not here: how a sharded tensor is recognized and gathered (sharded_tensors.py).
 """
 
 from collections.abc import Callable
-from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
 
-from . import files
+from . import loading, saving
 from .adapted import Model
 from .adapter_state import AdapterState
 from .factors import LoTRFactor
-from .files import Strictness
+from .loading import Strictness
 from .sharded_tensors import full_tensor, imported_class
+from .storage import FilePath
 
 __all__ = ["full_tensor", "load_adapter", "save_adapter", "shard_factors"]
 
@@ -51,7 +51,7 @@ def shard_factors(model: Model, **options: Any) -> Model:
     return model
 
 
-def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
+def save_adapter(model: nn.Module, directory: FilePath) -> None:
     """Writes the adapter of a model that several processes train, sharded or not.
 
     All processes must call it. They gather the tensors, process 0 writes, and all wait for it.
@@ -63,11 +63,11 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
     Raises:
         RuntimeError: In all other processes if one of them fails.
     """
-    inner, _ = files.unwrap(model)
+    inner, _ = saving.unwrap(model)
     path = Path(directory)
     _reshard(inner)
-    state = files.adapter_of(inner, full_tensor)
-    files.warn_of_unsaved(inner)
+    state = saving.adapter_of(inner, full_tensor)
+    saving.warn_of_unsaved(inner)
 
     # All have the full tensors now. Several writers would replace each other's file.
     def write() -> None:
@@ -79,7 +79,7 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
 
 def load_adapter(
     model: Model,
-    directory: str | PathLike[str],
+    directory: FilePath,
     *,
     cast: bool = False,
     strict: Strictness = "targets",
@@ -100,19 +100,21 @@ def load_adapter(
     Raises:
         RuntimeError: In all other processes if one of them cannot read the directory.
     """
-    inner, _ = files.unwrap(model)
-    state = _in_agreement("load_adapter", lambda: AdapterState.read(files.local_folder(directory)))
+    inner, _ = saving.unwrap(model)
+    state = _in_agreement(
+        "load_adapter", lambda: AdapterState.read(loading.local_folder(directory))
+    )
     _reshard(inner)
-    files.load_state(inner, state, cast=cast, strict=strict, gather=full_tensor)
+    loading.load_state(inner, state, cast=cast, strict=strict, gather=full_tensor)
     return model
 
 
 def _reshard(model: nn.Module) -> None:
     """Frees the full tensors that FSDP2 gathered for a forward.
 
-    The parameters are then the shards that the optimizer updates.
+    The parameters are then the shards, which the optimizer updates. A value that is loaded into a
+    gathered tensor would be lost when FSDP2 frees it.
     """
-    # Else a loaded value would be written into the gathered copy, which the next step discards.
     fsdp = imported_class("torch.distributed.fsdp", "FSDPModule")
     for module in model.modules():
         if isinstance(module, fsdp):

@@ -40,8 +40,13 @@ def is_sharded(tensor: object) -> bool:
 
 def is_fsdp(module: nn.Module) -> bool:
     """Whether FSDP2 shards the module's parameters, or FSDP1 wraps it."""
-    classes = ("FSDPModule", "FullyShardedDataParallel")
-    return isinstance(module, tuple(imported_class("torch.distributed.fsdp", c) for c in classes))
+    return isinstance(
+        module,
+        (
+            imported_class("torch.distributed.fsdp", "FSDPModule"),
+            imported_class("torch.distributed.fsdp", "FullyShardedDataParallel"),
+        ),
+    )
 
 
 def is_in_fsdp1(module: nn.Module) -> bool:
@@ -55,6 +60,7 @@ def full_shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _gathered_by_zero3(tensor: Tensor, modifier_rank: int | None = None) -> Any:
+    # A context in which the tensor is full. What process modifier_rank writes into it stays.
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([tensor], modifier_rank=modifier_rank)
@@ -93,11 +99,11 @@ def expect_full(tensor: Tensor) -> Tensor:
 def copy_full(target: Tensor, value: Tensor) -> None:
     """Copies a full value, which all processes have, into a tensor that may be sharded.
 
-    The float32 copy that a ZeRO optimizer has of a parameter is set, too. The optimizer's next step
-    would restore the old value from it.
+    A ZeRO optimizer has a float32 copy of each half-precision parameter, which is set, too. Its
+    next step would otherwise restore the old value.
     """
     if _is_zero3(target):
-        # DeepSpeed takes the changed value from process 0. All processes have the same.
+        # Process 0 stands for all, which write the same.
         with _gathered_by_zero3(target, modifier_rank=0):
             target.data.copy_(value)
     elif is_dtensor(target):
@@ -110,9 +116,10 @@ def copy_full(target: Tensor, value: Tensor) -> None:
         )
     else:
         target.copy_(value)
+    # The float32 copy. DeepSpeed finds it by these attributes, in ZeRO-3 and in ZeRO-1 and 2.
     fragments = sys.modules.get("deepspeed.utils.tensor_fragment")
     if hasattr(target, "_z3_optimizer"):
-        # The shard of this process: nothing is sent.
+        # Each process sets its shard, so nothing is sent.
         fragments.safe_set_local_fp32_param(target, target.ds_tensor)
     elif hasattr(target, "_hp_mapping"):
         fragments.safe_set_full_fp32_param(target, target)
@@ -120,12 +127,13 @@ def copy_full(target: Tensor, value: Tensor) -> None:
 
 @contextmanager
 def full_tensors_in(module: nn.Module, gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, the sharded parameters of a module are replaced by full tensors.
+    """Replaces the sharded parameters of a module by full tensors, inside the context.
 
-    The module's forward then computes full tensors. Outside a forward of the model nothing else
-    gathers them.
+    For a forward of the module outside of the model's forward, in which FSDP2 or ZeRO-3 would
+    gather them.
 
     Args:
+        module: The module.
         gather: Returns the full tensor of a sharded one.
     """
     sharded = [

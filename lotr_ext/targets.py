@@ -2,7 +2,9 @@
 
     named_modules  ->  targets (in groups that share A and B), modules_to_save, what is left out
 
-Not here: how they are adapted (model.py).
+The sections below come in the order in which `select` calls them.
+
+Not here: how the layers are adapted (model.py).
 """
 
 import copy
@@ -31,7 +33,11 @@ _HEADS = (
     "cls_classifier",
     "distillation_classifier",
 )
+# Why "all-linear" leaves out what it could also mean.
 _UNNAMED_EXPERTS = "3-D parameters of experts: name them in target_parameters"
+_OUTPUT_LAYER = (
+    "the output layer or a head: name it to adapt it, or to train it, in modules_to_save"
+)
 
 
 @dataclass(frozen=True)
@@ -105,17 +111,64 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     return Selection(config, targets, saved, in_groups(targets), left_out)
 
 
-def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Returns all names of each module inside the model."""
-    names_of: dict[nn.Module, list[str]] = {}
-    # A layer in several places has to be replaced in all of them.
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name:
-            names_of.setdefault(module, []).append(name)
-    return names_of
+# ---- checks --------------------------------------------------------------------------------------
 
 
-# ---- names ---------------------------------------------------------------------------------------
+def _check_model(model: nn.Module) -> None:
+    """Checks that a model is plain: not wrapped, compiled, sharded or adapted."""
+    # DDP reduces the gradients of those parameters that the model had when it was wrapped.
+    # `_orig_mod` is torch.compile's.
+    if isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        raise TypeError(
+            f"model: expected the plain model, before it is wrapped or compiled, got "
+            f"{type(model).__name__}"
+        )
+    for name, module in model.named_modules():
+        class_name = type(module).__name__
+        # Adapting freezes the model, so another adapter would stop training without an error.
+        if isinstance(module, LoTRLayer):
+            raise RuntimeError(
+                f"model: expected one with no adapter, got a LoTR one at {name!r}. Call "
+                f"unload(model) first."
+            )
+        # FSDP shards what it finds when it wraps a module, and moves the weights.
+        if is_fsdp(module):
+            raise TypeError(
+                f"model: expected full tensors, got {name or class_name!r} sharded by FSDP. Call "
+                f"apply_lotr before it."
+            )
+        if isinstance(module, imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")):
+            raise RuntimeError(
+                f"model: expected one without PEFT's adapters, got {class_name} at {name!r}, which "
+                f"would be frozen. Merge it first (merge_and_unload), or use LoTR as a PEFT method "
+                f"(lotr_ext.peft)."
+            )
+
+
+def _check_patterns(model: nn.Module, config: LoTRConfig) -> None:
+    """Checks that each name of a configuration matches something."""
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    # What the names in each field may match.
+    names_by_field = {
+        "target_modules": modules,
+        "exclude_modules": modules,
+        "modules_to_save": modules,
+        "target_parameters": [name for name, _ in model.named_parameters()],
+    }
+    for field, names in names_by_field.items():
+        value = getattr(config, field)
+        if field == "target_modules" and config.everything:
+            continue
+        # A string is one pattern. Each ending of a list is a pattern by itself, so that a misspelt
+        # name among others is noticed.
+        patterns = [value] if isinstance(value, str) else [[ending] for ending in value or ()]
+        for pattern in patterns:
+            if not any(name_matches(name, pattern) for name in names):
+                raise ValueError(
+                    f"{field}: expected names in the model, got {pattern!r}, which matches none. A "
+                    f"list has name endings in full dotted parts, a string is a regular expression "
+                    f"for the full name, and experts are named in target_parameters."
+                )
 
 
 def name_matches(name: str, pattern: Iterable[str] | str | None) -> bool:
@@ -126,6 +179,90 @@ def name_matches(name: str, pattern: Iterable[str] | str | None) -> bool:
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(f".{name}".endswith(f".{ending}") for ending in pattern or ())
+
+
+# ---- heads and modules to save -------------------------------------------------------------------
+
+
+def heads(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the known heads of the transformers models in a model, by name."""
+    modules = dict(model.named_modules())
+    known_heads = {}
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        # Other models may use these names for other layers.
+        is_in_transformers_model = hasattr(modules[parent], "get_output_embeddings")
+        has_parameters = next(module.parameters(), None) is not None
+        if child in _HEADS and is_in_transformers_model and has_parameters:
+            known_heads[name] = module
+    return known_heads
+
+
+def output_layers(model: nn.Module) -> dict[nn.Module, str]:
+    """Returns the layers that "all-linear" leaves out, as in PEFT, with the reason.
+
+    The output layers and heads of transformers' and timm's models.
+    """
+    outputs = list(heads(model).values())
+    for module in model.modules():
+        for getter in ("get_output_embeddings", "get_classifier"):
+            if hasattr(module, getter):
+                output = getattr(module, getter)()
+                # None without one, and a tuple of two for timm's distilled models.
+                candidates = output if isinstance(output, tuple) else (output,)
+                outputs += [m for m in candidates if isinstance(m, nn.Module)]
+    # A classifier may be a block of several layers.
+    return {child: _OUTPUT_LAYER for output in outputs for child in output.modules()}
+
+
+def _with_heads(model: nn.Module, config: LoTRConfig) -> LoTRConfig:
+    """Returns config with the model's heads in modules_to_save, if its task_type has one.
+
+    Raises:
+        ValueError: If no head is known.
+    """
+    if config.task_type not in HEADED_TASKS:
+        return config
+    saved = config.modules_to_save or ()
+    known_heads = heads(model)
+    if not known_heads and not saved:
+        raise ValueError(
+            f"task_type: expected a model with a head for {config.task_type!r}, got "
+            f"{type(model).__name__} without one of the known names ({', '.join(_HEADS)}). Name "
+            f"its head in modules_to_save."
+        )
+    new = [name for name in known_heads if not name_matches(name, saved)]
+    return replace(config, modules_to_save=(*saved, *new))
+
+
+def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
+    """Returns the modules_to_save of a model by name.
+
+    Raises:
+        ValueError: If a parameter of one cannot be trained.
+    """
+    saved: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        # An adapted model, whose file this is called for, also has lotr_factors and the like. Their
+        # children are named by numbers, which a name in modules_to_save may match.
+        is_of_adapter = any(part.startswith("lotr_") for part in name.split("."))
+        if is_of_adapter or not name_matches(name, config.modules_to_save):
+            continue
+        for inner_name, p in module.named_parameters():
+            is_plain = type(p) is nn.Parameter or is_dtensor(p)
+            if not is_plain or p.dtype.itemsize < 2:
+                raise ValueError(
+                    f"modules_to_save: expected parameters that can be trained, got "
+                    f"{name}.{inner_name}, quantized"
+                )
+        saved[name] = module
+    return saved
+
+
+def saved_in(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the modules_to_save of an adapted model, none for one that was built by hand."""
+    config = getattr(model, "lotr_config", None)
+    return {} if config is None else saved_modules(model, config)
 
 
 # ---- linear layers -------------------------------------------------------------------------------
@@ -150,8 +287,8 @@ def _linear_targets(
     left_out: dict[str, list[str]] = {}
     for module, names in names_of_modules(model).items():
         has_experts = any(expert_obstacle(module, p) is None for p in module._parameters)
-        # "all-linear" selects no parameter, but whoever adapts a mixture should learn of these.
-        if config.everything and has_experts:
+        # "all-linear" selects no parameters, but whoever adapts a mixture should learn of these.
+        if config.everything and not config.target_parameters and has_experts:
             left_out.setdefault(_UNNAMED_EXPERTS, []).append(names[0])
         if not _is_selected(module, names, config):
             continue
@@ -162,13 +299,23 @@ def _linear_targets(
         elif any(name_matches(name, config.exclude_modules) for name in names):
             reason = "exclude_modules"
         elif config.everything:
-            # A layer that the user names is refused instead, see `linear_target`.
+            # Not for a layer that the user names, which `linear_target` refuses.
             reason = obstacle or outputs.get(module)
         if reason is None:
             targets.append(linear_target(names, module, obstacle, config.group_by))
         else:
             left_out.setdefault(reason, []).append(names[0])
     return targets, left_out
+
+
+def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Returns all names of each module inside the model."""
+    names_of: dict[nn.Module, list[str]] = {}
+    # A layer in several places has to be replaced in all of them.
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            names_of.setdefault(module, []).append(name)
+    return names_of
 
 
 def _is_selected(module: nn.Module, names: Sequence[str], config: LoTRConfig) -> bool:
@@ -178,15 +325,16 @@ def _is_selected(module: nn.Module, names: Sequence[str], config: LoTRConfig) ->
         # Also quantized layers that are not an nn.Linear, such as HQQ's.
         is_quantized = has_sizes and callable(getattr(module, "dequantize", None))
         return isinstance(module, nn.Linear) or is_conv1d(module) or is_quantized
-    # A regular expression filters the layers that can be adapted. A list names them.
-    can_be_meant = has_sizes or not isinstance(config.target_modules, str)
-    return can_be_meant and any(name_matches(name, config.target_modules) for name in names)
+    # A regular expression selects only layers that can be adapted. A list selects what it names,
+    # and `linear_target` refuses a module without sizes.
+    is_candidate = has_sizes or not isinstance(config.target_modules, str)
+    return is_candidate and any(name_matches(name, config.target_modules) for name in names)
 
 
 def linear_obstacle(
     model: nn.Module, module: nn.Module, names: Sequence[str], tied: Mapping[nn.Module, list[str]]
 ) -> str | None:
-    """Returns why an adapter of a layer would be wrong or have no effect, None if it has one.
+    """Returns why an adapter of a layer would be wrong or without effect, None if it is neither.
 
     Args:
         model: The model.
@@ -201,9 +349,9 @@ def linear_obstacle(
             return obstacle
     if module in tied:
         return f"its weight is tied to {tied[module][0]}"
-    # Its output would be replaced by x W^T plus the adapter.
-    has_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    if has_forward and has_plain_weight(module) and not _returns_rows(module):
+    # A subclass of nn.Linear may compute something else, to which no adapter can be added.
+    is_subclass = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    if is_subclass and has_plain_weight(module) and not _returns_rows(module):
         return "its forward returns something else than x W^T"
     return None
 
@@ -278,91 +426,6 @@ def tied_names(model: nn.Module) -> dict[nn.Module, list[str]]:
     return tied
 
 
-# ---- heads and modules to save -------------------------------------------------------------------
-
-
-def heads(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the known heads of the transformers models in a model, by name."""
-    modules = dict(model.named_modules())
-    known_heads = {}
-    for name, module in modules.items():
-        parent, _, child = name.rpartition(".")
-        # Other models may use these names for other layers.
-        is_in_transformers_model = hasattr(modules[parent], "get_output_embeddings")
-        has_parameters = next(module.parameters(), None) is not None
-        if child in _HEADS and is_in_transformers_model and has_parameters:
-            known_heads[name] = module
-    return known_heads
-
-
-def output_layers(model: nn.Module) -> dict[nn.Module, str]:
-    """Returns the layers that "all-linear" leaves out, as in PEFT, with the reason.
-
-    The output layers and heads of transformers' and timm's models.
-    """
-    outputs = list(heads(model).values())
-    for module in model.modules():
-        for getter in ("get_output_embeddings", "get_classifier"):
-            if hasattr(module, getter):
-                output = getattr(module, getter)()
-                # None without one, and a tuple of two for timm's distilled models.
-                candidates = output if isinstance(output, tuple) else (output,)
-                outputs += [m for m in candidates if isinstance(m, nn.Module)]
-    reason = "the output layer or a head: name it to adapt it, or to train it, in modules_to_save"
-    # A classifier may be a block of several layers.
-    return {child: reason for output in outputs for child in output.modules()}
-
-
-def _with_heads(model: nn.Module, config: LoTRConfig) -> LoTRConfig:
-    """Returns config with the model's heads in modules_to_save, if its task_type has one.
-
-    Raises:
-        ValueError: If no head is known.
-    """
-    if config.task_type not in HEADED_TASKS:
-        return config
-    saved = config.modules_to_save or ()
-    known_heads = heads(model)
-    if not known_heads and not saved:
-        raise ValueError(
-            f"task_type: expected a model with a head for {config.task_type!r}, got "
-            f"{type(model).__name__} without one of the known names ({', '.join(_HEADS)}). Name "
-            f"its head in modules_to_save."
-        )
-    new = [name for name in known_heads if not name_matches(name, saved)]
-    return replace(config, modules_to_save=(*saved, *new))
-
-
-def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
-    """Returns the modules_to_save of a model by name.
-
-    Raises:
-        ValueError: If a parameter of one cannot be trained.
-    """
-    saved: dict[str, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        # Also called for the file of an adapted model, which registers lotr_factors and the like:
-        # their children have numbers as names, which a name in modules_to_save may match.
-        is_of_adapter = any(part.startswith("lotr_") for part in name.split("."))
-        if is_of_adapter or not name_matches(name, config.modules_to_save):
-            continue
-        for inner_name, p in module.named_parameters():
-            is_plain = type(p) is nn.Parameter or is_dtensor(p)
-            if not is_plain or p.dtype.itemsize < 2:
-                raise ValueError(
-                    f"modules_to_save: expected parameters that can be trained, got "
-                    f"{name}.{inner_name}, quantized"
-                )
-        saved[name] = module
-    return saved
-
-
-def saved_in(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the modules_to_save of an adapted model, none for one that was built by hand."""
-    config = getattr(model, "lotr_config", None)
-    return {} if config is None else saved_modules(model, config)
-
-
 # ---- experts -------------------------------------------------------------------------------------
 
 
@@ -371,7 +434,7 @@ def _expert_targets(
 ) -> list[Target]:
     """Returns the parameters of experts that config adapts.
 
-    They are matched as in PEFT, by full dotted parts at the end of the name.
+    Their names are matched as in PEFT, by full dotted parts at the end.
     """
     targets = []
     for name, module in model.named_modules():
@@ -388,6 +451,7 @@ def _expert_targets(
                     f"{full_name!r}, {obstacle}"
                 )
             sizes = expert_sizes(module, parameter)[1:]
+            # Where `adapt_parameter` will put the adapter.
             layer_name = f"{full_name.removesuffix(parameter)}{CHILD}.{parameter}"
             group = group_of(layer_name, module, sizes, config.group_by)
             targets.append(Target((layer_name,), module, sizes, group, parameter))
@@ -395,68 +459,9 @@ def _expert_targets(
 
 
 def parameter_name(layer_name: str) -> str:
-    """Returns the name of the parameter that a layer of experts adapts."""
+    """Returns the name of the parameter that a layer of experts adapts, from the layer's name."""
     module, _, parameter = layer_name.rpartition(".")
     return f"{module.removesuffix(CHILD)}{parameter}"
-
-
-# ---- checks --------------------------------------------------------------------------------------
-
-
-def _check_model(model: nn.Module) -> None:
-    # DDP reduces the gradients of those parameters that the model had when it was wrapped.
-    # `_orig_mod` is torch.compile's.
-    if isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        raise TypeError(
-            f"model: expected the plain model, before it is wrapped or compiled, got "
-            f"{type(model).__name__}"
-        )
-    for name, module in model.named_modules():
-        class_name = type(module).__name__
-        # Adapting freezes the model, so another adapter would stop training without an error.
-        if isinstance(module, LoTRLayer):
-            raise RuntimeError(
-                f"model: expected one with no adapter, got a LoTR one at {name!r}. Call "
-                f"unload(model) first."
-            )
-        # FSDP shards what it finds when it wraps a module, and moves the weights.
-        if is_fsdp(module):
-            raise TypeError(
-                f"model: expected full tensors, got {name or class_name!r} sharded by FSDP. Call "
-                f"apply_lotr before it."
-            )
-        if isinstance(module, imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")):
-            raise RuntimeError(
-                f"model: expected one without PEFT's adapters, got {class_name} at {name!r}, which "
-                f"would be frozen. Merge it first (merge_and_unload), or use LoTR as a PEFT method "
-                f"(lotr_ext.peft)."
-            )
-
-
-def _check_patterns(model: nn.Module, config: LoTRConfig) -> None:
-    """Checks that each name of a configuration matches something."""
-    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    # The names among which a field's names must be.
-    names_for = {
-        "target_modules": modules,
-        "exclude_modules": modules,
-        "modules_to_save": modules,
-        "target_parameters": [name for name, _ in model.named_parameters()],
-    }
-    for field, names in names_for.items():
-        value = getattr(config, field)
-        if field == "target_modules" and config.everything:
-            continue
-        # A string is one pattern. Each ending of a list is a pattern by itself, so that a misspelt
-        # name among others is noticed.
-        patterns = [value] if isinstance(value, str) else [[ending] for ending in value or ()]
-        for pattern in patterns:
-            if not any(name_matches(name, pattern) for name in names):
-                raise ValueError(
-                    f"{field}: expected names in the model, got {pattern!r}, which matches none. A "
-                    f"list has name endings in full dotted parts, a string is a regular expression "
-                    f"for the full name, and experts are named in target_parameters."
-                )
 
 
 # ---- groups --------------------------------------------------------------------------------------

@@ -94,21 +94,23 @@ class TaskFormat:
 
     def metadata(self) -> dict[str, str]:
         """Returns the metadata of the file of such a task."""
-        # One number if all layers have it, as after `apply_lotr`.
-        is_one = len(set(self.scalings)) == 1
+        # One number if all layers have the same, as after `apply_lotr`.
+        has_one_scaling = len(set(self.scalings)) == 1
         return {
             "format": "lotr_task",
             "version": "1",
-            "scaling": repr(self.scalings[0]) if is_one else json.dumps(self.scalings),
+            "scaling": repr(self.scalings[0]) if has_one_scaling else json.dumps(self.scalings),
             "factors": checksum(self._factors()),
         }
 
     def _factors(self) -> list[tuple[str, Tensor]]:
         """Returns ("A" or "B", value) of each factor once, in the order of the groups' names.
 
-        So it is the same for a model, for its copy with layers in another order, and for a file.
+        The order of the layers does not matter: a model, its copy with layers in another order, and
+        its file have one checksum.
         """
-        factors: dict[int, tuple[str, str, Tensor]] = {}  # (owner, part, value) by id(value)
+        # (owner, part, value) by id(value), because layers share a factor as one object.
+        factors: dict[int, tuple[str, str, Tensor]] = {}
         for name, (A, B) in self.pairs.items():
             # Without the layer's module, which only a callable group_by would read.
             group = group_of(name, None, (len(A), len(B)), self.group_by)

@@ -5,8 +5,10 @@
 The tasks share A and B. A task is one core [r_in, r_out] per layer, and nothing else. A bank has
 one parameter [tasks, r_in, r_out] per layer, and a forward computes rows of any tasks together.
 
-    use_tasks -- a request -- for each layer its cores of all tasks, and the task of each row
-                              (`_LayerTasks`, read in the layer's forward)
+    use_tasks(model, index)       opens a request (core/request.py) with a `_Request`
+    the model's forward           notes which columns of the index it runs (`_before_forward`)
+    each adapted layer's forward  reads its cores of all tasks and the task of each row
+                                  (`_LayerTasks`)
 
 Not here: the file of a task (task_files.py), how a layer computes rows with different cores
 (core/nodes.py), and tasks in vLLM (vllm/).
@@ -19,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +34,10 @@ from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
 from .first_step import watch
 from .layers import LoTRLayer
-from .storage import put_tensors
+from .storage import FilePath, put_tensors
 from .task_files import TaskFormat
 
-Source = Mapping[str, Tensor] | str | PathLike[str]
+Source = Mapping[str, Tensor] | FilePath  # the cores of a task, or its file
 
 # One lock for all banks. A bank with a lock could not be copied or pickled.
 _change_lock = threading.RLock()
@@ -101,14 +102,15 @@ class TaskBank(Attachment):
         watch(model)
 
     def _add_hooks(self, model: nn.Module) -> None:
-        # Two adapters of experts have one host, which is called.
+        # A set, because two adapters of experts have one host, which is called.
         for module in {layer.called_module() for layer in self._layers.values()}:
             self._hooks.append(module.register_forward_pre_hook(_refuse_without_request))
         self._hooks += [
-            model.register_forward_pre_hook(
-                partial(_before_forward, self._hooks), with_kwargs=True
-            ),
+            model.register_forward_pre_hook(_before_forward, with_kwargs=True),
             model.register_forward_hook(_after_forward, always_call=True),
+            # With the list and not the bank, which the hook would keep alive. After the others,
+            # because torch calls a hook that was removed just before without its kwargs.
+            model.register_forward_pre_hook(partial(_remove_without_bank, self._hooks)),
         ]
 
     def on_detach(self) -> None:
@@ -117,7 +119,8 @@ class TaskBank(Attachment):
             hook.remove()
 
     def __del__(self) -> None:
-        # After `del model.lotr_tasks`. If something else refers to the bank: `_before_forward`.
+        # `del model.lotr_tasks` calls this, unless something else refers to the bank: then the
+        # next forward removes the hooks (`_remove_without_bank`).
         self.on_detach()
 
     def __len__(self) -> int:
@@ -180,7 +183,7 @@ class TaskBank(Attachment):
             f"{name}.core": cores.detach()[slot] for name, cores in zip(self._layers, self.cores)
         }
 
-    def save(self, task: int, path: str | PathLike[str]) -> None:
+    def save(self, task: int, path: FilePath) -> None:
         """Writes a task into a safetensors file, atomically.
 
         Raises:
@@ -227,13 +230,17 @@ class TaskBank(Attachment):
 
     def _format(self) -> TaskFormat:
         """Returns what a task of the adapter consists of, with the current values of A and B."""
-        pairs = [layer.factors for layer in self._layers.values()]
+        pairs = {name: layer.factors for name, layer in self._layers.items()}
+        factors = {factor for pair in pairs.values() for factor in (pair.A, pair.B)}
         # Each is read once, because a parametrized value is a new tensor each time.
-        values = {factor: factor.value for factor in {p.A for p in pairs} | {p.B for p in pairs}}
+        values = {factor: factor.value for factor in factors}
         return TaskFormat(
-            shapes={f"{n}.core": tuple(c.shape[1:]) for n, c in zip(self._layers, self.cores)},
+            shapes={
+                f"{name}.core": tuple(cores.shape[1:])
+                for name, cores in zip(self._layers, self.cores)
+            },
             scalings=tuple(float(layer.scaling) for layer in self._layers.values()),
-            pairs={name: (values[p.A], values[p.B]) for name, p in zip(self._layers, pairs)},
+            pairs={name: (values[pair.A], values[pair.B]) for name, pair in pairs.items()},
             group_by=self._group_by,
         )
 
@@ -288,11 +295,13 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
     has_experts = any(layer.num_experts for layer in layers.values())
     # Moved here, and not in each layer, where a copy to a GPU would wait.
     request = _Request(index.to(bank.cores[0].device), flat=flat or has_experts)
-    # For the hooks. A model that is one adapted layer has the layer's state instead.
-    states: dict[nn.Module, Any] = {model: request}
-    for layer, cores in zip(layers.values(), bank.cores, strict=True):
-        states[layer] = _LayerTasks(cores, request.index_of)
-    with open_request(states):
+    layer_states = {
+        layer: _LayerTasks(cores, request.index_of)
+        for layer, cores in zip(layers.values(), bank.cores, strict=True)
+    }
+    # `model: request` is for the hooks below. It comes first, because a model that is one adapted
+    # layer needs its state as a layer.
+    with open_request({model: request, **layer_states}):
         yield model
 
 
@@ -361,21 +370,14 @@ class _Request:
         Returns:
             [b], [b, tokens] or [m].
         """
-        # For every x, because a recomputation cannot tell whether it repeats a forward with a cache
-        # or one without.
-        if self.had_cache and self.after_cache is None and current_backward() >= 0:
-            raise RuntimeError(
-                "use_tasks: expected no cache of keys and values in a context whose forward is "
-                "recomputed by a checkpoint, got one. Pass an index of one task per row, or open "
-                "one context for the forward with a cache and another one for this forward."
-            )
-        index = self.index if self.after_cache is None else self.after_cache
-        index = index.to(x.device)  # copies only if the bank is on another device
+        self._refuse_recomputation()
+        columns = self.index if self.after_cache is None else self.after_cache
+        index = columns.to(x.device)  # copies only if the bank is on another device
         rows = len(index)
-        lead = x.shape[:-1]
-        is_flat = self.flat and len(lead) == 1
-        if is_flat and rows and len(x) % rows == 0:
-            lead = (rows, len(x) // rows)
+        is_flat = self.flat and x.dim() == 2
+        has_equal_rows = is_flat and rows > 0 and len(x) % rows == 0
+        # (rows, tokens, ..), also for a flat input, which has the tokens of all rows.
+        lead = (rows, len(x) // rows) if has_equal_rows else x.shape[:-1]
         if len(lead) < index.dim() or lead[0] != rows:
             raise ValueError(
                 f"x: expected a batch of {rows} rows of equal length, one for each row of the "
@@ -389,9 +391,22 @@ class _Request:
                 f"call of the model, got {lead[1]}. Pass an index [b] of one task per row. Steps "
                 f"after the index need a cache that the model's own forward gets."
             )
-        if is_flat:  # an entry is for one token, or for the tokens of a row
-            return index.flatten().repeat_interleave(len(x) // max(index.numel(), 1))
-        return index
+        if not is_flat:
+            return index
+        # An entry of the index is for one token, or for all tokens of its row.
+        return index.flatten().repeat_interleave(len(x) // max(index.numel(), 1))
+
+    def _refuse_recomputation(self) -> None:
+        """Refuses a checkpoint's recomputation in a context that had a forward with a cache.
+
+        It cannot tell whether it repeats that forward or one without a cache.
+        """
+        if self.had_cache and self.after_cache is None and current_backward() >= 0:
+            raise RuntimeError(
+                "use_tasks: expected no cache of keys and values in a context whose forward is "
+                "recomputed by a checkpoint, got one. Pass an index of one task per row, or open "
+                "one context for the forward with a cache and another one for this forward."
+            )
 
 
 class _LayerTasks(NamedTuple):
@@ -403,20 +418,32 @@ class _LayerTasks(NamedTuple):
 
 # ---- hooks on the model --------------------------------------------------------------------------
 
-# The names under which models receive a cache of keys and values.
-_CACHE_NAMES = ("past_key_values", "cache", "cache_params", "past_key_value", "layer_past", "mems")
 
+def _refuse_without_request(module: nn.Module, args: tuple) -> None:
+    """Refuses a checkpoint's recomputation outside the context: it would compute without tasks.
 
-def _before_forward(
-    hooks: list[RemovableHandle], model: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> None:
-    """Finds the columns of an index per token that a forward of the model runs.
-
-    After `del model.lotr_tasks`, it removes the hooks of the bank.
+    A hook on the modules that compute adapted layers.
     """
+    if torch.compiler.is_compiling() or current_backward() < 0:
+        return
+    # The layers of the module: itself, or the experts' adapters in a host.
+    if current_request().keys().isdisjoint(layers_in(module).values()):
+        raise RuntimeError(
+            "use_tasks: expected backward inside the context, because a checkpoint recomputes a "
+            "layer with its tasks, got one outside. To train the model's own adapter with "
+            "checkpoints, remove the bank first: del model.lotr_tasks."
+        )
+
+
+def _remove_without_bank(hooks: list[RemovableHandle], model: nn.Module, args: tuple) -> None:
+    """Removes the hooks of a bank that `del model.lotr_tasks` has removed."""
     if not hasattr(model, "lotr_tasks"):
         for hook in hooks:
             hook.remove()
+
+
+def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Notes which columns of an index per token a forward of the model runs."""
     request = state_of(model)
     if isinstance(request, _Request) and request.index.dim() == 2:
         request.after_cache = _columns_after_cache(request.index, model, args, kwargs)
@@ -429,6 +456,12 @@ def _after_forward(model: nn.Module, args: tuple, output: object) -> None:
     request = state_of(model)
     if isinstance(request, _Request):
         request.after_cache = None
+
+
+# ---- a cache of keys and values ------------------------------------------------------------------
+
+# The names under which models receive one.
+_CACHE_NAMES = ("past_key_values", "cache", "cache_params", "past_key_value", "layer_past", "mems")
 
 
 def _columns_after_cache(
@@ -459,33 +492,23 @@ def _columns_after_cache(
     tokens = arguments.get("inputs_embeds")
     if tokens is None:
         tokens = arguments.get("input_ids")
-    layers = getattr(caches[0], "layers", None)
-    lengths = [
-        int(layer.get_seq_length()) for layer in layers or () if hasattr(layer, "get_seq_length")
-    ]
-    # Several caches, no tokens, no list of layers, or layers of which none counts its tokens.
-    if len(caches) > 1 or tokens is None or layers is None or (layers and not lengths):
+    past = _tokens_in(caches[0])
+    if len(caches) > 1 or tokens is None or past is None:
         raise ValueError(
             f"index: expected shape [b] for a call with {len(caches)} "
             f"{type(caches[0]).__name__}, which does not tell how many tokens it holds, got an "
             f"index per token. Pass one transformers Cache with input_ids or inputs_embeds."
         )
-    # A layer with a state in place of keys and values holds no tokens, so the longest one counts.
-    past = max(lengths, default=0)
     columns = torch.arange(past, past + tokens.shape[1], device=index.device)
     return index[:, columns.clamp(max=index.shape[1] - 1)]
 
 
-def _refuse_without_request(module: nn.Module, args: tuple) -> None:
-    """Refuses a checkpoint's recomputation outside the context: it would compute without tasks.
-
-    A hook on the modules that compute adapted layers.
-    """
-    if torch.compiler.is_compiling() or current_backward() < 0:
-        return
-    if current_request().keys().isdisjoint(layers_in(module).values()):
-        raise RuntimeError(
-            "use_tasks: expected backward inside the context, because a checkpoint recomputes a "
-            "layer with its tasks, got one outside. To train the model's own adapter with "
-            "checkpoints, remove the bank first: del model.lotr_tasks."
-        )
+def _tokens_in(cache: object) -> int | None:
+    """Returns how many tokens a transformers Cache holds, None if it does not tell."""
+    layers = getattr(cache, "layers", None)
+    lengths = [
+        int(layer.get_seq_length()) for layer in layers or () if hasattr(layer, "get_seq_length")
+    ]
+    # A layer with a state in place of keys and values holds no tokens, so the longest one counts.
+    # A new cache has no layers yet. Layers of which none counts its tokens tell nothing.
+    return max(lengths, default=0 if layers == [] else None)

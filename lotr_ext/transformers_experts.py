@@ -6,11 +6,11 @@
             .down_proj             LoTRHostedExperts: core [e, r_in, r_out]
 
 transformers keeps the matrices of all experts in 3-D parameters. A class of experts describes their
-layout by attributes (`is_transposed`, `has_bias`, `has_gate`, `has_post_expert_norm`), and its
-forward calls the function that is registered under the name in its configuration. This file
-registers `_forward_of_host` for all classes. An adapted module gets a copy of its configuration
-with that name. Otherwise another choice for the model, or for decoding, would silently skip the
-adapter.
+layout by attributes (`is_transposed`, `has_bias`, `has_gate`, `has_post_expert_norm`). Its forward
+looks up a name of its configuration among registered functions, and calls that function. This file
+registers `_forward_of_host`, and an adapted module gets a copy of its configuration with our name.
+A copy, because the model's configuration may be given another name later, for decoding for example,
+and the adapter would then be skipped without an error.
 
 Not here: what an adapter of experts computes (experts.py), and which parameters are adapted
 (targets.py).
@@ -31,9 +31,6 @@ from .layers import check_plain, device_of
 CHILD = "lotr"  # the child of an experts module that holds the adapters, by parameter
 _IMPLEMENTATION = "lotr"  # the name of our forward in transformers' interface
 
-# Every class of experts that accepts another forward has these.
-_LAYOUT_ATTRIBUTES = ("is_transposed", "has_bias", "num_experts", "config")
-
 
 class AdaptedExperts(nn.ModuleDict):
     """The adapters of an experts module, by parameter.
@@ -52,6 +49,7 @@ class AdaptedExperts(nn.ModuleDict):
 
 
 def _register() -> None:
+    # Under a name that only the configurations of adapted modules have.
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _forward_of_host)
@@ -87,8 +85,10 @@ def expert_obstacle(module: nn.Module, parameter: str) -> str | None:
 
 def _accepts_forward(module: nn.Module) -> bool:
     """Whether the class of experts calls a registered function in its forward."""
+    # The decorator `use_experts_implementation` wraps the forward. `_forward_of_host` reads the
+    # attributes.
     return (
-        all(hasattr(module, name) for name in _LAYOUT_ATTRIBUTES)
+        all(hasattr(module, n) for n in ("is_transposed", "has_bias", "num_experts", "config"))
         and hasattr(type(module).forward, "__wrapped__")
         and hasattr(module.config, "_experts_implementation")
     )
@@ -118,8 +118,9 @@ def _weight_of(host: nn.Module, parameter: str) -> Tensor:
 class LoTRHostedExperts(LoTRExperts):
     """The adapter of one 3-D parameter of an experts module, its host.
 
-    Its only parameter is `core` [e, r_in, r_out]. The host keeps the weights under their names, and
-    passes them in its forward: sharded training has gathered them then. `apply_lotr` freezes them.
+    Its only parameter is `core` [e, r_in, r_out]. The host keeps the weights under their names.
+    `_forward_of_host` passes them to `routed` in each forward of the host, when a sharded training
+    has gathered them. `apply_lotr` freezes them.
     """
 
     def __init__(
@@ -130,11 +131,11 @@ class LoTRHostedExperts(LoTRExperts):
         scaling: float,
         dropout: float = 0.0,
     ):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not LoTRExperts', which allocates a weight
         set_unregistered(self, "host", host)  # which has this module as its child
         self.parameter = parameter
         self.num_experts, self.in_features, self.out_features = expert_sizes(host, parameter)
-        self._add_adapter(factors, scaling, dropout, device_of(host), (self.num_experts,))
+        self._add_adapter(factors, scaling, dropout, device_of(host), lead=(self.num_experts,))
         self.train(host.training)
 
     def called_module(self) -> nn.Module:
@@ -151,10 +152,10 @@ class LoTRHostedExperts(LoTRExperts):
 
     def to_base(self) -> nn.Module:
         """Removes this adapter from the host, and returns the host."""
-        self.give_start_back()
+        self.add_start_back()
         adapted = getattr(self.host, CHILD)
         del adapted[self.parameter]
-        # With its last adapter, the host is as it was.
+        # Without adapters, the host becomes as it was.
         if not adapted:
             self.host.config = adapted.config
             delattr(self.host, CHILD)
@@ -209,10 +210,11 @@ def _forward_of_host(
     tokens = order // top_k
 
     first = _first_projection(host)
-    routing = Routing(offs, reads=tokens, tokens=tokens)
-    y = _project(host, first, hidden_states, routing, hidden_states)
+    first_routing = Routing(offs, reads=tokens, tokens=tokens)
+    y = _project(host, first, hidden_states, first_routing, request_input=hidden_states)
     y = host._apply_gate(y) if first == "gate_up_proj" else host.act_fn(y)
-    y = _project(host, "down_proj", y, Routing(offs, tokens=tokens), hidden_states)
+    # y has a row per expert of each token. A request has only the tasks of the tokens.
+    y = _project(host, "down_proj", y, Routing(offs, tokens=tokens), request_input=hidden_states)
     if getattr(host, "has_post_expert_norm", False):
         y = host.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
@@ -225,15 +227,21 @@ def _forward_of_host(
 
 
 def _project(
-    host: nn.Module, parameter: str, x: Tensor, routing: Routing, hidden_states: Tensor
+    host: nn.Module, parameter: str, x: Tensor, routing: Routing, *, request_input: Tensor
 ) -> Tensor:
-    """Computes one projection of the rows, with its adapter if it has one."""
+    """Computes one projection of the rows, with its adapter if it has one.
+
+    Args:
+        host: The experts module.
+        parameter: The name of the projection's weight.
+        x: As for `LoTRExperts.routed`, as are routing and request_input.
+    """
     weight = _weight_of(host, parameter)
     bias = getattr(host, f"{parameter}_bias") if host.has_bias else None
     if dispatch.autocast_dtype(x) is None:
         x = x.to(weight.dtype)  # as transformers' own grouped products do
     layer = getattr(host, CHILD)._modules.get(parameter)
-    # Only one of the two parameters may be adapted.
+    # A host may have an adapter for only one of its two projections.
     if layer is None:
         return grouped.linear(x, weight, bias, routing.offs, routing.reads)
-    return layer.routed(x, weight, bias, routing, request_input=hidden_states)
+    return layer.routed(x, weight, bias, routing, request_input)

@@ -2,7 +2,7 @@
 
     y = base_layer(x) + s ((drop(x) A) G) B^T
 
-Also `adapt`, which chooses the class of an adapted layer, and how W of a quantized module is read.
+Also `adapt`, which chooses the class that fits a module, and functions that read W of a base.
 
 Not here: layers that compute x W^T themselves (layers.py), and merging of models (merging.py).
 """
@@ -25,107 +25,6 @@ from .layers import (
     plus,
 )
 
-# ---- the weight of a base ------------------------------------------------------------------------
-
-
-def has_plain_weight(module: nn.Module) -> bool:
-    """Whether products may read module.weight: a floating tensor of values, not one-byte codes."""
-    weight = getattr(module, "weight", None)
-    return (
-        type(weight) in (Tensor, nn.Parameter)
-        and weight.is_floating_point()
-        and weight.dtype.itemsize > 1
-    )
-
-
-def _dequantized(module: nn.Module) -> Tensor | None:
-    """Returns W [out_features, in_features] of a quantized module.
-
-    The quantizer computes it: dequantize() of a tensor subclass (torchao, optimum-quanto) or of the
-    module (HQQ and others), and bitsandbytes' functions for Linear4bit and Linear8bitLt. Returns
-    None if there is no such function.
-    """
-    weight = getattr(module, "weight", None)
-    weight_type = type(weight).__name__
-    if weight_type == "Params4bit" and weight.quant_state is not None:
-        return _dequantized_4bit(module)
-    if weight_type == "Int8Params":
-        return _dequantized_8bit(module)
-    is_subclass = isinstance(weight, Tensor) and not has_plain_weight(module)
-    if is_subclass and type(weight).dequantize is not Tensor.dequantize:
-        return weight.dequantize()
-    method = getattr(module, "dequantize", None)
-    return method() if callable(method) else None
-
-
-def _dequantized_4bit(module: nn.Module) -> Tensor:
-    from bitsandbytes.functional import dequantize_4bit
-
-    if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-        # An evaluation on the CPU has packed the codes. This restores their order.
-        module.state_dict()
-    return dequantize_4bit(module.weight.data, module.weight.quant_state)
-
-
-def _dequantized_8bit(module: nn.Module) -> Tensor | None:
-    from bitsandbytes.functional import int8_vectorwise_dequant
-
-    weight = module.weight
-    # The first forward moves the scales from the weight to the module's state.
-    scales = weight.SCB if weight.SCB is not None else module.state.SCB
-    return None if scales is None else int8_vectorwise_dequant(weight.data, scales)
-
-
-def matrix_of(base: nn.Module) -> Tensor:
-    """Returns W [n, k] of a base with a plain weight: the parameter, or its transposed view.
-
-    Raises:
-        TypeError: If the base is another module.
-    """
-    if not has_plain_weight(base) or not (isinstance(base, nn.Linear) or is_conv1d(base)):
-        raise TypeError(
-            f"merge: expected a base with a plain weight (nn.Linear, Conv1D), got "
-            f"{type(base).__name__}. Pass dequantize=True to put a plain nn.Linear in the place of "
-            f"a quantized base, or use the model without merging."
-        )
-    return base.weight.t() if is_conv1d(base) else base.weight
-
-
-@torch.no_grad()
-def mergeable_weight(base: nn.Module) -> Tensor:
-    """Returns W [n, k] of a base, which may be written, if the base returns x W^T + bias.
-
-    A base that has hooks, or is not exactly nn.Linear, is called on two rows of random numbers.
-
-    Raises:
-        TypeError: If the base is another module, or its weight cannot be written.
-    """
-    weight = matrix_of(base)
-    check_plain(base, "merge")
-    if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks:
-        return weight
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
-    y = base(x)
-    expected = nn.functional.linear(x, weight, base.bias)
-    # Two products of one matrix may round differently, for example one that a hook has split.
-    bound = max(1e-4, 4 * torch.finfo(weight.dtype).eps) * expected.abs().max().item()
-    is_same = (
-        isinstance(y, Tensor)
-        and y.shape == expected.shape
-        and torch.allclose(y.double(), expected.double(), rtol=0, atol=bound, equal_nan=True)
-    )
-    if not is_same:
-        raise TypeError(
-            f"merge: expected a base that returns x W^T + bias, got {type(base).__name__}, which "
-            f"returns something else because of its forward or a hook. Use the model without "
-            f"merging, or in eval mode if the base has dropout."
-        )
-    return weight
-
-
-# ---- the layer -----------------------------------------------------------------------------------
-
 
 class LoTRWrapped(LoTRLayer):
     """Any module with in_features and out_features, adapted: y = base_layer(x) + adapter(x).
@@ -136,10 +35,11 @@ class LoTRWrapped(LoTRLayer):
     state_dict: the base's keys under `base_layer.`, and `core`.
 
     Attributes:
-        base_layer: The wrapped module, or the plain nn.Linear that replaces it while it is merged.
-        replaced: Whether a plain nn.Linear is in the place of a quantized base.
-        quantized_base: The base that is replaced, None if there is none or no backup was kept. It
-            is not registered, so state_dict does not contain it.
+        base_layer: The wrapped module. While a quantized one is merged, the plain nn.Linear that
+            replaces it.
+        replaced: Whether `base_layer` is such a replacement.
+        quantized_base: The module that is replaced, for `unmerge`. None if `replaced` is False, or
+            if no backup was kept. It is not registered, so state_dict does not contain it.
     """
 
     replaced = False
@@ -210,11 +110,16 @@ class LoTRWrapped(LoTRLayer):
                 quantized base without dequantize, because rounding would remove the adapter, and
                 for a base that returns something else than x W^T + bias.
         """
-        # A layer that is merged already has a plain weight, and is refused there.
+        # A replaced base is plain as well. LoTRLayer.merge then raises, because it is merged.
         if dequantize is False or has_plain_weight(self.base_layer):
             mergeable_weight(self.base_layer)
             super().merge(safe, keep_backup)
-            return
+        else:
+            self._merge_into_new_linear(safe, keep_backup, dequantize)
+
+    def _merge_into_new_linear(
+        self, safe: bool, keep_backup: bool, dequantize: bool | torch.dtype
+    ) -> None:
         dense = self.dense_weight()
         bias = self.bias
         if isinstance(dequantize, torch.dtype):
@@ -226,7 +131,7 @@ class LoTRWrapped(LoTRLayer):
         if safe:
             check_finite(merged)
         replacement = linear_of(merged, bias, self.training)
-        # All that can fail is done. From here on the layer changes.
+        # Nothing after this line can fail, so the layer changes completely or not at all.
         set_unregistered(self, "quantized_base", self.base_layer if keep_backup else None)
         self.base_layer = replacement
         self.merged = True
@@ -259,7 +164,7 @@ class LoTRWrapped(LoTRLayer):
 
     def to_base(self) -> nn.Module:
         """Returns the wrapped module, or the plain nn.Linear that replaces it."""
-        self.give_start_back()
+        self.add_start_back()
         return self.base_layer
 
 
@@ -311,3 +216,102 @@ def adapt(
     return layer_class(module).from_linear(
         module, factors, alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout
     )
+
+
+# ---- the weight of a base ------------------------------------------------------------------------
+
+
+def has_plain_weight(module: nn.Module) -> bool:
+    """Whether products may read module.weight: a floating tensor of values, not one-byte codes."""
+    weight = getattr(module, "weight", None)
+    return (
+        type(weight) in (Tensor, nn.Parameter)
+        and weight.is_floating_point()
+        and weight.dtype.itemsize > 1
+    )
+
+
+def _dequantized(module: nn.Module) -> Tensor | None:
+    """Returns W [out_features, in_features] of a quantized module, computed by its quantizer.
+
+    bitsandbytes has functions for it. Others have a method dequantize(), of the weight if it is a
+    tensor subclass (torchao, optimum-quanto) or of the module (HQQ). Returns None if there is none.
+    """
+    weight = getattr(module, "weight", None)
+    weight_type = type(weight).__name__
+    if weight_type == "Params4bit" and weight.quant_state is not None:
+        return _dequantized_4bit(module)
+    if weight_type == "Int8Params":
+        return _dequantized_8bit(module)
+    is_subclass = isinstance(weight, Tensor) and not has_plain_weight(module)
+    if is_subclass and type(weight).dequantize is not Tensor.dequantize:
+        return weight.dequantize()
+    method = getattr(module, "dequantize", None)
+    return method() if callable(method) else None
+
+
+def _dequantized_4bit(module: nn.Module) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+        # An evaluation on the CPU has packed the codes. A call of state_dict restores their order.
+        module.state_dict()
+    return dequantize_4bit(module.weight.data, module.weight.quant_state)
+
+
+def _dequantized_8bit(module: nn.Module) -> Tensor | None:
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    weight = module.weight
+    # The first forward moves the scales from the weight to the module's state.
+    scales = weight.SCB if weight.SCB is not None else module.state.SCB
+    return None if scales is None else int8_vectorwise_dequant(weight.data, scales)
+
+
+def matrix_of(base: nn.Module) -> Tensor:
+    """Returns W [n, k] of a base with a plain weight: the parameter, or its transposed view.
+
+    Raises:
+        TypeError: If the base is another module.
+    """
+    if not has_plain_weight(base) or not (isinstance(base, nn.Linear) or is_conv1d(base)):
+        raise TypeError(
+            f"merge: expected a base with a plain weight (nn.Linear, Conv1D), got "
+            f"{type(base).__name__}. Pass dequantize=True to put a plain nn.Linear in the place of "
+            f"a quantized base, or use the model without merging."
+        )
+    return base.weight.t() if is_conv1d(base) else base.weight
+
+
+@torch.no_grad()
+def mergeable_weight(base: nn.Module) -> Tensor:
+    """Returns W [n, k] of a base if an adapter can be merged into it.
+
+    The base must return x W^T + bias. One that has hooks, or is not exactly nn.Linear, is called on
+    two rows of random numbers to check that.
+
+    Raises:
+        TypeError: If the base returns something else, or its weight is not plain.
+    """
+    weight = matrix_of(base)
+    check_plain(base, "merge")
+    if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks:
+        return weight
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    y = base(x)
+    expected = nn.functional.linear(x, weight, base.bias)
+    # Two products of one matrix may round differently, for example one that a hook has split.
+    bound = max(1e-4, 4 * torch.finfo(weight.dtype).eps) * expected.abs().max().item()
+    is_same = (
+        isinstance(y, Tensor)
+        and y.shape == expected.shape
+        and torch.allclose(y.double(), expected.double(), rtol=0, atol=bound, equal_nan=True)
+    )
+    if not is_same:
+        raise TypeError(
+            f"merge: expected a base that returns x W^T + bias, got {type(base).__name__}, which "
+            f"returns something else because of its forward or a hook. Use the model without "
+            f"merging, or in eval mode if the base has dropout."
+        )
+    return weight

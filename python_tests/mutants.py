@@ -29,7 +29,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import hypothesis.stateful  # noqa: F401  (imported before the forks)
+# Slow imports come before the forks, which then have them.
+import hypothesis.stateful  # noqa: F401
 import pytest
 import torch
 import torch._dynamo
@@ -41,11 +42,12 @@ ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ROOT / "python_tests" / "data" / "mutants"
 COPIED = ("lotr_ext", "python_tests", "csrc")
 COPIED_FILES = ("pyproject.toml", "CMakeLists.txt", "setup.py", "README.md", "LICENSE")
-TIME_LIMIT = 1200  # seconds of one file of tests
-# Tests that start the suite again, and one of many minutes.
+TIME_LIMIT = 1200  # seconds for one file of tests
+# Tests that start the suite again (instruction, libraries), and one that takes many minutes.
 DESELECTED = "not instruction and not libraries and not ManyPrograms"
 
-# The tests of a file, in the order in which they run. The first prefix that matches counts.
+# The tests of a file, test_<name>.py, in the order in which they run. The first prefix that matches
+# counts.
 TESTS = {
     "lotr_ext/core/call.py": ("experts", "operators"),
     "lotr_ext/core/dispatch.py": ("layers", "programs", "tasks", "compile", "frames", "experts"),
@@ -75,7 +77,8 @@ TESTS = {
     "lotr_ext/tasks.py": ("tasks", "models", "bad_input"),
     "lotr_ext/experts.py": ("experts", "bad_input", "models", "convert"),
     "lotr_ext/transformers_experts.py": ("experts", "tasks", "models", "targets", "bad_input"),
-    "lotr_ext/files.py": ("files", "models", "bad_input", "peft", "distributed"),
+    "lotr_ext/saving.py": ("files", "models", "bad_input", "distributed"),
+    "lotr_ext/loading.py": ("files", "models", "bad_input", "peft", "distributed"),
     "lotr_ext/adapter_state.py": ("files", "bad_input"),
     "lotr_ext/base_model.py": ("files",),
     "lotr_ext/peft": ("peft", "tasks"),
@@ -122,7 +125,10 @@ def stale_reason(mutant: Mutant, root: Path) -> str | None:
 
 
 def run(mutant: Mutant, folder: Path) -> str:
-    """Returns which test catches a fault, or "SURVIVES", or "STALE" and a reason."""
+    """Writes a fault into the copy and runs its tests. Returns the outcome.
+
+    That is which test catches it, "SURVIVES", or "STALE" and a reason.
+    """
     reason = stale_reason(mutant, folder)
     if reason is not None:
         return f"STALE: {reason}"
@@ -153,7 +159,9 @@ def build(folder: Path) -> bool:
 
 
 def first_failure(folder: Path, tests: str) -> str | None:
-    """Runs a file of tests until one fails, in a fork, because torch is then imported only once.
+    """Runs a file of tests until one fails.
+
+    It runs in a fork of this process, which has imported torch, but no module of the copy.
 
     Returns:
         The name of the test that failed, None if all passed.
@@ -166,8 +174,8 @@ def first_failure(folder: Path, tests: str) -> str | None:
     if process.is_alive():
         process.kill()
         return f"{tests}, which hangs"
-    all_passed_or_none_selected = (0, 5)
-    if process.exitcode in all_passed_or_none_selected:
+    # A file of only slow or deselected tests has none that fail.
+    if process.exitcode in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         return None
     name_of_failure = r"^(?:FAILED|ERROR) (?:python_tests/)?(.*?)(?: - |$)"
     failure = re.search(name_of_failure, output.read_text(), re.M)
@@ -175,7 +183,7 @@ def first_failure(folder: Path, tests: str) -> str | None:
 
 
 def run_tests(folder: Path, tests: str, output: Path) -> None:
-    """Runs a file of tests in this process, the child of a fork, and ends it."""
+    """Runs a file of tests in this process, which is the fork, and ends the process."""
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -218,6 +226,7 @@ def run_all(mutants: list[Mutant], seconds: float) -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
     torch.set_num_threads(1)
+    # The copy is imported, not this repository.
     repository_folders = (ROOT, ROOT / "python_tests")
     sys.path[:] = [path for path in sys.path if Path(path).resolve() not in repository_folders]
     outcomes = []

@@ -40,7 +40,7 @@ def program_of(name: str) -> Program:
 
 
 def words_of(name: str, folder: Path, *more: str) -> list[str]:
-    """Returns the command line of a program in its small size, with results in a folder."""
+    """Returns the command line of a small run of a program, with results in a folder."""
     usual = ["--device", "cpu", "--rounds", "3", "--clock", "wall", "--results", str(folder)]
     return [*SMALL[name].split(), *usual, *more]
 
@@ -88,7 +88,7 @@ def test_require_kernels_refuses_the_fallback(
 ) -> None:
     for module in ("kernel_support", "dispatch"):
         monkeypatch.setattr(f"lotr_ext.core.{module}.kernel_obstacle", lambda *_: "they are asleep")
-    # Rank 7, because dispatch keeps the answer for each rank.
+    # At rank 7, which no other test uses, because dispatch keeps its answer for each rank.
     assert run("layer", tmp_path, "--require-kernels", "--shapes", "32x48x40x7") == 1
     assert "they are asleep" in capsys.readouterr().err
     assert rows_in(tmp_path, "layer") == []
@@ -113,7 +113,7 @@ def test_bad_option_is_refused(
     assert message in capsys.readouterr().err
 
 
-# LoTR in plain torch, with the names that bench.layer calls, without lotr_ext.core.
+# An older lotr_ext: LoTR in plain torch, with the names that bench.layer uses and no more.
 OLD_PACKAGE = """
 import sys
 
@@ -179,16 +179,21 @@ def test_rival_with_wrong_numbers_loses_only_its_column(
     assert "lora-beta" not in measured and {"frozen", "lora-eager", "lotr_ext"} <= measured
 
 
-# Where the rival "faulty" raises, and which rivals of its case then have too few rounds.
+# Where the rival "faulty" raises, and which rivals of its case then lack rounds. An error while a
+# rival is made loses only this rival, an error in a round ends the case.
 FAULTS = {"make": {"faulty"}, "first run": {"faulty"}, "third round": {"faulty", "frozen"}}
 
 
 def run_faulty(fault: str, message: str, folder: Path, *more: str) -> int:
-    """Runs a program of three cases. In the second one a rival raises at the place `fault`."""
+    """Runs a program of three cases, r = 1, 2, 3, with two rivals, "frozen" and "faulty".
+
+    In the second case "faulty" raises at the place `fault`, one of FAULTS, with a message between
+    two other lines. Returns the exit status.
+    """
     error = RuntimeError(f"first line of many\n{message}\nCompile with TORCH_USE_CUDA_DSA")
     raises = mock.Mock(side_effect=error)
-    # Two rounds of four calls succeed.
-    raises_in_third_round = mock.Mock(side_effect=chain(repeat(None, 2 * 4), repeat(error)))
+    # A step is called three times before the first round, and twice in each round.
+    raises_in_third_round = mock.Mock(side_effect=chain(repeat(None, 3 + 2 * 2), repeat(error)))
     faulty_makers = {
         "make": raises,
         "first run": lambda: Step({"step": raises}),
@@ -208,7 +213,7 @@ def run_faulty(fault: str, message: str, folder: Path, *more: str) -> int:
         rivals=["frozen", "faulty"],
         build=build,
         title_format="r {r}",
-        key=("r",),
+        dimensions=("r",),
         shapes={"cpu": "1,2,3"},
     )
     words = ["--device", "cpu", "--dtypes", "fp32", "--rounds", "4", "--results", str(folder)]
@@ -224,7 +229,7 @@ def test_what_was_measured_is_in_the_file(
     all_rivals = {(r, rival) for r in (1, 2, 3) for rival in ("frozen", "faulty")}
     complete = {(row["r"], row["rival"]) for row in rows if row["rounds"] == 4}
     assert complete == all_rivals - {(2, rival) for rival in FAULTS[fault]}
-    # Its case has rows, of the two rounds before.
+    # A case that a round has ended keeps the rows of the two rounds before.
     assert (len(rows) > len(complete)) == (fault == "third round")
     assert "r 2" in capsys.readouterr().err
 
@@ -253,7 +258,7 @@ def test_killed_program_keeps_the_rounds_that_it_measured(tmp_path: Path) -> Non
     assert {row["rival"] for row in rows_in(tmp_path, "layer")} == {"frozen", "lotr_ext"}
 
 
-# ---- recorded ------------------------------------------------------------------------------------
+# ---- packages and recorded runs ------------------------------------------------------------------
 
 
 def test_programs_find_the_installed_package(tmp_path: Path) -> None:
@@ -275,6 +280,7 @@ def test_accuracy_continues_from_recorded_runs(
     words = f"--quick --steps 12 --methods base,lotr:2,lora:1 --jobs 1 --results {path}".split()
     assert accuracy.main(words) == 0
     recorded = accuracy.runs_in(path)
+    # One run of the base, which has no seeds, and two variants with three seeds.
     assert len(recorded) == 7 and recorded["loss"].notna().all()
     assert recorded["seed"].nunique() == 3
     accuracy.write(path, recorded.iloc[:-1])

@@ -33,21 +33,27 @@ def test_wrong_form_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fold_with_an_error(case):
         for what, result, *rest in fold(case):
-            result.view(-1)[3] += 0.5
+            result.view(-1)[3] += 0.5  # one number
             yield what, result, *rest
 
     monkeypatch.setitem(table, "fold", fold_with_an_error)
     assert smoke.outcome_of("fold", "bf16", "cpu", 1).startswith("wrong: fold")
 
 
-# What a process does for the second of three forms, and the outcome that is printed.
+# What a process does for the second of three forms, and the outcome that is reported.
+HANG = """
+from bench import smoke
+
+def outcome_of(form, dtype, device, shapes, before):
+    before("3 x 4")
+    time.sleep(100)
+
+smoke.WATCHDOG_S = 0.1
+smoke.outcome_of = outcome_of
+smoke.child([("fold", "bf16")], "cpu", None)
+"""
 FAULTY_FORMS = {
-    "hang": (
-        "from bench import smoke; smoke.WATCHDOG_S = 0.1; "
-        "smoke.outcome_of = lambda *words: (words[-1]('3 x 4'), time.sleep(100)); "
-        "smoke.child([('fold', 'bf16')], 'cpu', None)",
-        "hung: 3 x 4",
-    ),
+    "hang": (HANG, "hung: 3 x 4"),
     "crash": (
         "print('noise\\n@shape 3 x 4', flush=True); os.kill(os.getpid(), 11)",
         "crashed: SIGSEGV, 3 x 4: noise",
@@ -62,10 +68,11 @@ FAULTY_FORMS = {
 
 @pytest.mark.parametrize(("program", "outcome"), FAULTY_FORMS.values(), ids=FAULTY_FORMS)
 def test_form_that_fails_keeps_the_others(program: str, outcome: str) -> None:
-    """The first and the third form pass, the third perhaps in another process."""
+    """The forms before and after it pass, even if its process has ended."""
     jobs = [("shrink", "bf16"), ("fold", "bf16"), ("shrink", "fp16")]
 
     def command(jobs: list[smoke.Job]) -> list[str]:
+        # A process that passes each job, except for fold.
         passed = "print('@outcome passed', flush=True)"
         lines = [program if form == "fold" else passed for form, _ in jobs]
         return [sys.executable, "-c", "\n".join(["import os, sys, time", *lines])]
@@ -140,10 +147,10 @@ def test_part_that_hangs_is_stopped_and_counts_as_a_failure(tmp_path: Path) -> N
     assert "--parts hangs" in (tmp_path / "out" / "summary.md").read_text()
 
 
-def test_benchmark_that_crashes_continues_with_the_next_case(tmp_path: Path) -> None:
-    code = """
+# A benchmark of five cases. The second one crashes, the fourth one loses the GPU.
+CRASHES = """
 import os, signal, sys
-first = int(sys.argv[2]) if len(sys.argv) > 1 else 1
+first = int(sys.argv[2]) if len(sys.argv) > 1 else 1  # --from N
 for case in range(first, 6):
     print(f"[{case}/5] a case", flush=True)
     if case == 2:
@@ -152,8 +159,11 @@ for case in range(first, 6):
         sys.exit(3)
     print(f"measured {case}", flush=True)
 """
+
+
+def test_benchmark_that_crashes_continues_with_the_next_case(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    part = python_part("bench", code, restarts=True)
+    part = python_part("bench", CRASHES, restarts=True)
     assert gpu.run(part, log, 60) == "failed, crashed in case 2, 4"
     measured = [line for line in log.read_text().splitlines() if line.startswith("measured")]
     assert measured == ["measured 1", "measured 3", "measured 5"]

@@ -36,7 +36,7 @@ def page_name(page: Path) -> str:
 def blocks(page: Path, language: str) -> list[str]:
     """Returns the fenced blocks of a page in one language.
 
-    The model of the Hub that they name is the one that examples/data.py has downloaded.
+    In them, the copy that examples/data.py has downloaded stands for the model of the Hub.
     """
     text = page.read_text(encoding="utf-8")
     text = text.replace('"sentence-transformers/all-MiniLM-L6-v2"', '"data/all-minilm-l6-v2"')
@@ -118,7 +118,11 @@ def commands() -> list[str]:
 
 
 def program_of(words: list[str]) -> tuple[list[str], list[str]]:
-    """Splits a command into the program that Python runs and its arguments."""
+    """Splits a command into the program that Python runs and its arguments.
+
+    ["python", "-m", "bench.layer", "--quick"] gives (["-m", "bench.layer"], ["--quick"]). The
+    program is empty for a target of make without one.
+    """
     if words[0] == "make":
         subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], check=True, capture_output=True)
         arguments = [word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")]
@@ -139,6 +143,7 @@ def test_every_command_exists(command: str) -> None:
         assert importlib.import_module("lotr_ext.convert.__main__").parser().parse_args(words[3:])
         return
     program, arguments = program_of(words)
+    # The help of a program has all its flags. A command without flags only needs its program.
     flags = [word.split("=")[0] for word in arguments if word.startswith("-")]
     if flags:
         text = run_python(*program, "--help", cwd=ROOT).stdout

@@ -39,6 +39,7 @@ def test_the_wheel_serves_every_python_and_contains_only_the_package(wheel: Path
     assert "Requires-Dist: torch>=2.10" in metadata
 
 
+# The names in site-packages of what the wheel requires, and of what these packages require.
 REQUIRED = (
     "torch torchgen numpy numpy.libs safetensors sympy mpmath networkx jinja2 markupsafe filelock "
     "fsspec functorch typing_extensions.py"
@@ -66,6 +67,9 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
 
 
 # ---- messages ------------------------------------------------------------------------------------
+
+# Each patch makes a package look missing or old: u is importlib.util, m is importlib.metadata, find
+# and version are their functions.
 
 
 @pytest.mark.parametrize(

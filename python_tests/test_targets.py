@@ -185,6 +185,12 @@ CHOICES = [
     ),
     Choice("mixture", {"target_parameters": ["down_proj"]}, DOWN_EXPERTS),
     Choice(
+        "mixture",
+        {"target_modules": "all-linear", "target_parameters": ["down_proj"]},
+        in_both("model.layers", [*LLAMA_ATTENTION, "mlp.experts.lotr.down_proj"]),
+        left_out={"lm_head": "the output layer"},
+    ),
+    Choice(
         inner_bert,
         {},
         [*in_both("inner.bert.encoder.layer", BERT_LAYERS), "inner.bert.pooler.dense"],

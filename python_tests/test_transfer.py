@@ -22,9 +22,12 @@ def projection(columns: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("group_by", "members"), [("layer", 1), ("block", 2), ("shape", 4)])
 def test_a_pair_spans_the_leading_directions_of_its_group(group_by: str, members: int) -> None:
-    """The pair of the first layer, from matrices of three donors and four layers."""
+    """The pair of the first layer holds as much of its group's matrices as an exact SVD's.
+
+    There are matrices of three donors and four layers, two of each block.
+    """
     names = [f"layers.{i}.{kind}_proj" for i in (0, 1) for kind in "qk"]
-    decay = 0.5 ** torch.arange(12.0)
+    decay = 0.5 ** torch.arange(12.0)  # so that a few directions lead
     matrices = torch.randn(3, 4, 20, 12) * decay @ torch.randn(3, 4, 12, 12)
     pairs = donors.leading_pairs([dict(zip(names, m)) for m in matrices], group_by, 4)
     assert len({id(A) for A, _ in pairs.values()}) == len(names) // members
@@ -85,7 +88,7 @@ class Counting(PlainText):
 
 
 def spans_the_changes(pairs: donors.Pairs) -> None:
-    """Checks that the pair of each layer has all directions of the LoRAs' changes."""
+    """Checks that the pair of each layer spans the changes of all LoRAs."""
     for name, (A, B) in pairs.items():
         for donor in donors.DONORS:
             tensors = load_file(donors.CACHE / "loras" / donor / "adapter_model.safetensors")
@@ -106,6 +109,7 @@ def differ_from_their_start(pairs: donors.Pairs) -> None:
 def test_pairs_that_the_donors_train(
     source: str, check: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The LoRAs of three donors at rank 1: a pair of rank 3 can hold all of their changes.
     small = {"CACHE": tmp_path, "DONORS": donors.DONORS[:3], "LORA_RANK": 1, "problem": Counting}
     for name, value in small.items():
         monkeypatch.setattr(donors, name, value)
@@ -121,6 +125,7 @@ def test_the_search_continues_from_what_is_recorded(tmp_path: Path) -> None:
     parser = common.parser_of("transfer", "", transfer.OPTIONS)
     options = parser.parse_args([*words.split(), "--results", str(tmp_path / "r.jsonl")])
     finished = []
+    # As `complete` does, with one run at a time. 2e-3 is the best rate.
     while runs := transfer.next_runs(transfer.runs_in(options.results, transfer.COLUMNS), options):
         run = runs[0]
         finished.append((run.lr, run.seed))

@@ -15,7 +15,7 @@ from lotr_ext import TaskBank, vllm
 from lotr_ext.adapted import adapted_layers
 from lotr_ext.adapter_state import AdapterState
 from lotr_ext.convert import export_lora
-from lotr_ext.files import adapter_of
+from lotr_ext.saving import adapter_of
 from lotr_ext.storage import tensors_in
 
 FILE_NAME = "lotr_task.safetensors"

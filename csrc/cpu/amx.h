@@ -256,8 +256,8 @@ inline void pair_tiles(typename K::Unit* to, const uint16_t* x, int64_t row_stri
 // S[r][32] (+)= v^T x for 32 columns of a tile of x, as outer_columns (outer.h). turned: v;
 // x_units: room for the units of these columns. prefetch: also the columns to the right.
 template <typename K>
-inline void outer_in_tiles(const Sums<K>& S, const Rectangle& x, const typename K::Unit* turned,
-                           int64_t r, typename K::Unit* x_units, bool prefetch) {
+inline void outer_in_tiles(Sums<K> S, const Rectangle& x, const typename K::Unit* turned, int64_t r,
+                           typename K::Unit* x_units, bool prefetch) {
   constexpr int64_t kTile = kSide * kSide;
   const int64_t row = x.a.row_stride;
   const int64_t steps = ceil_div(x.rows, K::kPair * kSide);
@@ -284,7 +284,8 @@ inline void outer_in_tiles(const Sums<K>& S, const Rectangle& x, const typename 
       multiply_tiles<RA, 2>(a, b, steps);
     }
     store_tiles<RA, 2>(sums, 2 * kSide);
-    for (int64_t j = 0; j < smaller(RA * kSide, r - v * kSide); ++j) {
+    const int64_t n = smaller(RA * kSide, r - v * kSide);
+    for (int64_t j = 0; j < n; ++j) {
       float* to = S.data + (v * kSide + j) * S.ld;
       for (int64_t c = 0; c < 2 * kSide; c += K::kLanes) {
         const auto sum = load(sums + j * 2 * kSide + c);

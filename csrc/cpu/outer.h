@@ -36,8 +36,8 @@ struct RowPairs {
 // units in `x_units`, and the others read them there: rows of x that are a power of two apart share
 // the same few places of L1 and would not stay in it. The last block prefetches the next tile.
 template <typename K, int MR, bool kFirst, bool kLast>
-inline void outer_block(const Sums<K>& S, const RowPairs& x, typename K::Unit* x_units,
-                        const typename K::Unit* v, int64_t ldv, int64_t n, Ahead& ahead) {
+inline void outer_block(Sums<K> S, RowPairs x, typename K::Unit* x_units, const typename K::Unit* v,
+                        int64_t ldv, int64_t n, Ahead& ahead) {
   typename K::Vec acc[MR][2] = {};
   Piece piece;
   if constexpr (kLast) piece = ahead.take();

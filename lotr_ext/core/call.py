@@ -32,6 +32,7 @@ class RowChoice(NamedTuple):
     def of_index(index: Tensor, x: Tensor) -> "RowChoice":
         """Returns the choice of an index [b], [b, tokens] or [rows] for the rows of x [.., k]."""
         lead = x.shape[:-1]
+        # Dimensions of x that the index lacks repeat it.
         ones = (1,) * (len(lead) - index.dim())
         return RowChoice(index.view(*index.shape, *ones).expand(lead).reshape(-1))
 

@@ -32,10 +32,14 @@ from .strategy import choose_strategy
 # Part of the key of compiled code that torch keeps on disk. Change it with nodes.py and this file.
 VERSION = "lotr 8"
 
-# A pass over x costs x.numel() (r_in + READ_COST) multiplications. Below LITTLE_WORK of them, a
-# layer computes u itself. The time over the frozen model is 12.1 % if each layer computes u, and
-# 15.4 % if layers share it, at 256 tokens. At 1,024 it is 8.4 and 7.1 % (python -m bench.model
-# --model smollm2 --sequence 256).
+# Layers on one x may share u = x A, but a shared node costs host time. To compute u again costs a
+# pass over x: x.numel() (r_in + READ_COST) multiplications. Below LITTLE_WORK of them, each layer
+# computes u itself. How much longer a step of an adapted model takes than one of the frozen model
+# (python -m bench.model --models smollm2-135m --sequence 256):
+#
+#     tokens   each layer computes u   layers share u
+#        256                  12.1 %           15.4 %
+#      1,024                   8.4 %            7.1 %
 READ_COST = 16  # of one element of x, in multiplications
 LITTLE_WORK = 2**23
 
@@ -69,6 +73,7 @@ def linear(call: LayerCall, caches: Caches | None = None, layer: object = None) 
         # An exported program has only operators of PyTorch, so that it runs without lotr_ext.
         if torch.compiler.is_exporting():
             return fallback.layer(call)
+        # The operator has the fields of LayerCall, and the three of RowChoice in place of `choice`.
         return lotr.linear.default(*call[:-1], *(call.choice or RowChoice(None)), VERSION)
     if fallback_reason(call) is not None:
         if call.base_output is None and type(call.weight) in PLAIN_TYPES:
@@ -170,6 +175,7 @@ def _dtype_obstacle(
     core_shape: tuple[int, ...],
     device: torch.device,
 ) -> str | None:
+    # Cached, because a layer's calls differ in none of these arguments.
     for name, dtype in (("A", A_dtype), ("B", B_dtype), ("core", core_dtype)):
         is_wide_factor = dtype == torch.float32 and x_dtype.itemsize == 2
         if dtype != x_dtype and not is_wide_factor:
@@ -213,7 +219,7 @@ def choose_plan(
         return Plan.PROJECTION  # one node would keep x, which a frozen A does not need
     if p:
         return Plan.ONE_NODE
-    # Another form for few tokens would add a guard, and one compilation per form.
+    # torch.compile would turn a comparison with a symbol into a guard, and compile each form.
     is_known = isinstance(tokens, int)
     if layers != 1 and (not is_known or x.numel() * (A.shape[1] + READ_COST) >= LITTLE_WORK):
         return Plan.PROJECTION
@@ -222,6 +228,10 @@ def choose_plan(
 
 def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
     """Computes a call by our operators.
+
+    First it replaces what they do not accept: an x that cannot be flattened, and a weight or bias
+    that is trained. Then it chooses the nodes (`choose_plan`): either one node computes the call,
+    or a projection and a node that starts from u, or from h = s u G.
 
     Args:
         call: Arguments for which `fallback_reason` is None.
@@ -233,7 +243,7 @@ def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
     trains_weight = call.weight is not None and call.weight.requires_grad
     trains_bias = call.bias is not None and call.bias.requires_grad
     if trains_weight or trains_bias:
-        # Autograd then computes the gradient of W.
+        # PyTorch's operator computes the base product, because autograd knows its gradients.
         base_output = nn.functional.linear(x, call.weight, call.bias)
         return run_nodes(
             call._replace(weight=None, bias=None, base_output=base_output), caches, layer
@@ -252,8 +262,9 @@ def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
     core = call.core
     if call.choice is None and private.saved_tensor_hooks():
-        # Autograd compares no versions under hooks, and they may keep the tensor itself. Without
-        # the copy, an optimizer step between forward and backward would change dB = s Q G.
+        # Autograd does not compare the versions of tensors that hooks save, and hooks may save the
+        # tensor itself. Without the copy, an optimizer step between forward and backward would
+        # change dB = s Q G.
         core = call.core.clone()
     if plan is not Plan.PROJECTION:
         return nodes.layer_on_input(
@@ -268,11 +279,11 @@ def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
         return nodes.layer_on_projection(
             projection.route, call.base_output, projection.u, B, core, call, projection, strategy
         )
+    # Rows have different cores, or float16 cannot fold: the layer's node starts from h.
     scaled_B, scaling = fallback.scaling_in_range(B, call.scaling, x.dtype)
     if call.choice is not None:
         h = nodes.row_core(projection.u, core, scaling, call.choice)
     else:
-        # Not folded, as in fallback.expand.
         h = projection.u @ (core * scaling).to(x.dtype)
     return nodes.layer_on_rows(
         projection.route, call.base_output, h, scaled_B, call, projection, strategy
@@ -288,7 +299,8 @@ def _linear_in_graph(
     """lotr::linear: opaque to Dynamo, but AOTAutograd traces this function.
 
     A compiled graph therefore has our operators, forward and backward. While AOTAutograd traces,
-    the tensors have its own type. Plain tensors mean that something else runs the graph.
+    the tensors are of a subclass. If they are plain, Dynamo's graph runs without AOTAutograd, for
+    example with backend="eager", and the fallback computes the call.
     """
     has_choice = index is not None or offs is not None
     choice = RowChoice(index, offs, reads) if has_choice else None

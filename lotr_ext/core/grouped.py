@@ -104,9 +104,10 @@ def _(g, x, offs):
 
 
 def _save_factors(ctx, inputs, output) -> None:
-    """Saves the factors of a product, the first one only if the second one needs a gradient.
+    """Saves the factors of a product: (x, weight), or (g, x).
 
-    Experts' weights are mostly frozen, and x would take memory.
+    The first one is needed only for the gradient of the second one. Experts' weights are mostly
+    frozen, and x would take memory.
     """
     first, second, offs = inputs
     ctx.save_for_backward(first if ctx.needs_input_grad[1] else None, second, offs)

@@ -66,7 +66,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 # ---- calls from the autograd nodes ---------------------------------------------------------------
-# Equations and arguments: csrc/torch/schema.cpp. These functions accept positional arguments only.
+# Equations and arguments: csrc/torch/schema.cpp. `direct_call` makes the calls faster, but accepts
+# positional arguments only.
 
 project = private.direct_call(lotr.shrink.default)
 project_backward = private.direct_call(lotr.shrink_backward_.default)
@@ -104,12 +105,15 @@ def fake_kernel(name: str) -> Callable[[Callable], Callable]:
 
 
 def _in_one_call(name: str) -> Callable[[Callable], Callable]:
-    """Replaces the decorated function, which runs the steps of an operator, by one call of it.
+    """Makes a function that runs the steps of an operator call the operator of this name instead.
 
-    The steps remain as the fake kernel, and for dispatch modes, because a mode must see the base
-    product as an operator of PyTorch: selective checkpointing chooses by name which results it
-    keeps, and a FLOP counter counts only PyTorch's operators. Steps and operator return the same
-    tensors, so a checkpoint may be recomputed without the mode.
+    The function itself still runs in two cases:
+
+    - as the fake kernel of the operator;
+    - under a dispatch mode, which must see the base product as an operator of PyTorch: selective
+      checkpointing chooses by name which results it keeps, and a FLOP counter counts only PyTorch's
+      operators. Steps and operator return the same tensors, so a checkpoint may be recomputed
+      without the mode.
     """
     call_operator = private.direct_call(getattr(lotr, name).default)
 
@@ -253,6 +257,7 @@ def _(B, core, scaling, dtype):
 
 @fake_kernel("layer_backward_few_tokens_")
 def _(g, weight, x, u, A, B, core, scaling, strategy, dA, dB, need_B, need_core):
+    # As the next one, which also has an F.
     return _fake_layer_backward(
         g, weight, x, u, A, None, B, core, scaling, strategy, dA, dB, need_B, need_core
     )
@@ -272,7 +277,7 @@ def _fake_layer_backward(
 
 
 def _empty_dx(g: Tensor, weight: Tensor | None, dx: Tensor | None = None) -> Tensor | None:
-    """A new dx. None without a weight, and if a dx is given, to which the operator adds."""
+    """A new dx. None without a weight, or if the operator adds to the dx that it was given."""
     if weight is None or dx is not None:
         return None
     return g.new_empty(*g.shape[:-1], weight.shape[1])

@@ -1,11 +1,11 @@
-"""The state of a request: which cores the layers use inside a context, or that they use none.
+"""Requests: contexts inside which layers use the cores of tasks, or no adapter.
 
-The state of a layer is one of
+A request gives each layer that it concerns a state, which is one of
 
-    None          no request: the layer uses its core
+    None          the layer uses its core, as without a request
     ADAPTER_OFF   the layer computes its base only
     tasks         state.cores [tasks, r_in, r_out], for experts [tasks, e, r_in, r_out], and
-                  state.index_of(x): the task of each row, or each token, of an input x, -1 for none
+                  state.index_of(x): the task of each row or token of an input x, -1 for none
 
 `disabled` and `use_tasks` open a request. It is in force for the thread that opened it and for the
 backwards that this thread starts, because it is in a thread-local of torch that autograd carries

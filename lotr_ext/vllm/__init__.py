@@ -24,17 +24,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter_state import AdapterState, LayerEntry
+from ..adapter_state import AdapterState, LayerEntry, start_key
 from ..convert.lora import put_folder
-from ..files import adapter_of, save_adapter
-from ..old_files import start_key
+from ..saving import adapter_of, save_adapter
+from ..storage import FilePath
 from ..task_files import TaskFormat, task_format_of
 
 __all__ = ["export_factors", "export_task", "register"]
@@ -49,10 +48,9 @@ class EngineFactors:
     Attributes:
         layers: The adapted layers, with the names of their A and B in tensors, and s.
         tensors: A [k, r_in] and B [n, r_out], each once.
-        spans: The slice of each layer's core in one vector with all cores.
+        spans: By layer, the slice of its core in the vector of a task, which has all cores.
         task_format: What a task over these factors consists of.
-        on_device: The tensors that engine.py has moved, by name, dtype, device and part of the
-            weight.
+        on_device: A cache of engine.py: the tensors that it has moved to a device.
     """
 
     layers: Mapping[str, LayerEntry]
@@ -67,7 +65,7 @@ def factors_of(adapter: AdapterState, where: str) -> EngineFactors:
 
     Args:
         adapter: From a model or a folder.
-        where: What names it, for the error.
+        where: The function or variable that names it, for the error.
 
     Raises:
         ValueError: If the engine cannot split it into factors and cores.
@@ -107,7 +105,7 @@ def _check_servable(adapter: AdapterState, where: str) -> None:
 # ---- export --------------------------------------------------------------------------------------
 
 
-def export_factors(model: nn.Module, directory: str | PathLike[str]) -> None:
+def export_factors(model: nn.Module, directory: FilePath) -> None:
     """Writes the folder that LOTR_FACTORS names: the model's adapter, as `save_adapter` does.
 
     Raises:
@@ -121,7 +119,7 @@ def export_factors(model: nn.Module, directory: str | PathLike[str]) -> None:
 @torch.no_grad()
 def export_task(
     model: nn.Module,
-    directory: str | PathLike[str],
+    directory: FilePath,
     *,
     task: int | None = None,
     base_model: str | None = None,
@@ -143,9 +141,8 @@ def export_task(
         FileExistsError: If directory is a file.
     """
     adapter = adapter_of(model)
-    factors = factors_of(adapter, "export_task")
+    task_format = factors_of(adapter, "export_task").task_format
     cores = adapter.tensors if task is None else model.lotr_tasks.cores_of(task)
-    task_format = factors.task_format
     rank = max(max(shape) for shape in task_format.shapes.values())
     # vLLM reads it before the plugin sees the folder: it must be a LoRA that the engine accepts.
     config: dict[str, Any] = {
@@ -153,7 +150,7 @@ def export_task(
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": sorted({name.rpartition(".")[2] for name in factors.layers}),
+        "target_modules": sorted({name.rpartition(".")[2] for name in adapter.layers}),
         "base_model_name_or_path": base_model or adapter.base.name,
     }
     tensors = {name: cores[name] for name in task_format.shapes}
@@ -163,7 +160,7 @@ def export_task(
 # ---- in the engine -------------------------------------------------------------------------------
 
 
-def read_task(directory: str | PathLike[str], factors: EngineFactors) -> Tensor:
+def read_task(directory: FilePath, factors: EngineFactors) -> Tensor:
     """Returns the cores s G in a folder of `export_task` as one vector, by `EngineFactors.spans`.
 
     Raises:
@@ -183,8 +180,12 @@ def read_task(directory: str | PathLike[str], factors: EngineFactors) -> Tensor:
             f"the task again."
         )
     # The engine's kernels add (u G) B^T, so the scaling belongs to the core.
-    layers = factors.layers.items()
-    return torch.cat([entry.scaling * tensors[f"{name}.core"].flatten() for name, entry in layers])
+    return torch.cat(
+        [
+            entry.scaling * tensors[f"{name}.core"].flatten()
+            for name, entry in factors.layers.items()
+        ]
+    )
 
 
 @cache
