@@ -248,7 +248,7 @@ def _check_ties(model: nn.Module, state: AdapterState) -> None:
     if state.tied is None:  # the file is of a version that did not store it
         return
     tied = tied_to_saved(model)
-    # Without the names that this model does not have, such as those of a head that it lacks.
+    # Without the names that this model does not have, for example of a head that it lacks.
     present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     saved_tied = sorted(name for name in present if name in state.tied)
     if saved_tied != list(tied):

@@ -56,7 +56,7 @@ class LoRACollection:
     """The layers and norms of many LoRAs. Factors are read from the files on access.
 
     Attributes:
-        folders: The LoRAs by name, which is that of their folder.
+        folders: The folder of each LoRA, by the name of the folder.
         sizes: (in_features, out_features) of each layer that one of them adapts.
         norms: |D_t| of each LoRA, over all its layers.
     """

@@ -112,7 +112,7 @@ class LoTRPeftModel(BaseTuner):
         for target in targets:
             names = factor_names(target.group, target.sizes, peft_config.group_by)
             layers.append({"name": target.name, "factors": [f"lotr_factors.{n}" for n in names]})
-        # Computed cores depend on the order of the layers. That of a loaded adapter is kept.
+        # Computed cores depend on the order of the layers, so a loaded adapter keeps its order.
         order = {entry["name"]: i for i, entry in enumerate(peft_config.layers or ())}
         if order.keys() == self._groups.keys():
             layers.sort(key=lambda entry: order[entry["name"]])
