@@ -145,9 +145,8 @@ struct Factor {
   Factor from_unit(int64_t t) const { return {data + t * ld, ld, vectors}; }
 };
 
-// One block of sums. Its n products are summed first: a long sum made of short ones rounds less. c
-// is a copy: a store could change what a reference refers to, and a shrink of rank 64 in float32
-// would take 14 % longer.
+// One block of sums. Its n products are summed first: a long sum made of short ones rounds less.
+// c is a copy: stores could change a referenced one, and float32 at rank 64 would take 14 % longer.
 template <typename K, int MR, int RV, Layout layout>
 inline void sum_block(Sums<K> c, Broadcast a, const typename K::Unit* b, int64_t ldb, int64_t n,
                       Ahead& ahead) {

@@ -18,7 +18,7 @@ inline void fold_as(const TensorView& F, const TensorView& B, const TensorView& 
 template <typename Acc>
 void fold_grad(const TensorView& dB, const TensorView& dcore, const TensorView& Q,
                const TensorView& B, const TensorView& core, double scaling, bool add) {
-  if (dcore.data) Operators<Acc>::factor_grad(dcore, Q, B, scaled_by(scaling), false);
+  if (dcore.data) Operators<Acc>::factor_grad(dcore, Q, B, scaled_by(scaling), /*add=*/false);
   if (dB.data) Operators<Acc>::product(dB, Q, core, scaled_by(scaling), add);
 }
 
@@ -59,7 +59,7 @@ struct FewTokens {
       Acc* row = row_memory.get<Acc>();
       for (int64_t a = 0; a < r_in; ++a) {
         const S* src = static_cast<const S*>(core.data) + a * core.row_stride;
-        parts<Plain<Acc>, T>(row, src, core.col_stride, r_out, nullptr);
+        parts<Plain<Acc>, T>(row, src, core.col_stride, r_out, /*keep=*/nullptr);
         for (int64_t i = 0; i < m; ++i)
           add_scaled(out + i * r_out, in[i * r_in + a] * scale, row, r_out);
       }
@@ -69,7 +69,7 @@ struct FewTokens {
   static void widen(Acc* out, const TensorView& a) {
     const T* row = static_cast<const T*>(a.data);
     for (int64_t i = 0; i < a.rows; ++i, out += a.cols, row += a.row_stride)
-      parts<Plain<Acc>, T>(out, row, a.col_stride, a.cols, nullptr);
+      parts<Plain<Acc>, T>(out, row, a.col_stride, a.cols, /*keep=*/nullptr);
   }
   static void narrow(T* out, const Acc* in, int64_t n) {
     for (int64_t i = 0; i < n; ++i) out[i] = Narrow<T>::from(in[i]);
@@ -146,7 +146,7 @@ struct FewTokens {
       for (int64_t i = 0; i < m; ++i)
         for (int64_t a = 0; a < r_in; ++a)
           add_scaled(out + a * r_out, u[i * r_in + a], scaled_dh + i * r_out, r_out);
-      write_rows<K>(args.dcore, 0, r_in, out, r_out, 1.0, false);
+      write_rows<K>(args.dcore, 0, r_in, out, r_out, /*scale=*/1.0, /*add=*/false);
     }
   }
 };

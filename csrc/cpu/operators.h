@@ -152,7 +152,7 @@ struct Operators {
 
   static void shrink(const TensorView& u, const TensorView& x, const TensorView& A,
                      const Drop& drop) {
-    product(u, x, A, drop, false);
+    product(u, x, A, drop, /*add=*/false);
   }
 
   // out (+)= scale * drop(x) A: rows of x times a packed factor.
@@ -348,7 +348,7 @@ struct Operators {
             // bursts, so some of these rows are prefetched here.
             rows.prefetch_below = pairs<K>;
             shrink_tile<K, T>(du_sums, ld, g, Drop{}, packed.units, rows, space);
-            write_rows<K>(du, i0, rows.count, du_sums, ld, 1.0, false);
+            write_rows<K>(du, i0, rows.count, du_sums, ld, /*scale=*/1.0, /*add=*/false);
           }
           OuterRange range{i, tile_end, 0, g.cols, tile_rows};
           range.fresh = chunk_sums.fresh(chunk) && i == first;

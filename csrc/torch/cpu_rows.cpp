@@ -127,6 +127,7 @@ struct Rows {
   bool all_have_cores() const { return by_core.rows() == count; }
 };
 
+// du_t = s * the sum over the rows of t of g_i G_c(i)^T. Without tokens, row i is token i.
 Tensor gradient_of_u(const RowArgs& args, const Sizes& sizes, const Rows& rows, double scaling) {
   TensorView transposed = first_matrix(args.cores, read_data(args.cores));
   std::swap(transposed.rows, transposed.cols);

@@ -96,6 +96,7 @@ struct Sorted {
   }
 };
 
+// du_t = s * the sum over the rows of t of g_i G_c(i)^T. Without tokens, row i is token i.
 Tensor gradient_of_u(const CudaProducts& products, const RowArgs& args, const Sizes& sizes,
                      const Rows& rows, double scaling) {
   RowIndex index_of_g = rows.index_in(sizes);  // row i reads row i of g, not a token's
