@@ -126,8 +126,7 @@ def load_state(
         _check_sharing(layers, state)
         _check_ties(model, state)
         model_tensors = stored_tensors(model, state.layers)
-        expected = model_tensors | _tensors_like_starts(layers, state)
-        _check_tensors(expected, layers, state, cast)
+        _check_tensors(model_tensors | _tensors_like_starts(layers, state), layers, state, cast)
         state.base.check(model, gather, refuse=strict is True)
     _copy_to(model, layers, state, model_tensors)
 
@@ -189,7 +188,7 @@ def _check_targets(model: nn.Module, state: AdapterState, refuse: bool) -> None:
             f"Load it into the base model that it was trained on, or pass strict=False to "
             f"leave these layers without an adapter."
         )
-        refuse_or_warn(message, refuse)
+        refuse_or_warn(message, refuse, stacklevel=7)
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -249,7 +248,7 @@ def _check_ties(model: nn.Module, state: AdapterState) -> None:
     if state.tied is None:  # the file is of a version that did not store it
         return
     tied = tied_to_saved(model)
-    # Without the names that this model does not have, such as those of a head that it lacks.
+    # Without the names that this model does not have, for example of a head that it lacks.
     present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     saved_tied = sorted(name for name in present if name in state.tied)
     if saved_tied != list(tied):

@@ -8,14 +8,15 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from math import inf, nan
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import peft
 import torch
 import zoo
+from helpers import OLD_FILES
 from models import started, trained
+from test_experts import OFFS, E, K, M, N, R
 from torch import Tensor, nn
 
 import lotr_ext
@@ -237,12 +238,6 @@ LAYERS: list[Row] = [
 
 # ---- experts -------------------------------------------------------------------------------------
 
-E = 5  # experts
-M = 30  # tokens
-K = 16
-N = 20
-R = (3, 4)
-OFFS = torch.tensor([7, 7, 21, 40, 44], dtype=torch.int32)
 GOOD_GROUPED_CALL = {
     "x": torch.zeros(M, K),
     "weight": torch.zeros(E, N, K),
@@ -258,10 +253,6 @@ GOOD_GROUPED_CALL = {
 def grouped(**changed: object) -> Callable[[], object]:
     """Returns a call of lotr_grouped_linear with some arguments replaced."""
     return partial(lotr_grouped_linear, **{**GOOD_GROUPED_CALL, **changed})
-
-
-def grouped_tasks(core_index: Tensor) -> Callable[[], object]:
-    return grouped(cores=torch.zeros(2, E, *R), core_index=core_index)
 
 
 row_core = partial(
@@ -302,11 +293,15 @@ EXPERTS: list[Row] = [
     ("grouped bias too wide", "bias", grouped(bias=torch.zeros(E, N + 1))),
     ("grouped A too long", "A", grouped(A=torch.zeros(K + 1, R[0]))),
     ("grouped cores of another expert", "cores", grouped(cores=torch.zeros(E + 1, *R))),
-    ("grouped core_index of floats", "core_index", grouped_tasks(torch.zeros(M))),
+    (
+        "grouped core_index of floats",
+        "core_index",
+        grouped(cores=torch.zeros(2, E, *R), core_index=torch.zeros(M)),
+    ),
     (
         "grouped core_index too long",
         "core_index",
-        grouped_tasks(torch.zeros(M + 1, dtype=torch.int64)),
+        grouped(cores=torch.zeros(2, E, *R), core_index=torch.zeros(M + 1, dtype=torch.int64)),
     ),
     ("grouped scaling NaN", "scaling", grouped(scaling=nan)),
     # the operator that computes with a core per row
@@ -354,7 +349,6 @@ EXPERTS: list[Row] = [
 
 # ---- models, tasks, files ------------------------------------------------------------------------
 
-FOLDER = Path(__file__).parent / "data" / "bd4494a"
 # As many pairs as by name. The pairs of q and k are exchanged in the second block.
 EXCHANGED = {f"blocks.0.{name}": name for name in "qkvo"} | {
     f"blocks.1.{name}": other for name, other in zip("qkvo", "kqvo")
@@ -601,7 +595,7 @@ MODELS: list[Row] = [
     (
         "a task of another model",
         "source",
-        lambda: banked().lotr_tasks.add(FOLDER / "tasks" / "task0.safetensors"),
+        lambda: banked().lotr_tasks.add(OLD_FILES / "tasks" / "task0.safetensors"),
     ),
     (
         "tasks without a bank",
@@ -640,20 +634,24 @@ MODELS: list[Row] = [
     (
         "load with an unknown strictness",
         "strict",
-        lambda: load_adapter(zoo.net("mlp"), FOLDER / "dense", strict="layers"),
+        lambda: load_adapter(zoo.net("mlp"), OLD_FILES / "dense", strict="layers"),
     ),
-    ("load a missing folder", "directory", lambda: load_adapter(zoo.net("mlp"), FOLDER / "none")),
+    (
+        "load a missing folder",
+        "directory",
+        lambda: load_adapter(zoo.net("mlp"), OLD_FILES / "none"),
+    ),
     ("load a hub id", "directory", lambda: load_adapter(zoo.net("mlp"), "someone/adapter")),
     ("load an empty folder", "directory", lambda: load_adapter(zoo.net("mlp"), tempfile.mkdtemp())),
     (
         "load into another model",
         "model",
-        lambda: load_adapter(zoo.net("attention"), FOLDER / "dense"),
+        lambda: load_adapter(zoo.net("attention"), OLD_FILES / "dense"),
     ),
     (
         "load into other layers",
         "layers",
-        lambda: load_adapter(trained("mlp", target_modules=["up"]), FOLDER / "dense"),
+        lambda: load_adapter(trained("mlp", target_modules=["up"]), OLD_FILES / "dense"),
     ),
     *(
         (
@@ -674,32 +672,32 @@ MODELS: list[Row] = [
     (
         "load another rank",
         "A",
-        lambda: load_adapter(trained("mlp", modules_to_save=["head"]), FOLDER / "dense"),
+        lambda: load_adapter(trained("mlp", modules_to_save=["head"]), OLD_FILES / "dense"),
     ),
     (
         "load other modules_to_save",
         "tensors",
-        lambda: load_adapter(trained("mlp", rank=2), FOLDER / "dense"),
+        lambda: load_adapter(trained("mlp", rank=2), OLD_FILES / "dense"),
     ),
     (
         "load another dtype",
         "A",
         lambda: load_adapter(
             trained("mlp", rank=2, modules_to_save=["head"], adapter_dtype="bfloat16"),
-            FOLDER / "dense",
+            OLD_FILES / "dense",
         ),
     ),
     (
         "load into a merged model",
         "load_adapter",
         lambda: load_adapter(
-            lotr_ext.merge(trained("mlp", rank=2, modules_to_save=["head"])), FOLDER / "dense"
+            lotr_ext.merge(trained("mlp", rank=2, modules_to_save=["head"])), OLD_FILES / "dense"
         ),
     ),
     (
         "load under a bank",
         "load_adapter",
-        lambda: load_adapter(banked(rank=2, modules_to_save=["head"]), FOLDER / "dense"),
+        lambda: load_adapter(banked(rank=2, modules_to_save=["head"]), OLD_FILES / "dense"),
     ),
     (
         "load one that was built by hand",
@@ -740,12 +738,6 @@ def lora_folder(**settings: object) -> str:
     folder = tempfile.mkdtemp()
     peft.get_peft_model(zoo.net("attention"), config).save_pretrained(folder)
     return folder
-
-
-def foreign_checkpoint() -> Path:
-    path = Path(tempfile.mkdtemp(), "model.pt")
-    torch.save({"a": torch.ones(1)}, path)
-    return path
 
 
 OTHER_PACKAGES: list[Row] = [
@@ -867,7 +859,7 @@ OTHER_PACKAGES: list[Row] = [
     (
         "original_to_lotr of another file",
         "source",
-        lambda: original_to_lotr(foreign_checkpoint()),
+        lambda: original_to_lotr(OLD_FILES / "tasks" / "expected.safetensors"),
     ),
     # vLLM
     (

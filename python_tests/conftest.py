@@ -20,10 +20,8 @@ import lotr_ext  # noqa: E402
 from lotr_ext.core import dispatch  # noqa: E402
 
 _FOLDERS = [Path(lotr_ext.__file__).parents[1], ROOT / "python_tests", ROOT / "examples", ROOT]
-_paths = [str(folder) for folder in _FOLDERS]
-if os.environ.get("PYTHONPATH"):
-    _paths.append(os.environ["PYTHONPATH"])
-os.environ["PYTHONPATH"] = os.pathsep.join(_paths)
+_inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, _FOLDERS), *_inherited])
 torch.set_num_threads(1)
 
 

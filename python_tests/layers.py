@@ -7,6 +7,8 @@
         return side.grad(loss(side() + side()))
 
     agree(Net("siblings"), twice, inputs(6))
+
+contexts.py has the contexts of the tests.
 """
 
 import copy
@@ -30,7 +32,7 @@ from lotr_ext import (
 from lotr_ext.core.request import open_request
 
 K = 12  # in_features and out_features
-R = 3
+R = 3  # r_in; r_out is R + 1
 Results = list[Tensor | None]
 Call = Callable[[int, Tensor], Tensor]  # (the layer's number, x) -> the layer's output
 INDEX = torch.tensor([2, -1, 0, 2, 1, 0])  # the task of each row; -1 is the base
@@ -84,7 +86,7 @@ class Kind(NamedTuple):
 
     Attributes:
         layers: Their number.
-        wire: Calls the layers one after another.
+        wire: Computes the net's output from calls of its layers.
         base: The class of the base layers.
         adapted: The class of the adapted layers.
         pairs: The number of pairs of factors. All have the same A.
@@ -179,10 +181,11 @@ class Net(nn.Module):
         row_tasks = INDEX.repeat(repeats)[: x.shape[0]]
         if x.dim() < 3 or self.kind.by_function:
             return row_tasks
+        # The tokens of a row have the tasks -1, 0, 1, 2 in turn, from the row's task on.
         return (row_tasks[:, None] + torch.arange(x.shape[1])) % 4 - 1
 
     def parts(self, i: int) -> dict[str, Tensor]:
-        """Returns the parameters of a layer. With tasks, its cores stand for its core."""
+        """Returns the parameters of a layer. With tasks, "core" has the cores of all tasks."""
         layer = self.layers[i]
         return {
             "weight": layer.weight,
@@ -221,23 +224,24 @@ class Net(nn.Module):
         core = self.parts(i)["core"]
         if self.kind.has_tasks:
             index = self.index(x)
-            core = cores_of_rows(
-                core, index.view(*index.shape, *(1,) * (x.dim() - 1 - index.dim()))
-            )
+            shared = x.dim() - 1 - index.dim()  # dimensions of x that share the task of their row
+            core = cores_of_rows(core, index.view(*index.shape, *[1] * shared))
         return self.formula(i, x, core)
 
     def formula(self, i: int, x: Tensor, core: Tensor) -> Tensor:
         """Computes a layer by its formula, with a core [r_in, r_out] or one per row."""
-        W, bias, A, B, _ = self.parts(i).values()
-        update = ((self.dropped(i, x) @ A).unsqueeze(-2) @ core).squeeze(-2) @ B.T
-        return self.plain_base(W, bias, x) + self.layers[i].scaling * update
+        parts = self.parts(i)
+        u = self.dropped(i, x) @ parts["A"]
+        update = (u.unsqueeze(-2) @ core).squeeze(-2) @ parts["B"].T
+        return self.plain_base(i, x) + self.layers[i].scaling * update
 
-    def plain_base(self, W: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    def plain_base(self, i: int, x: Tensor) -> Tensor:
+        layer = self.layers[i]
         if self.kind.base is Scaled:
-            return nn.functional.linear(x, 2 * W, 2 * bias)
+            return nn.functional.linear(x, 2 * layer.weight, 2 * layer.bias)
         if self.kind.base is Conv1D:
-            return nn.functional.linear(x, W.T, bias)
-        return nn.functional.linear(x, W, bias)
+            return nn.functional.linear(x, layer.weight.T, layer.bias)
+        return nn.functional.linear(x, layer.weight, layer.bias)
 
     def dropped(self, i: int, x: Tensor) -> Tensor:
         """Drops elements of x by the mask that the kernels draw for a layer.
@@ -323,20 +327,6 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def loss(y: Tensor) -> Tensor:
     """Returns a sum of squares that float16 can hold, also after it is differentiated twice."""
     return y.to(sums_dtype(y.dtype)).square().sum() / 16
-
-
-# ---- contexts and checks that several files use --------------------------------------------------
-
-
-def once(side: Side) -> Results:
-    y = side()
-    return [y, *side.grad(loss(y))]
-
-
-def no_grad_first(side: Side) -> Results:
-    with torch.no_grad():
-        y = side()
-    return [y, *side.grad(loss(side()))]
 
 
 def agree(

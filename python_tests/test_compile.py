@@ -9,17 +9,14 @@ from functools import partial
 
 import pytest
 import torch
+from contexts import CONTEXTS, no_grad_first, once
 from helpers import CLOSE, relative, worst
 from layers import (
     K,
     Net,
-    Results,
-    Side,
     agree,
     inputs,
     loss,
-    no_grad_first,
-    once,
     siblings,
     sides,
 )
@@ -71,11 +68,6 @@ def test_compiled_graphs_contain_our_operators(form: str) -> None:
     assert "lotr.shrink_backward_" in backward
 
 
-def checkpointed(side: Side) -> Results:
-    y = checkpoint(side, side.x, use_reentrant=False)
-    return [y, *side.grad(loss(y))]
-
-
 @pytest.mark.parametrize("where", ["inside", "outside", "each layer"])
 def test_compile_and_checkpoint(where: str) -> None:
     net = Net("siblings")
@@ -83,7 +75,7 @@ def test_compile_and_checkpoint(where: str) -> None:
         net.wire = lambda call, x: checkpoint(partial(siblings, call), x, use_reentrant=False)
     for module in net.layers if where == "each layer" else [net]:
         module.compile(fullgraph=True, backend="aot_eager")
-    agree(net, once if where == "inside" else checkpointed, inputs(6))
+    agree(net, once if where == "inside" else CONTEXTS["checkpoint"], inputs(6))
 
 
 @pytest.mark.parametrize("form", ["shared"], indirect=True)

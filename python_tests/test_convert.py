@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 import zoo
-from helpers import relative
+from helpers import OLD_FILES, relative
 from models import same, trained, unchanged
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -43,7 +43,6 @@ from lotr_ext.init import INIT_GAIN
 from lotr_ext.peft import LoTRPeftConfig
 
 CLOSE = 2e-5  # for outputs in float32
-DATA = Path(__file__).parent / "data" / "bd4494a"
 # (net, settings)
 EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
     "shapes": ("mlp", {"rank": 3, "modules_to_save": ["head"], "dropout": 0.1}),
@@ -140,8 +139,8 @@ def test_a_folder_of_peft_is_exported(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_peft_of_the_first_version_is_exported(tmp_path: Path) -> None:
-    lotr_to_lora(DATA / "peft", tmp_path)
-    expected = load_file(DATA / "peft" / "expected.safetensors")
+    lotr_to_lora(OLD_FILES / "peft", tmp_path)
+    expected = load_file(OLD_FILES / "peft" / "expected.safetensors")
     y = zoo.output(lora_model(tmp_path, "gpt2"), expected["x"])
     assert relative(y, expected["y"]) < CLOSE
 

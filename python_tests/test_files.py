@@ -26,7 +26,7 @@ import huggingface_hub
 import pytest
 import torch
 import zoo
-from helpers import ERRORS, relative
+from helpers import ERRORS, OLD_FILES, relative
 from models import CASES, flags_of, moved, same, started, state, trained, unchanged
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -52,7 +52,6 @@ from lotr_ext.model import adapted_layers
 from lotr_ext.old_files import JSON_NAME, config_of_version_1
 from lotr_ext.storage import checksum, tensors_in
 
-OLD = Path(__file__).parent / "data" / "bd4494a"
 OLD_NETS = {
     "dense": "mlp",
     "width": "llama",
@@ -265,12 +264,12 @@ def test_computed_cores_in_another_order_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", OLD_NETS)
 def test_loads_what_older_code_saved(folder: str, tmp_path: Path) -> None:
     name = OLD_NETS[folder]
-    expected = load_file(OLD / folder / "expected.safetensors")
-    model = load_adapter(zoo.net(name), OLD / folder)
+    expected = load_file(OLD_FILES / folder / "expected.safetensors")
+    model = load_adapter(zoo.net(name), OLD_FILES / folder)
     y = zoo.output(model, expected["x"])
     assert relative(y, expected["y"]) < 1e-6
     assert {layer.scaling for layer in adapted_layers(model).values()} == {model.lotr_config.s}
-    adapted = load_adapter(apply_lotr(zoo.net(name), model.lotr_config), OLD / folder)
+    adapted = load_adapter(apply_lotr(zoo.net(name), model.lotr_config), OLD_FILES / folder)
     for again in (adapted, reloaded(model, zoo.net(name), tmp_path)):
         assert torch.equal(zoo.output(again, expected["x"]), y)
 
@@ -299,11 +298,11 @@ def test_the_scaling_of_a_configuration_of_version_1(
 
 
 def test_loads_tasks_that_older_code_saved() -> None:
-    expected = load_file(OLD / "tasks" / "expected.safetensors")
-    model = load_adapter(zoo.net("attention"), OLD / "tasks")
+    expected = load_file(OLD_FILES / "tasks" / "expected.safetensors")
+    model = load_adapter(zoo.net("attention"), OLD_FILES / "tasks")
     bank = TaskBank(model, 4)
     for i in range(3):
-        assert bank.add(OLD / "tasks" / f"task{i}.safetensors") == i
+        assert bank.add(OLD_FILES / "tasks" / f"task{i}.safetensors") == i
     with use_tasks(model, expected["index"]):
         assert relative(zoo.output(model, expected["x"]), expected["y_of_tasks"]) < 1e-6
 

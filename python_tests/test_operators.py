@@ -8,7 +8,7 @@ arguments and return the same results, both by the names of the schema. For exam
     def shrink(x, A, drop, **_): return {"u": drop(x) @ A}                     the formula
     "shrink": Entry(shrink)                                                    called in one form
 
-Each operand has NaN around it in memory, and `helpers.within` compares each element of a result.
+Each operand has NaN around it in memory, and `helpers.mismatch` compares each element of a result.
 LOTR_CPU_ISA chooses the instruction set; `test_lower_instruction_sets` runs the table with each.
 """
 
@@ -29,12 +29,12 @@ from helpers import (
     LAYOUTS,
     Exact,
     copy64,
+    mismatch,
     new_memory_is_nan,
     relative,
     run_python,
     sums_dtype,
     untouched,
-    within,
     worst,
 )
 from operands import (
@@ -267,7 +267,7 @@ def forward_forms(c: Case) -> Iterator[Form]:
 
 
 def forward_rows_forms(c: Case) -> Iterator[Form]:
-    """u and F have the places of h and B, which are not folded."""
+    """u and F stand for h and B, which have the same roles and one more column."""
     for form in forward_forms(c):
         yield {**form, "h": c.u, "B": c.F}
 
@@ -313,16 +313,16 @@ def shrink_backward_forms(c: Case) -> Iterator[Form]:
 
 # ---- the table -----------------------------------------------------------------------------------
 
-# How often values on the way to an element are rounded, see `helpers.within`. All results that are
-# not here are rounded once.
+# `helpers.Exact.roundings` of results. All results that are not here are rounded once.
 ONLY_ONCE: dict[str, int] = {}
 OF_Y = {"y": 5}  # u, F, the base product, the factors and y
 OF_DX = {"dx": 6}  # g, du, F, A, the base product and dx
-OF_FACTORS = dict.fromkeys(("dA", "dB", "dcore"), 5)  # up to four operands and the sum
+# Sums over tokens: up to four operands and the sum.
+OF_FACTORS = dict.fromkeys(("dA", "dB", "dcore"), 5)
 
 
 class Entry(NamedTuple):
-    """An operator with the name of its formula."""
+    """An operator, which has the name of its formula."""
 
     formula: Callable[..., Results]
     forms: Callable[[Case], Iterable[Form]] = one_form
@@ -354,7 +354,7 @@ ENTRIES = {
 }
 
 
-Check = tuple[str, Tensor, Exact, int]  # a result's name, and the arguments of `helpers.within`
+Comparison = tuple[str, Tensor, Exact]  # a result's name, the result, and what it must be
 
 
 def is_number(operand: object) -> bool:
@@ -397,8 +397,8 @@ def call(name: str, arguments: dict[str, object]) -> Results:
     return {**results, **written}
 
 
-def checks(entry: Entry, c: Case) -> Iterator[Check]:
-    """Calls an operator in all forms. Yields a check of each result."""
+def comparisons(entry: Entry, c: Case) -> Iterator[Comparison]:
+    """Calls an operator in all forms. Yields each of its results with the exact one."""
     name = entry.formula.__name__
     for number, form in enumerate(entry.forms(c)):
         arguments = c.arguments(name, **form)
@@ -409,10 +409,10 @@ def checks(entry: Entry, c: Case) -> Iterator[Check]:
             roundings = entry.roundings.get(key, 1)
             if key == "du" and arguments.get("du") is not None:
                 roundings = 2  # the product is rounded before it is added
-            # True only if the entry has OF_FACTORS here: a sum over tokens, in the dtype of sums.
-            is_of_factors = roundings == OF_FACTORS.get(key)
-            in_x_dtype = rounded_sum(c, result) if is_of_factors else result
-            yield f"{key} in form {number}", in_x_dtype, exacts[key], roundings
+            # Rounded operands make such a sum no better than x's dtype, in which it is compared.
+            has_rounded_operands = key in OF_FACTORS and key in entry.roundings
+            compared = rounded_sum(c, result) if has_rounded_operands else result
+            yield f"{key} in form {number}", compared, exacts[key]._replace(roundings=roundings)
 
 
 def rounded_sum(c: Case, result: Tensor) -> Tensor:
@@ -424,8 +424,8 @@ def rounded_sum(c: Case, result: Tensor) -> Tensor:
     return rounded
 
 
-TABLE: dict[str, Callable[[Case], Iterator[Check]]] = {
-    name: partial(checks, entry) for name, entry in ENTRIES.items()
+TABLE: dict[str, Callable[[Case], Iterator[Comparison]]] = {
+    name: partial(comparisons, entry) for name, entry in ENTRIES.items()
 }
 DROPS = ("shrink", "expand_add_", "layer_forward", "layer_backward_", "shrink_backward_")
 
@@ -437,8 +437,8 @@ def test_every_kernel_is_in_the_table() -> None:
 
 def check(name: str, case: Case, where: str) -> None:
     with new_memory_is_nan():
-        for what, result, exact, roundings in TABLE[name](case):
-            error = within(result, exact, roundings)
+        for what, result, exact in TABLE[name](case):
+            error = mismatch(result, exact)
             assert error is None, f"{name}, {where}: {what}: {error}"
 
 
@@ -461,7 +461,7 @@ def test_row_core_of_the_fallback(dtype: torch.dtype, factors: torch.dtype) -> N
         for form in row_forms(c):
             exact = exact_results(row_core, c, c.arguments("row_core", **form))["h"]
             choice = RowChoice(form["index"], form["offs"], form["tokens"])
-            assert within(fallback.row_core(c.u, c.cores, S, choice), exact) is None
+            assert mismatch(fallback.row_core(c.u, c.cores, S, choice), exact) is None
 
 
 def test_autograd_notices_that_y_changed() -> None:
@@ -476,7 +476,7 @@ def test_autograd_notices_that_y_changed() -> None:
 
 
 def results_of(name: str, case: Case) -> list[Tensor]:
-    return [result for _, result, *_ in TABLE[name](case)]
+    return [result for _, result, _ in TABLE[name](case)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -528,8 +528,10 @@ def test_nan_stays_in_its_row_and_column(bad: float, dtype: torch.dtype) -> None
     y = torch.ones_like(c.g)
     ops.expand_add_(y, c.u, c.F)
     dA = ops.shrink_backward_(ones, None, c.x, None, None)
-    _, du, Q = ops.layer_backward_rows_(c.g, None, ones, c.F, None, None, True, True)
-    for result, row in ((ops.shrink(c.x, c.A), 37), (y, 37), (du, 37), (dA, 65), (Q, 129)):
+    name = "layer_backward_rows_"
+    rows = call(name, c.arguments(name, weight=None, h=ones, B=c.F, dx=None, dB=None))
+    u = ops.shrink(c.x, c.A)
+    for result, row in ((u, 37), (y, 37), (rows["dh"], 37), (dA, 65), (rows["dB"], 129)):
         expected = torch.ones_like(result, dtype=torch.bool)
         expected[row] = False
         assert torch.equal(result.isfinite(), expected)
@@ -587,25 +589,26 @@ def test_new_gradients_of_factors_with_two_dtypes(name: str, wide: str) -> None:
 PADDED = {"u", "F", "h", "du", "dh"}
 
 
+def on_fake_cuda(mode: FakeTensorMode, tensor: Tensor) -> FakeTensor:
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return FakeTensor(mode, meta, torch.device("cuda:0"))
+
+
 @pytest.mark.parametrize("dtype", [t for t in DTYPES if t != torch.float64], ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_strides_on_cuda(name: str, dtype: torch.dtype) -> None:
     """The fake kernels promise torch.compile the strides that csrc/torch makes on CUDA."""
-
-    def on_cuda(tensor: Tensor) -> Tensor:
-        meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        return FakeTensor(mode, meta, torch.device("cuda:0"))
-
     for rank in range(1, 18):
         for arguments in good_arguments(name, dtype, rank):
             with FakeTensorMode() as mode:
+                on_cuda = partial(on_fake_cuda, mode)
                 returned = operator(name)(**tree_map_only(Tensor, on_cuda, arguments))
             for key, result in results_by_name(name, returned).items():
                 row_stride = result.shape[-1]
                 # torch adds an argument du, and the result of that sum has dense rows.
                 is_added = key == "du" and arguments.get("du") is not None
                 if key in PADDED and not is_added:
-                    row_stride = -(-row_stride * result.itemsize // 16) * 16 // result.itemsize
+                    row_stride += -row_stride % (16 // result.itemsize)  # to the next 16 bytes
                 strides = (row_stride * result.shape[1], row_stride, 1)
                 assert result.stride() == strides[-result.dim() :], (key, rank)
 

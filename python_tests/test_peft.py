@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 import zoo
-from helpers import ERRORS, relative, worst
+from helpers import ERRORS, OLD_FILES, relative, worst
 from models import unchanged
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -29,7 +29,6 @@ from lotr_ext.init import INIT_GAIN
 from lotr_ext.peft import LoTRPeftConfig, LoTRPeftLinear
 from lotr_ext.peft import config as peft_config
 
-DATA = Path(__file__).parent / "data" / "bd4494a"
 # (net, settings)
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "two shapes": ("mlp", {"modules_to_save": ["head"]}),
@@ -442,16 +441,16 @@ def test_biases_are_trained_and_saved(tmp_path: Path) -> None:
 
 
 def test_the_first_versions_files_load() -> None:
-    expected = load_file(DATA / "peft" / "expected.safetensors")
-    assert relative(output(loaded(DATA / "peft", "gpt2"), expected["x"]), expected["y"]) < 1e-6
+    expected = load_file(OLD_FILES / "peft" / "expected.safetensors")
+    assert relative(output(loaded(OLD_FILES / "peft", "gpt2"), expected["x"]), expected["y"]) < 1e-6
     # PEFT warns where its base class reads the file.
     with pytest.warns(UserWarning, match="Unexpected keyword arguments"):
-        assert peft.PeftConfig.from_pretrained(str(DATA / "peft")).scaling == 1.0
+        assert peft.PeftConfig.from_pretrained(str(OLD_FILES / "peft")).scaling == 1.0
 
 
 def rewritten(folder: Path, **settings: object) -> str:
     """Writes the first version's configuration with other settings, and returns the folder."""
-    content = json.loads((DATA / "peft" / "adapter_config.json").read_text())
+    content = json.loads((OLD_FILES / "peft" / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(content | settings))
     return str(folder)
 

@@ -7,8 +7,9 @@ import models
 import pytest
 import torch
 import zoo
+from contexts import once
 from helpers import relative, worst
-from layers import KINDS, Net, agree, inputs, once
+from layers import KINDS, Net, agree, inputs
 from test_experts import OFFS, ROWS, N, S, by_tasks, by_tokens, check, make
 from test_tasks import INDEX, banked, output, row_by_row
 from torch import Tensor, nn
