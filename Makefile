@@ -1,6 +1,8 @@
-# .venv holds the installed packages, data/ the models and texts. Every target makes what it needs.
-# PYTHON=... chooses the interpreter of .venv. PIP_ARGS=... is passed to pip (an index, a proxy),
-# ARGS=... to the command of a target.
+# Every target makes what it needs. .venv has the installed packages, data/ the models and texts.
+#
+#   PYTHON=...    the interpreter of .venv
+#   PIP_ARGS=...  passed to pip (an index, a proxy)
+#   ARGS=...      passed to the command of a target
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -19,9 +21,11 @@ DOCS_ARGS ?=
 # A change in any of these files rebuilds the extension. ninja compiles only what changed.
 NATIVE := $(shell find csrc -type f -not -path 'csrc/simt/*' -not -name README.md) \
           CMakeLists.txt setup.py pyproject.toml
-CXX_FILES := $(shell find csrc docs/teaching -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc docs/teaching -name '*.h' -o -name '*.cpp' -o -name '*.cu' \
+                                             -o -name '*.cuh')
 
-.PHONY: help demo check test bench gpu docs lint format wheel serve-test clean frameworks quantized vllm
+.PHONY: help demo check test bench gpu docs lint format wheel serve-test clean
+.PHONY: frameworks quantized vllm
 
 help:
 	@echo "make demo        fine-tune a pretrained transformer on real text with LoTR and LoRA"
@@ -39,7 +43,7 @@ help:
 	@echo "                 install what the tests with other packages need: DeepSpeed, TRL,"
 	@echo "                 sentence-transformers; torchao, bitsandbytes; vLLM"
 
-# ---- set-up --------------------------------------------------------------------------------------
+# ---- set-up: each finished step leaves a file in $(STAMPS) ---------------------------------------
 
 $(STAMPS)/venv: .ci/make_venv
 	@sh .ci/make_venv $(VENV) $(PYTHON)
@@ -51,7 +55,7 @@ $(STAMPS)/need-%: requirements/%.txt requirements/build.txt requirements/demo.tx
 	@$(PIP) install $(PIP_ARGS) -r $<
 	@touch $@
 
-# It names no torch. Without this order, pip would install the newest one first.
+# requirements/bench.txt does not name torch. If it came first, pip would install the newest torch.
 $(STAMPS)/need-bench: | $(STAMPS)/need-build
 
 # The build runs before pip registers the package, because pip hides the progress of a build.
@@ -86,10 +90,11 @@ $(STAMPS)/vllm: requirements/vllm.txt .ci/make_vllm | $(STAMPS)/build
 demo: $(STAMPS)/need-demo $(STAMPS)/build $(STAMPS)/data
 	@$(PY) examples/finetune_text.py $(ARGS)
 
-CHECKED := python_tests/test_operators.py python_tests/test_layers.py python_tests/test_bad_input.py \
-  $(foreach kernel,shrink expand_add,"python_tests/kernels/test_kernels.py::test_kernel[$(kernel)-bf16]")
+QUICK_TESTS := $(addprefix python_tests/, test_operators.py test_layers.py test_bad_input.py \
+    "kernels/test_kernels.py::test_kernel[shrink-bf16]" \
+    "kernels/test_kernels.py::test_kernel[expand_add-bf16]")
 check: $(STAMPS)/need-test $(STAMPS)/build
-	@$(PY) -m pytest -q $(PYTEST_JOBS) $(CHECKED) $(ARGS)
+	@$(PY) -m pytest -q $(PYTEST_JOBS) $(QUICK_TESTS) $(ARGS)
 
 test: $(STAMPS)/need-test $(STAMPS)/build $(STAMPS)/data
 	@$(PY) -m pytest $(PYTEST_JOBS) --durations=10 --durations-min=30 $(ARGS)
@@ -104,11 +109,13 @@ bench: $(STAMPS)/need-bench $(STAMPS)/build $(STAMPS)/data
 gpu:
 	@python=$$(sh .ci/python_with_torch $(VENV) $(PYTHON)) && $$python -m bench.gpu $(ARGS)
 
-# mkdocs --quiet would hide warnings from --strict
+# Not mkdocs --quiet, which would hide warnings from --strict.
 docs: $(STAMPS)/need-docs $(STAMPS)/build
 	@NO_MKDOCS_2_WARNING=1 sh .ci/quiet '/^INFO/!p' $(PY) -m mkdocs build --strict $(DOCS_ARGS)
-	@echo "docs: open build-docs/index.html; its search needs a server: python3 -m http.server -d build-docs"
+	@echo "docs: open build-docs/index.html"
+	@echo "docs: for its search, run python3 -m http.server -d build-docs"
 
+# The end of a lint command whose failure means that a file's layout is not the formatter's.
 LAYOUT_DIFFERS := { echo "lint: make format corrects the layout" >&2; false; }
 lint: $(STAMPS)/need-lint
 	@$(PY) -m ruff check --quiet .
@@ -119,10 +126,11 @@ lint: $(STAMPS)/need-lint
 	@echo "lint: clean"
 
 format: $(STAMPS)/need-lint
-	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format --quiet . && $(CLANG_FORMAT) -i $(CXX_FILES) </dev/null
+	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format --quiet .
+	@$(CLANG_FORMAT) -i $(CXX_FILES) </dev/null
 
-# TORCH="2.10.* 2.13.*" names the versions to try it with (default: the oldest and the newest). Each
-# gets an environment in build-wheel.
+# TORCH="2.10.* 2.13.*" names the versions of torch that try the wheel (default: the oldest and the
+# newest). Each gets an environment in build-wheel.
 wheel: $(STAMPS)/need-wheel
 	@PIP_ARGS="$(PIP_ARGS)" sh .ci/make_wheel $(PY) $(TORCH)
 

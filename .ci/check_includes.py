@@ -22,7 +22,8 @@ KERNELS_AND_BELOW = (
     "cuda/tile",
     "cuda/kernels",
 )
-# Layer (the first one that a path starts with): the other layers that it may include.
+# The layers, and which other layers each may include. The order matters: a file belongs to the first
+# layer with which its path starts.
 LAYERS = {
     "tensor_view.h": (),
     "cuda/problem.h": ("tensor_view.h",),

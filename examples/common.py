@@ -1,4 +1,4 @@
-"""Shared by the examples: options, a progress bar, texts as batches, a classifier, a picture."""
+"""What the examples share: options, rated texts, a text classifier, a training loop, a picture."""
 
 import argparse
 import os
@@ -52,11 +52,12 @@ def parse_options(doc: str, words: list[str] | None, **defaults: object) -> argp
         description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     for name, default in {**defaults, "threads": os.cpu_count()}.items():
-        kind: dict[str, object] = {"type": type(default)}
         if default is False:
             kind = {"action": "store_true"}
         elif isinstance(default, list):
             kind = {"nargs": "+"}
+        else:
+            kind = {"type": type(default)}
         # Without a help text, ArgumentDefaultsHelpFormatter would not print the default.
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=" ", **kind)
     options = parser.parse_args(words)
@@ -165,8 +166,7 @@ def batches(data: Batch, size: int, seed: int = 0) -> Iterator[Batch]:
             order += generator.sample(range(len(data.ids)), len(data.ids))
         window = sorted(order[: 20 * size], key=lambda i: len(data.ids[i]))
         order = order[20 * size :]
-        starts = generator.sample(range(0, len(window), size), 20)
-        for start in starts:
+        for start in generator.sample(range(0, len(window), size), 20):
             rows = window[start : start + size]
             yield Batch([data.ids[i] for i in rows], data.labels[rows])
 
@@ -179,6 +179,7 @@ def predict(forward: Callable[[TokenRows], Tensor], ids: TokenRows, size: int = 
     for start in range(0, len(order), size):
         rows = order[start : start + size]
         logits.append(forward([ids[i] for i in rows]))
+    # Row j belongs to text order[j]. argsort inverts this permutation.
     return torch.cat(logits)[torch.tensor(order).argsort()]
 
 

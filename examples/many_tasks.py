@@ -37,8 +37,8 @@ from lotr_ext import LoTRConfig, TaskBank, apply_lotr, disabled, use_tasks
 
 ROWS_PER_TASK = 8  # in a training batch
 TIMED_ROWS = 64
-NO_ADAPTER = 0
-TIMED_TASKS = (NO_ADAPTER, 1, 2, 4, 8, 16, 32, 64)
+NO_ADAPTER = 0  # in place of a number of tasks
+TIMED_TASKS = (NO_ADAPTER, 1, 2, 4, 8, 16, 32, 64)  # different tasks in a timed batch
 
 
 def forward_of_task(ids: TokenRows, model: nn.Module, task: int) -> Tensor:
@@ -53,8 +53,12 @@ def train_tasks(
     tokenize: Callable[[list[str]], TokenRows],
     steps: int,
     held_out: int,
-) -> None:
-    """Trains a task for each collection of texts, in the same batches, and prints accuracies."""
+) -> dict[str, Batch]:
+    """Trains a task for each collection of texts, with rows of all tasks in each batch.
+
+    Returns:
+        The held-out texts of each task, in the order of the tasks in the bank.
+    """
     tasks = [bank.add() for _ in SNIPPETS]
     streams = []
     held_out_data = {}
@@ -73,11 +77,16 @@ def train_tasks(
 
     trained = [*bank.parameters(), *model.lotr_factors.parameters(), *model.head.parameters()]
     train("four tasks", steps, torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.0), mixed_loss)
+    return held_out_data
 
+
+def print_accuracies(model: nn.Module, held_out_data: dict[str, Batch]) -> None:
+    """Prints a row per collection of held-out texts, with a column per task that reads them."""
     print(f"{'held-out accuracy with the cores of':36}", *(f"{name:>18}" for name in held_out_data))
     for name, data in held_out_data.items():
         shares = [
-            accuracy(partial(forward_of_task, model=model, task=task), data) for task in tasks
+            accuracy(partial(forward_of_task, model=model, task=task), data)
+            for task in range(len(held_out_data))
         ]
         print(f"{name:36}", *(f"{100 * share:16.1f} %" for share in shares))
 
@@ -90,8 +99,9 @@ def time_forwards(model: nn.Module, most_tasks: int, rounds: int) -> dict[int, f
         Median milliseconds by the number of tasks in the batch, and for NO_ADAPTER.
     """
     ids = torch.randint(1000, 20000, (TIMED_ROWS, 16)).tolist()
-    counts = [count for count in TIMED_TASKS if count <= most_tasks]
-    milliseconds: dict[int, list[float]] = {count: [] for count in counts}
+    milliseconds: dict[int, list[float]] = {
+        count: [] for count in TIMED_TASKS if count <= most_tasks
+    }
     rows = torch.arange(TIMED_ROWS)
     for _ in progress_bar("timing", rounds):
         for count, values in milliseconds.items():
@@ -105,12 +115,13 @@ def time_forwards(model: nn.Module, most_tasks: int, rounds: int) -> dict[int, f
 def main(words: list[str] | None = None) -> None:
     options = parse_options(__doc__, words, tasks=1000, rank=16, steps=80, held_out=300, rounds=15)
     model, tokenize = minilm_classifier()
-    config = LoTRConfig(
-        rank=options.rank, exclude_modules=["pooler.dense"], modules_to_save=["head"]
+    apply_lotr(
+        model,
+        LoTRConfig(rank=options.rank, exclude_modules=["pooler.dense"], modules_to_save=["head"]),
     )
-    apply_lotr(model, config)
     bank = TaskBank(model, options.tasks).requires_grad_()
-    train_tasks(model, bank, tokenize, options.steps, options.held_out)
+    held_out_data = train_tasks(model, bank, tokenize, options.steps, options.held_out)
+    print_accuracies(model, held_out_data)
     while len(bank) < options.tasks:  # copies of the trained tasks fill the other slots
         bank.add(bank.cores_of(len(bank) % len(SNIPPETS)))
     size = sum(core[0].numel() * core.element_size() for core in bank.cores)
@@ -121,11 +132,13 @@ def main(words: list[str] | None = None) -> None:
     )
 
     milliseconds = time_forwards(model, options.tasks, options.rounds)
-    ratios = {count: value / milliseconds[NO_ADAPTER] for count, value in milliseconds.items()}
-    print("different tasks in the batch, time of a forward, over the model without an adapter (0):")
+    base = milliseconds.pop(NO_ADAPTER)
+    ratios = {count: value / base for count, value in milliseconds.items()}
+    print(
+        f"time of a forward: {base:.1f} ms without an adapter; with different tasks in the batch:"
+    )
     for count, ratio in ratios.items():
         print(f"{count:4} tasks {milliseconds[count]:8.1f} ms {ratio:6.2f} x")
-    del ratios[NO_ADAPTER]
     draw(
         RESULTS / "many_tasks.png",
         {"one task per row": ratios, "no adapter": dict.fromkeys(ratios, 1.0)},

@@ -32,7 +32,11 @@ NOT_LEARNED = -100  # cross_entropy ignores this label
 
 
 def text_parts(task: str, lines: list[str], generator: random.Random) -> list[tuple[str, bool]]:
-    """Returns the parts of a text of the task, and for each part whether it is learned."""
+    """Makes a text of a task, in parts.
+
+    Returns:
+        Pairs (text, is_learned) of each part. A prompt is not learned.
+    """
     if task == "larger":
         parts = []
         for _ in range(5):
@@ -105,7 +109,7 @@ def serve(options: argparse.Namespace) -> None:
         **os.environ,
         "LOTR_FACTORS": str(options.out / "factors"),
     }
-    command = [
+    command = [  # options that belong together are in one line
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(options.model), "--served-model-name", "smollm2"),
         *("--max-model-len", "1024", "--max-num-seqs", "32", "--max-loras", "8"),

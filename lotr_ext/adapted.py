@@ -4,9 +4,9 @@
     model.lotr_cores        parameters from which several cores are computed
     model.lotr_tasks        a TaskBank
     model.lotr_config       the LoTRConfig
-    model.lotr_left_out     what the configuration names and what is not adapted
+    model.lotr_left_out     the layers that the configuration matches and that have no adapter
 
-The layers only refer to these modules.
+The adapted layers refer to the first three and do not register them.
 
 Not here: making them (model.py, tasks.py) and what a layer computes (layers.py).
 """
@@ -20,15 +20,16 @@ from .layers import LoTRLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Modules that count their children, iterate over them, or call them one after another.
+# Modules that count their children, iterate over them, or call them one after another, and so must
+# not get another child.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _ATTRIBUTES = ("lotr_factors", "lotr_cores", "lotr_tasks", "lotr_config", "lotr_left_out")
 
 
 class Attachment(nn.Module):
-    """A module of other cores for a model's adapter, such as a TaskBank.
+    """A module with further cores for the layers of an adapted model, such as a TaskBank.
 
-    Its parameters count as the adapter's. `on_detach` is called when it is taken off its model.
+    Its parameters count as the adapter's. `detach_all` calls `on_detach`.
     """
 
     def on_detach(self) -> None:
@@ -36,7 +37,7 @@ class Attachment(nn.Module):
 
 
 def attached_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters of what is attached to a model, or to adapted models inside it."""
+    """Returns the parameters of the attachments of a model, and of adapted models inside it."""
     attached = [module for module in model.modules() if isinstance(module, Attachment)]
     return [parameter for module in attached for parameter in module.parameters()]
 
@@ -84,10 +85,8 @@ def unmerged_layers(model: nn.Module, caller: str) -> dict[str, LoTRLayer]:
 def attach(model: nn.Module, name: str, module: nn.Module) -> None:
     """Registers a module of the adapter with an adapted model, as `model.<name>`.
 
-    A container must not get another child: nn.Sequential would call it, and sentence-transformers
-    would save it as a step of its pipeline. The innermost module around the first adapted layer
-    that is not a container then registers the module, or the layer if there is none, and
-    `model.<name>` is a plain reference.
+    If the model is a container, another module inside it registers the module, and `model.<name>`
+    is a plain reference.
 
     Args:
         model: An adapted model.
@@ -95,7 +94,6 @@ def attach(model: nn.Module, name: str, module: nn.Module) -> None:
         module: The module.
     """
     owner = _owner(model)
-    # Elsewhere, `model.<name>` is what users and files read.
     if owner is not model:
         set_unregistered(model, name, module)
     setattr(owner, name, module)
@@ -105,8 +103,8 @@ def detach_all(model: nn.Module) -> None:
     """Takes off what was attached to a model and to adapted models inside it."""
     for module in list(model.modules()):
         for name in _ATTRIBUTES:
-            # Not getattr, because a wrapper passes names on to what it wraps. A module is in
-            # _modules; a configuration, or a container's reference, is not.
+            # Not getattr: a wrapper passes names on to the model that it wraps. A registered module
+            # is in _modules; a configuration and the plain reference of a container are in vars.
             attached = vars(module).get(name, module._modules.get(name))
             if isinstance(attached, Attachment):
                 attached.on_detach()
@@ -115,11 +113,17 @@ def detach_all(model: nn.Module) -> None:
 
 
 def _owner(model: nn.Module) -> nn.Module:
-    """Returns the module that registers what is attached to an adapted model."""
+    """Returns the module that registers what is attached to an adapted model.
+
+    It is the model, unless the model is a container. A container must not get another child:
+    nn.Sequential would call it, and sentence-transformers would save it as a step of its pipeline.
+    Then it is the innermost module around the first adapted layer that is not a container, or that
+    layer if there is none: the block in Sequential(block(layer)), the layer in Sequential(layer).
+    """
     name, layer = next(iter(adapted_layers(model).items()))
     owner = model
     while isinstance(owner, _CONTAINERS) and name:
         name = name.rpartition(".")[0]
         owner = model.get_submodule(name)
-    # If there are only containers around the layer, the last one is the model.
+    # If there are only containers around the layer, the walk ends at the model.
     return layer if isinstance(owner, _CONTAINERS) else owner

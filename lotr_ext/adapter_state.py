@@ -145,7 +145,10 @@ class AdapterState:
         tied = document.get("tied")
         state = AdapterState(
             config=None if config is None else LoTRConfig.from_dict(config),
-            layers={k: LayerEntry.from_json(k, v) for k, v in document["layers"].items()},
+            layers={
+                name: LayerEntry.from_json(name, entry)
+                for name, entry in document["layers"].items()
+            },
             modules_to_save=tuple(document["modules_to_save"]),
             base=BaseModel.from_json(document.get("base", {})),
             tensors=dict(tensors),
@@ -175,11 +178,11 @@ class AdapterState:
             self._check_computed_cores(self.config)
 
     def _check_computed_cores(self, config: LoTRConfig) -> None:
-        """Checks the parameters of computed cores, of which a dense configuration has none."""
+        """Checks the parameters of computed cores. With dense cores there must be none."""
         expected = {}
         if config.core in FORMS:
-            # A file of a few bytes may have a rank that needs gigabytes. On meta nothing is
-            # allocated for it.
+            # On meta nothing is allocated: a file of a few bytes may name a rank that would need
+            # gigabytes.
             with torch.device("meta"):
                 cores = FORMS[config.core]([place_of(name) for name in self.layers], config.rank)
             expected = _shapes(cores.state_dict(prefix="lotr_cores."))
@@ -210,8 +213,8 @@ class AdapterState:
             raise ValueError(
                 f"directory: expected a folder with {FILE_NAME}, got {_what_is_at(directory)}"
             )
-        # The checksum finds damage. Whoever edits a document gets one error for the first thing
-        # that does not fit.
+        # The checksum has found damage. An edited document may still be wrong: then the first
+        # mistake is the error.
         with errors_of(str(directory)):
             return AdapterState.from_document(document, tensors)
 
@@ -232,7 +235,7 @@ class AdapterState:
             "sha256": checksum(tensors.items(), text.encode()),
         }
         put_tensors(directory / FILE_NAME, tensors, metadata)
-        # Afterwards: `read` prefers the new file, so a killed process leaves one or the other.
+        # Last: `read` prefers the new file, so both may be there if the process is killed before.
         old_files.remove(directory)
 
 

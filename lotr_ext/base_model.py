@@ -1,7 +1,10 @@
-"""Whether a model is the base on which an adapter was trained: a few values of frozen parameters.
+"""Recognizes the base model on which an adapter was trained, by a few values of frozen parameters.
 
 A checksum would differ after a cast. The values of one base agree up to the rounding to bfloat16,
 the coarsest dtype of base weights. Quantized parameters are skipped.
+
+    save      BaseModel.of(model)         samples VALUES elements of each of PARAMETERS parameters
+    load      state.base.check(model)     compares them with those of the model
 """
 
 import math
@@ -30,9 +33,13 @@ class BaseModel:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "BaseModel":
-        """Returns what a JSON object has."""
+        """Returns the base that `dataclasses.asdict` wrote as a JSON object.
+
+        Raises:
+            TypeError, ValueError: If a field is unknown, or a value is not a number.
+        """
         base = BaseModel(**values)
-        # Raises here for anything but numbers, not at the comparison, when the model has changed.
+        # float raises here, and not at the comparison, when the model is adapted already.
         return replace(base, values={name: list(map(float, v)) for name, v in base.values.items()})
 
     @staticmethod
@@ -60,20 +67,20 @@ class BaseModel:
         return BaseModel(_name_of(model), finite)
 
     def check(self, model: nn.Module, gather: Gather, refuse: bool) -> None:
-        """Refuses a model with another base, or warns of it.
+        """Checks that a model has this base. Otherwise raises or warns.
 
         Parameters that the model lacks, or has in a quantized format, are skipped.
 
         Args:
             model: An adapted model.
             gather: Returns the full tensor of one that may be sharded.
-            refuse: Whether to raise.
+            refuse: Whether to raise, and not to warn.
 
         Raises:
             ValueError: If the base is another one and refuse is set.
         """
         parameters = _comparable(model)
-        # Processes that hold shards gather together, so all need one order: the file's.
+        # In the file's order, because all processes must gather their shards in the same order.
         shared = [name for name in self.values if name in parameters]
         for name in shared:
             actual = _sample(gather(parameters[name]))
@@ -86,7 +93,7 @@ class BaseModel:
                     f"{_short(actual)} in place of {_short(expected)}. Load the adapter into its "
                     f"base model."
                 )
-                refuse_or_warn(message, refuse)
+                refuse_or_warn(message, refuse, stacklevel=6)
                 return
 
 
@@ -100,11 +107,18 @@ def parameters_in_file(model: nn.Module) -> set[nn.Parameter]:
     return parameters
 
 
-def refuse_or_warn(message: str, refuse: bool) -> None:
-    """Raises a ValueError with the message, or warns."""
+def refuse_or_warn(message: str, refuse: bool, *, stacklevel: int) -> None:
+    """Raises a ValueError with the message, or warns.
+
+    Args:
+        message: What is wrong, and what to do.
+        refuse: Whether to raise.
+        stacklevel: As for warnings.warn: the number of calls from here up to the user's code, with
+            that of torch's decorator of `load_state`.
+    """
     if refuse:
         raise ValueError(message)
-    warnings.warn(f"lotr_ext: {message}", stacklevel=5)
+    warnings.warn(f"lotr_ext: {message}", stacklevel=stacklevel)
 
 
 def _name_of(model: nn.Module) -> str | None:
@@ -132,24 +146,24 @@ def _short(numbers: Sequence[float]) -> str:
 
 
 def _comparable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters that a base model has in the same format and with the same values."""
-    moved: set[nn.Parameter] = set()
+    """Returns the parameters that still have the base model's values, in a plain format."""
+    changed: set[nn.Parameter] = set()
     for layer in layers_in(model).values():
-        # A merge and init "svd" have changed the weight.
+        # A merge and init "svd" change the weight. The experts' weight belongs to their host.
         if layer.merged or layer.start_core is not None:
-            moved.update(layer.parameters())
-            moved.update(getattr(layer, "host", layer).parameters())
+            changed.update(layer.parameters())
+            changed.update(getattr(layer, "host", layer).parameters())
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter not in moved and _has_plain_values(parameter)
+        if parameter not in changed and _has_plain_values(parameter)
     }
 
 
 def _has_plain_values(parameter: Tensor) -> bool:
-    """Whether a parameter has values, which are not quantized."""
-    # A subclass, of torchao for example, may show values that depend on its format.
+    """Whether the elements of a parameter can be read, and are not the codes of a quantizer."""
+    # The elements of a subclass, of torchao for example, may depend on its format.
     is_plain = type(parameter) is nn.Parameter or is_sharded(parameter)
-    # Float8 weights need a scale, which is another tensor.
+    # A float8 weight is multiplied by a scale, which is another tensor.
     is_float = parameter.is_floating_point() and parameter.dtype.itemsize >= 2
     return is_plain and is_float and not parameter.is_meta and math.prod(full_shape(parameter)) > 0

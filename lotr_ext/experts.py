@@ -69,9 +69,10 @@ class Routing:
             return RowChoice(None, self.offs, self.reads), cores
         task = tasks if self.tokens is None else tasks[self.tokens]
         experts = cores.shape[1]
-        # The core of task t and expert c has the index t e + c in the flattened cores.
         expert = index_from_offs(self.offs, len(task), experts)
+        # A row of no task is the base model's. A row past the last end has no expert.
         has_core = (task >= 0) & (expert >= 0)
+        # The core of task t and expert c has the index t e + c in the flattened cores.
         index = torch.where(has_core, task * experts + expert, -1)
         return RowChoice(index, None, self.reads), cores.flatten(0, 1)
 
@@ -270,7 +271,7 @@ class LoTRExperts(LoTRLayer):
         routing: Routing,
         request_input: Tensor,
     ) -> Tensor:
-        """Returns y [rows, out_features]. Checks no arguments, and takes x as it is.
+        """Returns y [rows, out_features], without checks of the arguments.
 
         Args:
             x: The rows that `routing.reads` indexes, or one row per row of y. Unread rows are zero

@@ -1,4 +1,4 @@
-"""merge and unmerge: the adapter of a model, added to its weights.
+"""merge and unmerge: add the adapter of a model to its weights, and remove it.
 
     W + s B G_l^T A^T      for every adapted layer l, or for none if one of them cannot be merged
 
@@ -98,8 +98,8 @@ def _check_weights(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
             raise RuntimeError(
                 f"merge: expected tensors with values, got {name!r} on the meta device"
             )
-        # What else uses a tied weight, such as an embedding, would change as well.
-        base = getattr(layer, "base_layer", None)  # of a LoTRWrapped: it owns the weight
+        # Another module with the same weight, such as an embedding, would change as well.
+        base = getattr(layer, "base_layer", None)  # of a LoTRWrapped, whose base has the weight
         other_names = tied.get(layer) or tied.get(base)
         if other_names:
             raise RuntimeError(
@@ -123,7 +123,7 @@ def unmerge(model: Model) -> Model:
         raise RuntimeError("unmerge: expected merged layers, got none that is merged")
     # Before the first layer changes, so that all are unmerged or none.
     for name, layer in merged.items():
-        # Dequantizing replaced the base; only the old module has its quantized values.
+        # A base that was dequantized is replaced, and only the old module has its quantized values.
         if getattr(layer, "replaced", False) and layer.quantized_base is None:
             raise RuntimeError(
                 f"unmerge: expected the quantized base of {name!r}, got a layer merged with "

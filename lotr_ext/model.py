@@ -111,7 +111,12 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def install(model: nn.Module, selection: Selection) -> None:
-    """Adapts the layers that `select` returned for a plain model."""
+    """Adapts the layers that `select` returned for a plain model.
+
+    Args:
+        model: The plain model. Its caller opens `unchanged_on_error`.
+        selection: From `select`, for this model.
+    """
     config = selection.config
     # First, because it reads the plain weights and may raise.
     starts = _svd_starts(selection) if config.init == "svd" else {}
@@ -121,7 +126,7 @@ def install(model: nn.Module, selection: Selection) -> None:
         device=device_of(selection.targets[0].module),
         dtype=config.adapter_dtype,
     )
-    # From here on the model changes. `unchanged_on_error` undoes it.
+    # From here on the model changes.
     model.requires_grad_(False)
     for module in selection.saved.values():
         for parameter in module.parameters():
@@ -161,8 +166,8 @@ def factor_names(group: str, sizes: tuple[int, int], group_by: GroupBy) -> list[
     Args:
         group: The group.
         sizes: (in_features, out_features) of its layers.
-        group_by: As in the configuration. With "width", layers of several groups share A, and
-            others B.
+        group_by: As in the configuration. With "width", the layers of one in_features share A, and
+            those of one out_features share B.
     """
     if group_by == "width":
         return [f"A_{sizes[0]}", f"B_{sizes[1]}"]
@@ -244,7 +249,7 @@ def make_cores(
             "original callable."
         )
     form = FORMS[config.core] if isinstance(config.core, str) else config.core
-    # Without a context the form would use the caller's default device, which may be meta.
+    # Otherwise the form would use the caller's default device, which may be meta.
     with torch.device("meta" if device.type == "meta" else "cpu"):
         cores = form([place_of(name) for name in names], config.rank)
     if not isinstance(cores, Cores):

@@ -30,8 +30,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         path: The JSON file.
 
     Returns:
-        The document, as `AdapterState.from_document` takes and checks it, and the tensors, whose
-        checksum is checked here.
+        The document, as `AdapterState.from_document` takes and checks it, and the tensors, after a
+        check of their checksum.
 
     Raises:
         TypeError, ValueError: If the files are damaged. The message names the file.
@@ -61,8 +61,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def remove(directory: Path) -> None:
     """Removes an adapter of an older version, after a new one was written."""
     for path in directory.iterdir():
-        is_old = path.name == JSON_NAME or _TENSORS.fullmatch(path.name)
-        if is_old and path.is_file():
+        if path.is_file() and (path.name == JSON_NAME or _TENSORS.fullmatch(path.name)):
             # Another process may save at the same time, and remove it first.
             path.unlink(missing_ok=True)
 

@@ -1,9 +1,9 @@
 """Models that several processes train: DistributedDataParallel, FSDP2 and DeepSpeed's ZeRO.
 
-Each process adds its layers' gradients of A and of B into one sum, and autograd sees each sum once
-per backward, so training in several processes reduces A once and B once per step. Under FSDP2 and
-ZeRO-3 a process holds only a shard of each tensor. `save_adapter` and `load_adapter` here gather
-full tensors for the file and shard them again.
+Training needs nothing special: in each process the layers add their gradients of A into one sum and
+those of B into another, so the processes reduce A once and B once per step. Under FSDP2 and ZeRO-3
+a process holds only a shard of each tensor. `save_adapter` here gathers full tensors for the file,
+and `load_adapter` writes the shards.
 
 Not here: how a sharded tensor is recognized and gathered (sharded_tensors.py).
 """
@@ -112,9 +112,9 @@ def load_adapter(
 def _reshard(model: nn.Module) -> None:
     """Frees the full tensors that FSDP2 gathered for a forward.
 
-    The parameters are then the shards that the optimizer updates.
+    The parameters are then the shards, which the optimizer updates. A value that is loaded into a
+    gathered tensor would be lost when FSDP2 frees it.
     """
-    # Else a loaded value would be written into the gathered copy, which the next step discards.
     fsdp = imported_class("torch.distributed.fsdp", "FSDPModule")
     for module in model.modules():
         if isinstance(module, fsdp):

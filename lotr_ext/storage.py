@@ -12,21 +12,20 @@ import os
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FilePath = str | PathLike[str]
+FilePath = str | os.PathLike[str]
 
 
-def expect_names(what: str, expected: Collection[str], actual: Collection[str]) -> None:
+def expect_names(kind: str, expected: Collection[str], actual: Collection[str]) -> None:
     """Checks that a file has the names of the model.
 
     Args:
-        what: The names' kind, for the error.
+        kind: What the names are of, for the error.
         expected: The names in the model.
         actual: The names in the file.
 
@@ -37,7 +36,7 @@ def expect_names(what: str, expected: Collection[str], actual: Collection[str]) 
     foreign = sorted(map(str, set(actual) - set(expected)))
     if missing or foreign:
         raise ValueError(
-            f"{what}: expected the model's {len(expected)}, got {len(actual)}: missing "
+            f"{kind}: expected the model's {len(expected)}, got {len(actual)}: missing "
             f"{', '.join(missing[:5]) or 'none'}; not in the model "
             f"{', '.join(foreign[:5]) or 'none'}"
         )
@@ -66,7 +65,8 @@ def put_file(path: Path, data: bytes) -> None:
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())  # else a crash after the rename may leave an empty file
+            # Otherwise a crash after the rename may leave an empty file.
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -113,13 +113,13 @@ def read_bytes(path: Path) -> bytes:
 
 
 def tensors_in(
-    path: Path, name: str, sha256: str | None = None
+    path: Path, argument: str, sha256: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads a safetensors file.
 
     Args:
         path: The file.
-        name: The name of the caller's argument, for the error.
+        argument: The caller's argument that leads to the file, for the error.
         sha256: The expected checksum of the file, if known.
 
     Returns:
@@ -138,11 +138,11 @@ def tensors_in(
         if sha256 is not None and actual != sha256:
             raise ValueError(f"sha256 {actual} instead of {sha256}: truncated, or another file")
         tensors = load(data)
-        # `load` has checked the header, which is JSON after a length of eight bytes. It does not
-        # return the metadata.
+        # `load` does not return the metadata. They are in the header, which it has checked: JSON,
+        # after the eight bytes of its length.
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{name}: expected a safetensors file {path}, got {error}") from None
+        raise ValueError(f"{argument}: expected a safetensors file {path}, got {error}") from None
     return tensors, header.get("__metadata__") or {}
 
 
@@ -157,12 +157,12 @@ def checksum(tensors: Iterable[tuple[str, Tensor]], start: bytes = b"") -> str:
     return digest.hexdigest()
 
 
-def json_in(path: Path, name: str) -> dict[str, Any]:
+def json_in(path: Path, argument: str) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Args:
         path: The file.
-        name: The name of the caller's argument, for the error.
+        argument: The caller's argument that leads to the file, for the error.
 
     Raises:
         ValueError: If there is no such file, or it has something else.
@@ -170,7 +170,7 @@ def json_in(path: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(read_bytes(path))
     except (OSError, RecursionError, ValueError) as error:
-        raise ValueError(f"{name}: expected a JSON file {path}, got {error}") from None
+        raise ValueError(f"{argument}: expected a JSON file {path}, got {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{name}: expected a JSON object in {path}, got {content!r:.80}")
+        raise ValueError(f"{argument}: expected a JSON object in {path}, got {content!r:.80}")
     return content

@@ -198,10 +198,10 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
     return known_heads
 
 
-def output_layers(model: nn.Module) -> set[nn.Module]:
-    """Returns the output layers and heads of transformers' and timm's models.
+def output_layers(model: nn.Module) -> dict[nn.Module, str]:
+    """Returns the layers that "all-linear" leaves out, as in PEFT, with the reason.
 
-    "all-linear" leaves them out, as in PEFT.
+    The output layers and heads of transformers' and timm's models.
     """
     outputs = list(heads(model).values())
     for module in model.modules():
@@ -212,7 +212,7 @@ def output_layers(model: nn.Module) -> set[nn.Module]:
                 candidates = output if isinstance(output, tuple) else (output,)
                 outputs += [m for m in candidates if isinstance(m, nn.Module)]
     # A classifier may be a block of several layers.
-    return {child for output in outputs for child in output.modules()}
+    return {child: _OUTPUT_LAYER for output in outputs for child in output.modules()}
 
 
 def _with_heads(model: nn.Module, config: LoTRConfig) -> LoTRConfig:
@@ -243,8 +243,8 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
     """
     saved: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        # Also called for the file of an adapted model, which registers lotr_factors and the like:
-        # their children have numbers as names, which a name in modules_to_save may match.
+        # An adapted model, whose file this is called for, also has lotr_factors and the like. Their
+        # children are named by numbers, which a name in modules_to_save may match.
         is_of_adapter = any(part.startswith("lotr_") for part in name.split("."))
         if is_of_adapter or not name_matches(name, config.modules_to_save):
             continue
@@ -282,7 +282,7 @@ def _linear_targets(
         The targets, and as `Selection.left_out` the names of the others by the reason.
     """
     tied = tied_names(model)
-    outputs = output_layers(model) if config.everything else set()
+    outputs = output_layers(model) if config.everything else {}
     targets = []
     left_out: dict[str, list[str]] = {}
     for module, names in names_of_modules(model).items():
@@ -300,7 +300,7 @@ def _linear_targets(
             reason = "exclude_modules"
         elif config.everything:
             # Not for a layer that the user names, which `linear_target` refuses.
-            reason = obstacle or (_OUTPUT_LAYER if module in outputs else None)
+            reason = obstacle or outputs.get(module)
         if reason is None:
             targets.append(linear_target(names, module, obstacle, config.group_by))
         else:
@@ -434,7 +434,7 @@ def _expert_targets(
 ) -> list[Target]:
     """Returns the parameters of experts that config adapts.
 
-    They are matched as in PEFT, by full dotted parts at the end of the name.
+    Their names are matched as in PEFT, by full dotted parts at the end.
     """
     targets = []
     for name, module in model.named_modules():
@@ -459,7 +459,7 @@ def _expert_targets(
 
 
 def parameter_name(layer_name: str) -> str:
-    """Returns the name of the parameter that a layer of experts adapts, which is next to CHILD."""
+    """Returns the name of the parameter that a layer of experts adapts, from the layer's name."""
     module, _, parameter = layer_name.rpartition(".")
     return f"{module.removesuffix(CHILD)}{parameter}"
 

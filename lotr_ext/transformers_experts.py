@@ -85,7 +85,8 @@ def expert_obstacle(module: nn.Module, parameter: str) -> str | None:
 
 def _accepts_forward(module: nn.Module) -> bool:
     """Whether the class of experts calls a registered function in its forward."""
-    # The decorator `use_experts_implementation` wraps the forward. Our own reads the attributes.
+    # The decorator `use_experts_implementation` wraps the forward. `_forward_of_host` reads the
+    # attributes.
     return (
         all(hasattr(module, n) for n in ("is_transposed", "has_bias", "num_experts", "config"))
         and hasattr(type(module).forward, "__wrapped__")
@@ -130,7 +131,7 @@ class LoTRHostedExperts(LoTRExperts):
         scaling: float,
         dropout: float = 0.0,
     ):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not LoTRExperts', which allocates a weight
         set_unregistered(self, "host", host)  # which has this module as its child
         self.parameter = parameter
         self.num_experts, self.in_features, self.out_features = expert_sizes(host, parameter)

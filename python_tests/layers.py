@@ -181,7 +181,7 @@ class Net(nn.Module):
         row_tasks = INDEX.repeat(repeats)[: x.shape[0]]
         if x.dim() < 3 or self.kind.by_function:
             return row_tasks
-        # The tokens of a row have the tasks -1, 0, 1, 2 in turn, from the row's task on.
+        # The tokens of a row have the tasks -1, 0, 1, 2 in turn. The row decides the first one.
         return (row_tasks[:, None] + torch.arange(x.shape[1])) % 4 - 1
 
     def parts(self, i: int) -> dict[str, Tensor]:

@@ -124,6 +124,7 @@ def test_shapes(kind: str, shape: str, form: str) -> None:
 
 # ---- dtypes and autocast -------------------------------------------------------------------------
 
+# (of x and the base, of the adapter)
 DTYPE_PAIRS = [
     *((dtype, dtype) for dtype in (torch.float32, *HALVES)),
     *((dtype, torch.float32) for dtype in (*HALVES, torch.float64)),

@@ -216,8 +216,7 @@ inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, in
   });
 }
 
-// v [units][ldv] as tiles of A: to[vectors of r][steps][16 of the rank][16 units]. v has room
-// for full steps, which are filled with zeros.
+// v [units][ldv], zero filled to full steps, as tiles of A: to[vectors of r][steps][16][16 units].
 template <typename K>
 inline void turn_units(typename K::Unit* to, typename K::Unit* v, int64_t ldv, int64_t units,
                        int64_t r) {
@@ -257,8 +256,8 @@ inline void pair_tiles(typename K::Unit* to, const uint16_t* x, int64_t row_stri
 // S[r][32] (+)= v^T x for 32 columns of a tile of x, as outer_columns (outer.h). turned: v;
 // x_units: room for the units of these columns. prefetch: also the columns to the right.
 template <typename K>
-inline void outer_in_tiles(const Sums<K>& S, const Rectangle& x, const typename K::Unit* turned,
-                           int64_t r, typename K::Unit* x_units, bool prefetch) {
+inline void outer_in_tiles(Sums<K> S, const Rectangle& x, const typename K::Unit* turned, int64_t r,
+                           typename K::Unit* x_units, bool prefetch) {
   constexpr int64_t kTile = kSide * kSide;
   const int64_t row = x.a.row_stride;
   const int64_t steps = ceil_div(x.rows, K::kPair * kSide);
@@ -275,8 +274,7 @@ inline void outer_in_tiles(const Sums<K>& S, const Rectangle& x, const typename 
     auto b = Operand::of(x_units, kSide, kTile, 2 * kTile);
     zero_tiles<RA, 2>();
     if (v == 0) {
-      // A step is made while the one before it is multiplied: a tile cannot be loaded from stores
-      // that are still under way.
+      // A step is made while the one before is multiplied, so its stores end before it is loaded.
       make_step(0);
       for (int64_t t = 0; t < steps; ++t, a.first += a.step, b.first += b.step) {
         if (t + 1 < steps) make_step(t + 1);
@@ -286,7 +284,8 @@ inline void outer_in_tiles(const Sums<K>& S, const Rectangle& x, const typename 
       multiply_tiles<RA, 2>(a, b, steps);
     }
     store_tiles<RA, 2>(sums, 2 * kSide);
-    for (int64_t j = 0; j < smaller(RA * kSide, r - v * kSide); ++j) {
+    const int64_t n = smaller(RA * kSide, r - v * kSide);
+    for (int64_t j = 0; j < n; ++j) {
       float* to = S.data + (v * kSide + j) * S.ld;
       for (int64_t c = 0; c < 2 * kSide; c += K::kLanes) {
         const auto sum = load(sums + j * 2 * kSide + c);

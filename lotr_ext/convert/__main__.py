@@ -9,7 +9,9 @@ from ..core.operators import DTYPES
 from .bank import loras_to_bank
 from .hosts import EXPERT_FORMS, SERVER_NAMES
 from .to_lora import lotr_to_lora
-from .to_lotr import GROUPS_OF_ONE_SHAPE, lora_to_lotr, original_to_lotr
+from .to_lotr import GROUPS_OF_ONE_SHAPE, Conversion, lora_to_lotr, original_to_lotr
+
+# ---- each command's function: writes the destination and returns the lines to print --------------
 
 
 def _lotr_to_lora(source: str, destination: str, **options: object) -> list[str]:
@@ -23,9 +25,8 @@ def _lora_to_lotr(
     source: str, destination: str, *, rank: list[int], group_by: str, dtype: str
 ) -> list[str]:
     ranks = rank[0] if len(rank) == 1 else tuple(rank)
-    converted = lora_to_lotr(source, rank=ranks, group_by=group_by, dtype=DTYPES[dtype])
-    converted.save(destination)
-    return _lines(converted.errors)
+    conversion = lora_to_lotr(source, rank=ranks, group_by=group_by, dtype=DTYPES[dtype])
+    return _save(conversion, destination)
 
 
 def _loras_to_bank(
@@ -37,17 +38,21 @@ def _loras_to_bank(
 
 
 def _original_to_lotr(source: str, destination: str, **options: object) -> list[str]:
-    converted = original_to_lotr(source, **options)
-    converted.save(destination)
-    return _lines(converted.errors)
+    return _save(original_to_lotr(source, **options), destination)
+
+
+def _save(conversion: Conversion, destination: str) -> list[str]:
+    conversion.save(destination)
+    return _lines(conversion.errors)
 
 
 def _lines(errors: Mapping[str, float]) -> list[str]:
     return [f"{name}  error {error:.2e}" for name, error in errors.items()]
 
 
-# The function of each command, its help, and its arguments as for ArgumentParser.add_argument.
-Arguments = dict[str, dict[str, Any]]
+# ---- the command line ----------------------------------------------------------------------------
+
+Arguments = dict[str, dict[str, Any]]  # the options of ArgumentParser.add_argument by name
 _FOLDERS: Arguments = {
     "source": {},
     "destination": {"help": "directory for the new adapter, created if missing"},
@@ -57,6 +62,7 @@ _GROUP_BY = {
     "help": "which layers share A and B (default %(default)s)",
 }
 _DTYPE = {"choices": DTYPES, "default": "float32", "help": "dtype of the new adapter"}
+# The function of each command, its help and its arguments.
 COMMANDS: dict[str, tuple[Any, str, Arguments]] = {
     "lotr-to-lora": (
         _lotr_to_lora,

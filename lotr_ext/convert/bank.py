@@ -20,8 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
+from torch import Tensor, nn
 
 from ..adapter_state import AdapterState
 from ..config import LoTRConfig
@@ -54,7 +53,13 @@ class BankConversion:
 
 
 class LoRACollection:
-    """The layers and norms of many LoRAs. Factors are read on access."""
+    """The layers and norms of many LoRAs. Factors are read from the files on access.
+
+    Attributes:
+        folders: The LoRAs, by the name of their folder.
+        sizes: (in_features, out_features) of each layer that one of them adapts.
+        norms: |D_t| of each LoRA, over all its layers.
+    """
 
     def __init__(self, sources: Sequence[FilePath]):
         if isinstance(sources, str) or len(sources) < 1:
@@ -87,9 +92,9 @@ class LoRACollection:
             self.folders[name] = folder
 
     def of_layers(self, layers: Sequence[str]) -> dict[tuple[str, str], LoRA]:
-        """Returns the LoRAs of these layers by (name, layer).
+        """Returns the LoRAs of these layers by (name of the LoRA, layer).
 
-        Each is divided by its norm over all layers.
+        Each is divided by the LoRA's norm over all layers.
         """
         loras = {}
         for name, folder in self.folders.items():
@@ -164,23 +169,23 @@ def _share_of(rank: object) -> float | None:
 def _rank_that_keeps(share: float, collection: LoRACollection, groups: Iterable[list[str]]) -> int:
     """Returns the smallest rank at which pairs keep this share of the LoRAs' squared norms.
 
-    The pairs of rank r are the first r columns of the largest ones here, before HOOI improves them.
+    One factorization per group shows all ranks: its directions are in descending order, so a pair
+    of rank r is about the first r columns of A and B, and keeps the leading r x r block of each
+    core. A cumulative sum of squares over rows and columns has the block's squared norm at (r, r).
     """
-    squares: list[Tensor] = []  # of each group: the squared norm that its pair keeps, by rank
+    squares: list[Tensor] = []  # for each group, the squared norm that rank 1, 2, .. keeps
     for layers in groups:
         loras = list(collection.of_layers(layers).values())
         if loras:
             full = min(sum(lora.rank for lora in loras), max(loras[0].sizes))
             _, _, cores = tucker2_of_loras(loras, (full, full))
-            # The directions are in descending order, so at index r - 1 stands what a pair of rank r
-            # keeps: the squared norm of the leading r x r blocks of the cores.
             squares.append(cores.square().sum(0).cumsum(0).cumsum(1).diagonal())
     most = max(map(len, squares), default=1)
     kept = torch.zeros(most, dtype=torch.float64)
     for square in squares:
-        # Past its largest rank, a group keeps no more.
-        kept += pad(square, (0, most - len(square)), value=float(square[-1]))
-    # Up to the rounding of sums, so that a share of 1 does not depend on it.
+        # Beyond its largest rank, a group keeps what it keeps there: all.
+        kept += nn.functional.pad(square, (0, most - len(square)), value=float(square[-1]))
+    # With a margin for the rounding of sums, on which a share of 1 would depend.
     is_enough = kept >= (share - 1e-9) * kept[-1]
     return int(is_enough.nonzero()[0]) + 1
 
@@ -188,11 +193,12 @@ def _rank_that_keeps(share: float, collection: LoRACollection, groups: Iterable[
 def _write(
     directory: Path, collection: LoRACollection, groups: Mapping[str, list[str]], config: LoTRConfig
 ) -> BankConversion:
+    """Factorizes a collection, and writes the adapter and one task per LoRA."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
         layers = [layer for names in groups.values() for layer in names]
         shape = (len(layers), len(collection.folders), *config.ranks)
-        # In a file, because the cores of a large collection may not fit into memory.
+        # In a temporary file, because the cores of a large collection may not fit into memory.
         cores = torch.from_file(
             str(Path(temporary) / "cores"),
             shared=True,
@@ -201,7 +207,7 @@ def _write(
         ).view(shape)
         adapter, errors = _factorize(collection, groups, config, dict(zip(layers, cores)))
         adapter.write(directory)
-        # Once for all tasks, because it has the checksum of A and B.
+        # Once for all tasks, because it takes a checksum of A and B.
         metadata = task_format_of(adapter).metadata()
         files = {}
         for index, name in enumerate(collection.folders):
@@ -223,13 +229,14 @@ def _factorize(
         collection: The LoRAs.
         groups: The names of the layers by group.
         config: The configuration of the adapter.
-        cores: Gets the cores of the LoRAs, by layer [loras, r_in, r_out].
+        cores: By layer, [loras, r_in, r_out]. Filled here with the cores of the LoRAs.
 
     Returns:
         The adapter, with zero cores, and the relative error of each LoRA.
     """
     converted = {}
-    captured = dict.fromkeys(collection.folders, 0.0)  # the share of |D_t|^2 that the cores keep
+    # For each LoRA, the share of |D_t|^2 that its cores keep.
+    captured = dict.fromkeys(collection.folders, 0.0)
     index_of_lora = {name: index for index, name in enumerate(collection.folders)}
     for group, layers in groups.items():
         loras = collection.of_layers(layers)
@@ -238,8 +245,10 @@ def _factorize(
             captured[name] += float(core.square().sum())
             task_core = collection.norms[name] / (INIT_GAIN**2 * config.s) * core
             cores[layer][index_of_lora[name]] = task_core  # cast to the adapter's dtype
-        taskless = ConvertedLayer(INIT_GAIN * A, INIT_GAIN * B, torch.zeros(config.ranks), group)
-        converted |= dict.fromkeys(layers, taskless)
+        without_task = ConvertedLayer(
+            INIT_GAIN * A, INIT_GAIN * B, torch.zeros(config.ranks), group
+        )
+        converted |= dict.fromkeys(layers, without_task)
     errors = {
         name: relative_error(norm * math.sqrt(captured[name]), norm)
         for name, norm in collection.norms.items()

@@ -5,7 +5,8 @@
                     experts share
     "per-expert"    vLLM without flags: gate, up and down of each expert
 
-Each has a function below, which says its names and shapes for e experts of intermediate size i.
+Each form has one function below. There are e experts, in which gate and up map k features to i, and
+down maps i to k. transformers has two parameters for all experts: gate_up_proj and down_proj.
 """
 
 from collections.abc import Mapping
@@ -52,23 +53,24 @@ def expert_tensors(layers: Mapping[str, LoRA], form: str, server: ServerNames) -
         modules.setdefault(module.replace(*server.rename), {})[parameter] = layer
     tensors = {}
     for module, parameters in modules.items():
+        # A form names each pair by what follows the module's name, such as ".w1".
         for name, (A, B) in EXPERT_FORMS[form](parameters, server).items():
             tensors[f"{module}{name}.lora_A.weight"] = A
             tensors[f"{module}{name}.lora_B.weight"] = B
     return tensors
 
 
-# ---- one function per form: the factors of one module by what follows the module's name ----------
+# ---- the forms: the LoRAs of one module by parameter -> pairs by what follows the module's name --
 
 
 def _peft(parameters: Mapping[str, LoRA], server: ServerNames) -> dict[str, LoRAPair]:
     """Returns A [e r, k] and B [n, r e], where the expert is the last index.
 
-    The module's last parameter has the name "", the one before it ".base_layer", and so on.
+    PEFT wraps the module once per parameter, so its last parameter is in the outermost wrapper. The
+    pair of down_proj is named "", and the pair of gate_up_proj ".base_layer".
     """
     pairs = {}
     name = ""
-    # PEFT wraps the module once per parameter, so the last parameter is in the outermost wrapper.
     for layer in reversed(parameters.values()):
         A, B = _of_all_experts(layer)
         pairs[name] = (A.flatten(0, 1), B.permute(1, 2, 0).flatten(1))
@@ -81,7 +83,7 @@ def _vllm_shared(parameters: Mapping[str, LoRA], server: ServerNames) -> dict[st
 
     .w2 has A [e, r, i] and B [1, k, r].
     """
-    # vLLM's names in this form, for every model.
+    # In this form vLLM has the same names for every model.
     vllm = server._replace(projections=("w1", "w3", "w2"))
     pairs = {}
     for parameter, layer in parameters.items():

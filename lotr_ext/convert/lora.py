@@ -67,19 +67,16 @@ class LoRA:
 
     @property
     def norm(self) -> float:
-        """|B A|, from the triangular factors of A and B. The product is not formed."""
-        return float((_upper(self.B) @ _upper(self.A.mT).mT).norm())
-
-
-def _upper(matrix: Tensor) -> Tensor:
-    """Returns R [c, c] of matrix = Q R. As Q is orthonormal, it has the norms of the matrix."""
-    return torch.linalg.qr(matrix, mode="r").R
+        """|B A|, without the product: it is |R S^T|, of the QR factors B = Q R and A^T = P S."""
+        S = torch.linalg.qr(self.A.mT, mode="r").R
+        R = torch.linalg.qr(self.B, mode="r").R
+        return float((R @ S.mT).norm())
 
 
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def tensors_of(path: Path) -> Mapping[str, Tensor]:
+def read_tensors(path: Path) -> Mapping[str, Tensor]:
     """Returns the tensors in a file of safetensors or torch.save. No code in it is executed."""
     from safetensors.torch import load_file
 
@@ -87,7 +84,7 @@ def tensors_of(path: Path) -> Mapping[str, Tensor]:
         raise ValueError(f"source: expected a file of tensors, got {path}, which is not a file")
     try:
         if path.suffix == ".safetensors":
-            # Maps the file into memory: values are read when they are used.
+            # Maps the file into memory, so that values are read only when they are used.
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged pickle makes torch.load raise errors of any kind.
@@ -103,11 +100,11 @@ def tensors_of(path: Path) -> Mapping[str, Tensor]:
     return tensors
 
 
-def tensors_of_peft(directory: Path) -> Mapping[str, Tensor]:
+def read_peft_tensors(directory: Path) -> Mapping[str, Tensor]:
     """Returns the tensors in the file of an adapter that PEFT saved."""
     path = directory / TENSORS_NAME
     old_path = directory / "adapter_model.bin"  # of PEFT before it had safetensors
-    return tensors_of(old_path if old_path.is_file() and not path.is_file() else path)
+    return read_tensors(old_path if old_path.is_file() and not path.is_file() else path)
 
 
 def base_name(key: str) -> str:
@@ -151,7 +148,7 @@ def check_two_factors(config: Mapping[str, Any]) -> None:
     """
     for name in MORE_THAN_TWO_FACTORS:
         value = config.get(name)
-        # The ways in which PEFT says "not used".
+        # PEFT has one of these in the file of a LoRA that does not use the setting.
         if value not in (None, False, "none", [], {}):
             raise ValueError(
                 f"{name}: expected a LoRA of two factors per layer, which LoTR can hold, "
@@ -184,8 +181,8 @@ class LoRAFolder:
         self.path = Path(source)
         self.config = read_config(self.path, "LORA")
         check_two_factors(self.config)
-        self._tensors = tensors_of_peft(self.path)
-        self._keys: dict[str, dict[str, str]] = {}
+        self._tensors = read_peft_tensors(self.path)
+        self._keys: dict[str, dict[str, str]] = {}  # of tensors, by layer and then by "A" or "B"
         self.saved: dict[str, Tensor] = {}
         for key in self._tensors:
             name = base_name(key)
@@ -226,7 +223,7 @@ class LoRAFolder:
             )
         alpha = self._alpha(name)
         check_number("lora_alpha", alpha)
-        # Not the configuration's r, from which a rank_pattern may differ.
+        # Not r of the configuration, because rank_pattern may give this layer another one.
         rank = len(A)
         divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
         return LoRA(A.double(), alpha / divisor * B.double())
@@ -264,7 +261,8 @@ def put_folder(
 ) -> None:
     """Writes both files of an adapter.
 
-    A process that is killed leaves no configuration, but never the old one with new tensors.
+    Readers look for the configuration first. It is removed before the tensors are replaced and
+    written after them, so a process that is killed never leaves it with tensors of another adapter.
 
     Args:
         directory: Created if it does not exist.
@@ -273,7 +271,6 @@ def put_folder(
         config: The content of adapter_config.json.
         metadata: For the header of the tensors' file.
     """
-    # Readers look for the configuration first, so it goes first and comes back last.
     if directory.is_dir():
         (directory / CONFIG_NAME).unlink(missing_ok=True)
     put_tensors(directory / name, tensors, dict(metadata or {"format": "pt"}))

@@ -5,9 +5,10 @@ A LoTR of rank r on a layer is a LoRA of rank r with lora_alpha = r, in the smal
     s B G_l^T A^T = lora_B lora_A  with  lora_A = (A G_l)^T [r_out, K], lora_B = s B [N, r_out]
                                    or    lora_A = A^T [r_in, K],        lora_B = s B G_l^T [N, r_in]
 
-Only the size grows, because a LoRA stores its factors for each layer. After init "svd" the base
-weights are W minus the start adapter; a LoRA for the unchanged W has to hold both, at twice the
-rank: [lora_B, -start_B] [lora_A; start_A].
+Only the size grows, because a LoRA stores its factors for each layer.
+
+With init "svd", training starts from an adapter that is subtracted from W. A LoRA for the original
+W is the trained adapter minus the start, at twice the rank: [lora_B, -start_B] [lora_A; start_A].
 """
 
 import re
@@ -18,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from ..adapted import layers_in
 from ..adapter_state import AdapterState, LayerEntry, start_key
@@ -40,7 +40,7 @@ from .lora import (
     modules_of,
     put_folder,
     read_config,
-    tensors_of_peft,
+    read_peft_tensors,
 )
 
 
@@ -73,10 +73,10 @@ def export_lora(
         warn_of_unsaved(inner)
     else:
         adapter = replace(adapter, tensors=adapter.tensors | inner.lotr_tasks.cores_of(task))
-    model_type = getattr(getattr(inner, "config", None), "model_type", None)
     options.setdefault("base_model", adapter.base.name)
-    layers = layers_in(inner).values()
-    options.setdefault("fan_in_fan_out", any(isinstance(m, LoTRConv1D) for m in layers))
+    has_conv1d = any(isinstance(layer, LoTRConv1D) for layer in layers_in(inner).values())
+    options.setdefault("fan_in_fan_out", has_conv1d)
+    model_type = getattr(getattr(inner, "config", None), "model_type", None)
     if options.get("experts") in ("vllm-shared", "per-expert") and model_type in SERVER_NAMES:
         options.setdefault("hosts", model_type)
     return _write_lora(path, adapter, **options) if writes else {}
@@ -108,10 +108,10 @@ def lotr_to_lora(source: FilePath, directory: FilePath, **options: Any) -> dict[
     """
     path = Path(directory)
     folder = Path(source)
-    # `save_adapter` may have written next to a file of PEFT. Its adapter is meant then.
-    by_peft = (folder / CONFIG_NAME).is_file() and not list(folder.glob("lotr_adapter.*"))
-    adapter = _read_lotr_of_peft(folder) if by_peft else AdapterState.read(folder)
-    if by_peft and path.resolve() == folder.resolve():
+    # If a folder has adapters of both PEFT and `save_adapter`, the latter is converted.
+    is_by_peft = (folder / CONFIG_NAME).is_file() and not list(folder.glob("lotr_adapter.*"))
+    adapter = _read_lotr_of_peft(folder) if is_by_peft else AdapterState.read(folder)
+    if is_by_peft and path.resolve() == folder.resolve():
         raise ValueError(
             f"directory: expected another one than source, because the files have the same names, "
             f"got {path}"
@@ -125,7 +125,7 @@ def _read_lotr_of_peft(directory: Path) -> AdapterState:
     settings = ("rank", "alpha", "rslora", "scaling", "dropout", "core", "magnitude")
     values = {name: content[name] for name in settings if name in content}
     config = LoTRConfig.from_dict(config_of_version_1(values))
-    # PEFT's file of computed cores has only their parameters, and a LoRA here has no biases.
+    # In PEFT's files computed cores have only parameters, and the LoRA is written without biases.
     bias = content.get("bias", "none")
     if config.core != "dense" or bias != "none":
         raise ValueError(
@@ -134,7 +134,7 @@ def _read_lotr_of_peft(directory: Path) -> AdapterState:
         )
     tensors = {
         base_name(key).replace(".lotr_adapter.core", ".core"): tensor
-        for key, tensor in tensors_of_peft(directory).items()
+        for key, tensor in read_peft_tensors(directory).items()
     }
     layers = {
         entry["name"]: LayerEntry(*factor_names(entry["factors"]), config.s, config.dropout)
@@ -147,78 +147,6 @@ def _read_lotr_of_peft(directory: Path) -> AdapterState:
         base=BaseModel(),
         tensors=tensors,
     )
-
-
-# ---- the layers ----------------------------------------------------------------------------------
-
-
-def _as_lora(
-    A: Tensor, B: Tensor, core: Tensor, scaling: float, into_A: bool
-) -> tuple[Tensor, Tensor]:
-    """Returns (lora_A [.., r, k], lora_B [.., n, r]) in float32 (float64 for float64).
-
-    Args:
-        A: [k, r_in].
-        B: [n, r_out].
-        core: [r_in, r_out], or [e, r_in, r_out] for experts.
-        scaling: s.
-        into_A: Whether the core is multiplied into A, else into B. The other one has no dimension
-            of experts.
-    """
-    # So that the result is rounded once.
-    wide = accumulate_dtype(core.dtype)
-    A, B, core = (tensor.detach().to(core.device, wide) for tensor in (A, B, core))
-    if into_A:
-        return (A @ core).mT, scaling * B
-    return A.mT, scaling * B @ core.mT
-
-
-def _lora_of(adapter: AdapterState, form: str) -> dict[str, LoRA]:
-    """Returns the layers of a saved adapter by name. Experts have the name of their parameter.
-
-    All have one rank, because some servers do not read patterns of ranks.
-    """
-    layers = {}
-    for name, entry in adapter.layers.items():
-        target = parameter_name(name) if entry.experts else name
-        layers[target] = _layer_of(adapter, name, form)
-    rank = max(layer.rank for layer in layers.values())
-    for name, layer in layers.items():
-        lacking = rank - layer.rank
-        # Rows and columns of zeros leave the product as it is.
-        layers[name] = replace(
-            layer, A=pad(layer.A, (0, 0, 0, lacking)), B=pad(layer.B, (0, lacking))
-        )
-    return layers
-
-
-def _layer_of(adapter: AdapterState, name: str, form: str) -> LoRA:
-    """Returns one layer of a saved adapter, in a form of experts for a layer of experts."""
-    entry = adapter.layers[name]
-    tensors = adapter.tensors
-    core = tensors[f"{name}.core"]
-    r_in, r_out = core.shape[-2:]
-    into_A = r_out <= r_in  # which gives the smaller rank
-    if entry.experts and form == "vllm-shared":
-        # The factor on the side of the intermediate size has the dimension of experts.
-        into_A = name.endswith("down_proj")
-    A, B = _as_lora(tensors[entry.A], tensors[entry.B], core, entry.scaling, into_A)
-    if start_key(entry.A) in tensors:
-        # The base weight is W plus the start. For a LoRA of W, the start is subtracted.
-        start_A, start_B = _as_lora(
-            tensors[start_key(entry.A)],
-            tensors[start_key(entry.B)],
-            tensors[f"{name}.start_core"],
-            entry.scaling,
-            into_A,
-        )
-        A = torch.cat([A, start_A])
-        B = torch.cat([B, -start_B], 1)
-    # A factor that all experts share has one dimension less.
-    if entry.experts:
-        A = A.reshape(-1, *A.shape[-2:])
-        B = B.reshape(-1, *B.shape[-2:])
-    return LoRA(A.to(core.dtype).contiguous(), B.to(core.dtype).contiguous(), entry.experts)
 
 
 # ---- the folder ----------------------------------------------------------------------------------
@@ -234,16 +162,16 @@ def _write_lora(
     base_model: str | None = None,
     fan_in_fan_out: bool = False,
 ) -> dict[str, LoRA]:
+    """Writes an adapter as a LoRA, with the options of `lotr_to_lora`."""
     check_choice("experts", experts, EXPERT_FORMS)
     check_choice("task_type", task_type, (*TASKS, None))
     check_choice("hosts", hosts, (*SERVER_NAMES, None))
-    layers = _lora_of(adapter, experts)
+    layers = _lora_layers(adapter, experts)
     linear = {name: layer for name, layer in layers.items() if not layer.experts}
     stacked = {name: layer for name, layer in layers.items() if layer.experts}
-    saved = adapter.modules_to_save
-    inside_saved = tuple(f"{module}." for module in saved)
+    inside_saved = tuple(f"{name}." for name in adapter.modules_to_save)
     # A module inside another one is saved with it.
-    outermost = sorted(name for name in saved if not name.startswith(inside_saved))
+    outermost = {name for name in adapter.modules_to_save if not name.startswith(inside_saved)}
     rank = next(iter(layers.values())).rank  # all have the same
     config = {
         "peft_type": "LORA",
@@ -257,7 +185,7 @@ def _write_lora(
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": _target_modules(linear, stacked, experts),
-        "modules_to_save": outermost or None,
+        "modules_to_save": sorted(outermost) or None,
     }
     if stacked and experts == "peft":
         config["target_parameters"] = sorted(stacked)
@@ -279,9 +207,85 @@ def _target_modules(
     PEFT matches a name in a list with the ends of all names, so a name without a dot would match
     other modules, too.
     """
-    # Servers expect the module names of experts here, too. PEFT finds experts by target_parameters.
+    # PEFT finds experts by target_parameters. Servers expect the ends of their names here.
     endings = sorted({name.rpartition(".")[2] for name in stacked if experts != "peft"})
     if all("." in name for name in linear):
         return [*sorted(linear), *endings]
-    of_experts = [rf".*\.{ending}" for ending in endings]
-    return "|".join([*map(re.escape, sorted(linear)), *of_experts])
+    expressions = [rf".*\.{ending}" for ending in endings]
+    return "|".join([*map(re.escape, sorted(linear)), *expressions])
+
+
+# ---- the layers ----------------------------------------------------------------------------------
+
+
+def _lora_layers(adapter: AdapterState, form: str) -> dict[str, LoRA]:
+    """Returns the layers of a saved adapter by name. Experts have the name of their parameter.
+
+    All have one rank, because some servers do not read patterns of ranks.
+
+    Args:
+        adapter: The adapter.
+        form: The form of experts.
+    """
+    layers = {}
+    for name, entry in adapter.layers.items():
+        target = parameter_name(name) if entry.experts else name
+        layers[target] = _lora_layer(adapter, name, form)
+    rank = max(layer.rank for layer in layers.values())
+    for name, layer in layers.items():
+        lacking = rank - layer.rank
+        # Rows of zeros in A, and columns of zeros in B, leave the product as it is.
+        layers[name] = replace(
+            layer,
+            A=nn.functional.pad(layer.A, (0, 0, 0, lacking)),
+            B=nn.functional.pad(layer.B, (0, lacking)),
+        )
+    return layers
+
+
+def _lora_layer(adapter: AdapterState, name: str, form: str) -> LoRA:
+    """Returns one layer of a saved adapter, minus its start if it has one."""
+    entry = adapter.layers[name]
+    tensors = adapter.tensors
+    core = tensors[f"{name}.core"]
+    r_in, r_out = core.shape[-2:]
+    into_A = r_out <= r_in  # which gives the smaller rank
+    if entry.experts and form == "vllm-shared":
+        # The factor on the side of the intermediate size has the dimension of experts.
+        into_A = name.endswith("down_proj")
+    A, B = _lora_factors(tensors[entry.A], tensors[entry.B], core, entry.scaling, into_A)
+    if start_key(entry.A) in tensors:
+        start_A, start_B = _lora_factors(
+            tensors[start_key(entry.A)],
+            tensors[start_key(entry.B)],
+            tensors[f"{name}.start_core"],
+            entry.scaling,
+            into_A,
+        )
+        A = torch.cat([A, start_A])
+        B = torch.cat([B, -start_B], 1)
+    if entry.experts:
+        # The factor without the core has no dimension of experts yet. It becomes [1, ..].
+        A = A.reshape(-1, *A.shape[-2:])
+        B = B.reshape(-1, *B.shape[-2:])
+    return LoRA(A.to(core.dtype).contiguous(), B.to(core.dtype).contiguous(), entry.experts)
+
+
+def _lora_factors(
+    A: Tensor, B: Tensor, core: Tensor, scaling: float, into_A: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns lora_A [.., r, k] and lora_B [.., n, r] in float32 (float64 for float64).
+
+    Args:
+        A: [k, r_in].
+        B: [n, r_out].
+        core: [r_in, r_out], or [e, r_in, r_out] for experts.
+        scaling: s.
+        into_A: Whether the core is multiplied into A, else into B.
+    """
+    # Wide, so that the result is rounded only once.
+    wide = accumulate_dtype(core.dtype)
+    A, B, core = (tensor.detach().to(core.device, wide) for tensor in (A, B, core))
+    if into_A:
+        return (A @ core).mT, scaling * B
+    return A.mT, scaling * B @ core.mT

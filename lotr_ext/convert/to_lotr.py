@@ -16,7 +16,7 @@ from ..config import LoTRConfig
 from ..init import INIT_GAIN, tucker2_from_products
 from ..storage import FilePath
 from ..targets import Target, group_of, in_groups
-from .lora import LoRA, modules_of, read_lora, tensors_of
+from .lora import LoRA, modules_of, read_lora, read_tensors
 
 GROUPS_OF_ONE_SHAPE = ("shape", "block", "name", "layer")
 
@@ -109,7 +109,7 @@ def lora_to_lotr(
         ValueError: If `read_lora` refuses the source, or if rank or group_by has a wrong value.
     """
     layers, saved, peft_config = read_lora(source)
-    # PEFT names the usual heads, also those that the model does not have. LoTRConfig refuses these.
+    # PEFT lists all usual heads, and LoTRConfig refuses those that the model does not have.
     endings = peft_config.get("modules_to_save") or ()
     config = LoTRConfig(
         rank=rank,
@@ -147,7 +147,7 @@ def groups_of(sizes: Mapping[str, tuple[int, int]], config: LoTRConfig) -> dict[
             f"group_by: expected {', '.join(GROUPS_OF_ONE_SHAPE)} or a mapping, with one shape per "
             f"pair, got {group_by!r}"
         )
-    # No model is needed, so there are no layers. A group depends on names and shapes only.
+    # Without modules: no model is needed, because these groups depend only on names and shapes.
     targets = [
         Target((name,), None, shape, group_of(name, None, shape, group_by))
         for name, shape in sizes.items()
@@ -158,7 +158,9 @@ def groups_of(sizes: Mapping[str, tuple[int, int]], config: LoTRConfig) -> dict[
 def tucker2_of_loras(
     loras: Sequence[LoRA], ranks: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes `tucker2` of the products B_l A_l, which are not formed.
+    """Computes `tucker2` of the products D_l = B_l A_l of LoRAs, which are not formed.
+
+    Below, V is A_l^T and U is B_l, each in a basis of few columns, so D_l = U V^T.
 
     Returns:
         A [K, r_in] and B [N, r_out], orthonormal, and the cores [l, r_in, r_out], in float64.
@@ -166,24 +168,26 @@ def tucker2_of_loras(
     input_basis, inputs = _in_basis([lora.A.mT for lora in loras], ranks[0])
     output_basis, outputs = _in_basis([lora.B for lora in loras], ranks[1])
     pairs = list(zip(inputs, outputs, strict=True))
-    # D^T = V U^T. With U = Q R, V R^T has the same leading directions, and few columns.
+    # With U = Q R, D^T = (V R^T) Q^T. So V R^T, which has few columns, has the leading directions.
     blocks = [V @ torch.linalg.qr(U, mode="r").R.mT for V, U in pairs]
 
-    def right(A: Tensor) -> list[Tensor]:
+    def times(A: Tensor) -> list[Tensor]:  # all D_l A
         return [U @ (V.mT @ A) for V, U in pairs]
 
-    def left(B: Tensor) -> list[Tensor]:
+    def transposed_times(B: Tensor) -> list[Tensor]:  # all D_l^T B
         return [V @ (U.mT @ B) for V, U in pairs]
 
-    A, B, cores = tucker2_from_products(blocks, right, left, n=len(outputs[0]), rank=ranks)
+    A, B, cores = tucker2_from_products(
+        blocks, times, transposed_times, n=len(outputs[0]), rank=ranks
+    )
     return input_basis @ A, output_basis @ B, cores
 
 
 def _in_basis(blocks: Sequence[Tensor], rank: int) -> tuple[Tensor, list[Tensor]]:
-    """Returns an orthonormal basis [d, c] of all columns, and the blocks [d, c_l] in it.
+    """Returns an orthonormal basis of the columns of all blocks [d, c_l], and the blocks in it.
 
-    With few columns, the factorization then has c dimensions instead of d. The basis is the
-    identity if there are too few columns for the rank, or no fewer than d.
+    With c columns in all, the factorization has c dimensions instead of d. The basis is the
+    identity [d, d] if that is no gain (c >= d), or if c dimensions have no `rank` directions.
     """
     columns = torch.cat(list(blocks), 1)
     if not rank <= columns.shape[1] < len(columns):
@@ -230,7 +234,7 @@ def original_to_lotr(
         ValueError: If the file has no such layers, if parts are missing or do not fit, if layers
             have several ranks or dtypes, or if scale is not finite.
     """
-    state = tensors_of(Path(source))
+    state = read_tensors(Path(source))
     parts: dict[str, dict[str, Tensor]] = {}
     for key in state:
         if match := ORIGINAL_KEY.fullmatch(key):
@@ -262,11 +266,14 @@ def original_to_lotr(
 
 
 def _original_layers(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, ConvertedLayer]:
-    """Returns the layers by name. Layers with equal factors share a group."""
+    """Returns the layers by name.
+
+    Every layer of a checkpoint has its copy of A and B. Layers with equal copies form a group.
+    """
     layers: dict[str, ConvertedLayer] = {}
     groups: dict[str, ConvertedLayer] = {}  # the first layer of each
     for name, tensors in parts.items():
-        # A part that is missing has no shape that fits.
+        # A missing part is refused below, because the shape of the empty tensor does not fit.
         lhs, mid, rhs = (tensors.get(part, torch.empty(0)) for part in ("lhs", "mid", "rhs"))
         r = len(mid)
         shapes = [list(tensor.shape) for tensor in (lhs, mid, rhs)]
@@ -275,7 +282,6 @@ def _original_layers(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Con
                 f"{name}: expected lotr.lhs [r, out], .mid [r, r] and .rhs [in, r], got {shapes}"
             )
         B = lhs.mT.contiguous()
-        # The checkpoint has the factors in every layer. Equal ones were shared.
         group = f"{len(rhs)}x{len(B)}_{len(groups)}"
         for existing, layer in groups.items():
             if torch.equal(layer.A, rhs) and torch.equal(layer.B, B):

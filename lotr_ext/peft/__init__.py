@@ -20,12 +20,12 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from .config import LOTR, LoTRPeftConfig
+from .config import LoTRPeftConfig, PeftType
 from .layer import LoTRPeftLinear
 from .model import LoTRPeftModel
 
 __all__ = ["LoTRPeftConfig", "LoTRPeftLinear", "LoTRPeftModel"]
 
-PEFT_TYPE_TO_CONFIG_MAPPING[LOTR] = LoTRPeftConfig
-PEFT_TYPE_TO_TUNER_MAPPING[LOTR] = LoTRPeftModel
-PEFT_TYPE_TO_PREFIX_MAPPING[LOTR] = LoTRPeftModel.prefix
+PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LOTR] = LoTRPeftConfig
+PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LOTR] = LoTRPeftModel
+PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LOTR] = LoTRPeftModel.prefix

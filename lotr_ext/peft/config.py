@@ -20,14 +20,13 @@ if tuple(map(int, re.findall(r"\d+", peft.__version__)[:2])) < (0, 21):
 
 
 class PeftType(str, Enum):
-    """Stands next to PEFT's enum of this name, which is closed, and prints as its members do."""
+    """The method's name. PEFT's enum of this name is closed; a member of this one prints alike."""
 
     LOTR = "LOTR"
 
 
-LOTR = PeftType.LOTR
-
-# Fields in files of the first version that this one lacks. Unless set, they mean nothing.
+# Fields in files of version 1 that this version lacks. Without a value they are ignored, with one
+# they are an error.
 _REMOVED_FIELDS = ("magnitude", "use_dora", "target_parameters")
 
 
@@ -72,12 +71,13 @@ class LoTRPeftConfig(PeftConfig):
     r: int | tuple[int, int] | None = None
 
     def __new__(cls, *_: Any, **values: Any) -> "LoTRPeftConfig":
+        # Before `__init__`, whose error for an unknown name does not say what to use.
         refuse_lora_settings(_without_removed_fields(values), cls)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = LOTR
+        self.peft_type = PeftType.LOTR
         if self.rank is None:
             self.rank = 16 if self.r is None else self.r
         if self.r not in (None, self.rank):
@@ -142,14 +142,16 @@ class LoTRPeftConfig(PeftConfig):
         Raises:
             TypeError: If the file has a setting that this version lacks.
         """
-        # Version 1 saved None or "auto", with other meanings. Now it is a number, see `to_dict`.
+        # Only version 1 saved None or "auto", with its meanings. Later files have a number, see
+        # `to_dict`.
         if kwargs.get("scaling") in (None, "auto"):
             values = {**kwargs, "rank": kwargs.get("rank") or 16}
             kwargs["scaling"] = config_of_version_1(values)["scaling"]
-        kwargs.pop("share_factors", None)  # such a file contains A and B
+        # In version 1, adapters could share A and B. As each file has both, it loads without.
+        kwargs.pop("share_factors", None)
         return super().from_peft_type(**_without_removed_fields(kwargs))
 
 
 def _without_removed_fields(values: dict[str, Any]) -> dict[str, Any]:
-    # PEFT drops them, too, where its base class reads the file, with a warning.
+    # Otherwise PEFT's base class would drop them, with a warning.
     return {name: value for name, value in values.items() if value or name not in _REMOVED_FIELDS}

@@ -46,16 +46,16 @@ class LoTRPeftAdapter(nn.Module):
         set_unregistered(self, "factors", factors)
         set_unregistered(self, "form", form)
         for part, parameter in self.parts():
-            # PEFT never changes it back, because it sees only what `parameters` yields.
+            # For good, because PEFT switches only what `parameters` yields.
             if part not in self.trained:
                 parameter.requires_grad_(False)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Yields the parameters that are trained while the adapter is active, also of A and B.
 
-        PEFT switches requires_grad of what this method yields, when the adapter becomes active or
-        inactive. It has no other hook for an adapter that trains some of its parameters, or some
-        of its owner's. `named_parameters` and state_dict are torch's.
+        torch's method would yield the core. PEFT calls this method to switch requires_grad when the
+        adapter becomes active or inactive, and has no other hook for an adapter that also trains
+        parameters of the tuner, or only some parts. `named_parameters` and state_dict are torch's.
         """
         return (parameter for part, parameter in self.parts() if part in self.trained)
 
@@ -98,13 +98,14 @@ class LoTRPeftAdapter(nn.Module):
 
     def modules_of_parts(self) -> dict[str, nn.Module]:
         """Returns the modules that have the parameters of the parts "A", "B" and "core"."""
-        core = self if self.form is None else self.form.cores
-        return {"A": self.factors.A, "B": self.factors.B, "core": core}
+        # All computed cores of an adapter have their parameters in one module (`CoreAt.cores`).
+        owner_of_core = self if self.form is None else self.form.cores
+        return {"A": self.factors.A, "B": self.factors.B, "core": owner_of_core}
 
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the parameters of "A", "B" and "core", each with the name of its part."""
         for part, module in self.modules_of_parts().items():
-            # Not module.parameters(), which for a core is the method above.
+            # Not `parameters`, which this class overrides.
             for _, parameter in module.named_parameters():
                 yield part, parameter
 
@@ -159,21 +160,22 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.pop("adapter_names", None)  # from the tuner's forward hooks
         if self.disable_adapters:
-            # As PEFT's layers do: the base has no other weight to compute with.
+            # As PEFT's layers do, because the weight would still contain the adapters.
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if names is not None:
             return self._per_row(x, names, self.base_layer(x, *args, **kwargs))
-        # A merged weight has them already.
+        # Merged adapters are in the weight.
         adapters = [
             self.lotr_adapter[name]
             for name in self.active_adapters
             if name in self.lotr_adapter and not self.merged
         ]
         # More arguments than x are for the base's forward, which then has to be called.
-        is_plain = layer_class(self.base_layer) is not LoTRWrapped
-        if adapters and is_plain and not args and not kwargs:
+        has_plain_call = layer_class(self.base_layer) is not LoTRWrapped and not args and not kwargs
+        if adapters and has_plain_call:
+            # The first adapter also computes the product of the base.
             y = adapters.pop(0)(x, weight=matrix_of(self.base_layer), bias=self.base_layer.bias)
         else:
             y = self.base_layer(x, *args, **kwargs)
@@ -216,24 +218,27 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
             TypeError: If the base has no plain weight.
             ValueError: If the sum is not finite and safe_merge is set.
         """
-        chosen = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in chosen if name in self.lotr_adapter]
-        # PEFT calls every layer, also those that have no adapter of these names.
+        # PEFT merges in every layer, also in those that have no adapter of these names.
+        names = [
+            name
+            for name in check_adapters_to_merge(self, adapter_names)
+            if name in self.lotr_adapter
+        ]
         if not names:
             return
         weight = mergeable_weight(self.base_layer).detach()
         backup = weight.clone() if self.weight_backup is None else self.weight_backup
-        # From the backup, so that a second merge does not round the first one's result again.
-        merged = backup.to(accumulate_dtype(backup.dtype))
+        # All adapters anew, so that a second merge does not round the first one's result again.
+        total = backup.to(accumulate_dtype(backup.dtype))
         for name in (*self.merged_adapters, *names):
-            merged = merged + self.lotr_adapter[name].delta_weight().to(merged.device)
-            if safe_merge and not bool(merged.isfinite().all()):
+            total = total + self.lotr_adapter[name].delta_weight().to(total.device)
+            if safe_merge and not bool(total.isfinite().all()):
                 # In PEFT's words, which its users may look for.
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )
         self.weight_backup = backup
-        weight.copy_(merged)
+        weight.copy_(total)
         self.merged_adapters.extend(names)
 
     @torch.no_grad()

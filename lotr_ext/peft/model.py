@@ -1,18 +1,21 @@
 """PEFT's tuner for LoTR: finds the layers, owns the factors and writes the files.
 
-PEFT's BaseTuner adds, switches, merges and removes adapters. It calls these hooks:
+PEFT's BaseTuner adds, switches, merges and removes adapters. It calls these hooks, here in this
+order:
 
-    _prepare_model                  finds layers and groups before anything changes
-    _create_and_replace             adapts one layer: its pair of factors, its core
-    _cast_adapter_dtype             makes half precision float32
-    delete_adapter                  also removes the factors
-    _enable_peft_forward_hooks      adapter_names: one adapter per row
-    _get_adapter_state_dict         what a file contains
-    _remove_adapter_name_from_key   the names in a file
-    _remap_adapter_state_dict_for_load
+    inject_adapter                      a new adapter: calls the next four
+    _pre_injection_hook                 of the first adapter only: the owners of all factors
+    _prepare_model                      finds layers and groups before anything changes
+    _create_and_replace                 adapts one layer: its pair of factors, its core
+    _cast_adapter_dtype                 makes half precision float32
+    delete_adapter                      also removes the factors
+    _enable_peft_forward_hooks          adapter_names: one adapter per row
+    _get_adapter_state_dict             the tensors of a file
+    _remove_adapter_name_from_key       their names in the file
+    _remap_adapter_state_dict_for_load  their names in the model
 
-BaseTuner sees only parameters below adapted layers. The factors are the tuner's, so each is
-registered once:
+BaseTuner expects all parameters of an adapter inside its layers. Here the tuner registers each
+factor once, so the hooks do for factors what BaseTuner does for layers:
 
     base_model.lotr_factors.<adapter>.A_<group>.value       A of a group, and B_<group>; by width
                                                             A_<width>, B_<width>
@@ -56,7 +59,7 @@ BASE = "__base__"  # PEFT's name, in adapter_names, for rows without an adapter
 
 
 def _prefix_of(adapter_name: str) -> re.Pattern[str]:
-    """Matches what precedes the last parts in the names of an adapter's tensors."""
+    """Matches the start of a tensor's name up to the adapter's, such as lotr_factors.default."""
     return re.compile(rf"\b(lotr_(?:factors|cores|adapter))\.{re.escape(adapter_name)}\.")
 
 
@@ -85,10 +88,10 @@ class LoTRPeftModel(BaseTuner):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Adds an adapter, as BaseTuner does. The factors of others keep their requires_grad."""
-        shared = chain(self.lotr_factors.parameters(), self.lotr_cores.parameters())
-        before = {parameter: parameter.requires_grad for parameter in shared}
+        existing = chain(self.lotr_factors.parameters(), self.lotr_cores.parameters())
+        before = {parameter: parameter.requires_grad for parameter in existing}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        # PEFT restores what it finds in the model. The factors are not in it.
+        # BaseTuner restores it for parameters of the model, in which the factors are not.
         for parameter, requires_grad in before.items():
             parameter.requires_grad_(requires_grad)
         block_bypasses(self.model, LoTRPeftLinear)
@@ -96,45 +99,49 @@ class LoTRPeftModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Finds the layers and their groups before PEFT changes the model.
 
+        Writes the layers, with the names of their factors, into the configuration, and keeps their
+        groups for `_create_and_replace`, which gets one layer at a time.
+
         Raises:
             TypeError, ValueError: If a layer cannot be adapted.
         """
-        targets = self._targets(peft_config, model)
-        in_groups(targets)  # for its check
+        targets = self._select(peft_config, model)
+        in_groups(targets)  # raises if the layers of a group have several shapes
         self._groups = {target.name: target.group for target in targets}
         layers = []
         for target in targets:
             names = factor_names(target.group, target.sizes, peft_config.group_by)
             layers.append({"name": target.name, "factors": [f"lotr_factors.{n}" for n in names]})
-        # Computed cores depend on the order of the layers, which a loaded adapter determines.
+        # Computed cores depend on the order of the layers, so a loaded adapter keeps its order.
         order = {entry["name"]: i for i, entry in enumerate(peft_config.layers or ())}
         if order.keys() == self._groups.keys():
             layers.sort(key=lambda entry: order[entry["name"]])
         peft_config.layers = layers
         self._check_adapter_names()
 
-    def _targets(self, peft_config: LoTRPeftConfig, model: nn.Module) -> list[Target]:
-        """Returns the layers that a configuration selects.
+    def _select(self, peft_config: LoTRPeftConfig, model: nn.Module) -> list[Target]:
+        """Returns the layers that a configuration selects, by PEFT's rules for names.
 
-        With "all-linear", writes the names of the layers into the configuration, as PEFT does, and
-        removes those without effect.
+        As in PEFT, "all-linear" is replaced in the configuration by the names of all linear layers.
+        Layers on which an adapter would have no effect are taken out of these names; by any other
+        configuration, selecting one is an error.
         """
         tied = tied_names(model)
-        # Before the next line, which replaces "all-linear" by the names of the layers.
-        is_everything = str(peft_config.target_modules).lower() == "all-linear"
-        config = _maybe_include_all_linear_layers(peft_config, model)
-        # PEFT does not look into layers that have an adapter already.
+        is_all_linear = str(peft_config.target_modules).lower() == "all-linear"
+        config = _maybe_include_all_linear_layers(peft_config, model)  # replaces "all-linear"
+        # As PEFT, not the modules inside layers that have an adapter already.
         inside_adapted = tuple(
             f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)
         )
         targets = []
         for module, names in names_of_modules(model).items():
             name = names[0]
-            is_selected = self._check_target_module_exists(config, name)
-            if name.startswith(inside_adapted) or not is_selected:
+            if name.startswith(inside_adapted) or not self._check_target_module_exists(
+                config, name
+            ):
                 continue
+            # PEFT would replace only the first.
             if len(names) > 1:
-                # PEFT would replace only the first.
                 raise ValueError(
                     f"target_modules: expected layers in one place each, got one at "
                     f"{', '.join(names)}"
@@ -146,26 +153,26 @@ class LoTRPeftModel(BaseTuner):
                 )
             base = module.base_layer if isinstance(module, LoTRPeftLinear) else module
             obstacle = linear_obstacle(model, base, names, tied)
-            if is_everything and obstacle is not None:
+            if is_all_linear and obstacle is not None:
                 config.target_modules.discard(name)
             else:
                 targets.append(linear_target(names, base, obstacle, config.group_by))
         return targets
 
     def _check_adapter_names(self) -> None:
-        """Checks the adapters' names.
+        """Checks that no adapter's name can be confused with the names of modules and groups.
 
-        PEFT leaves a tensor out of an adapter's file if a part of the tensor's name is the name of
-        another adapter.
+        With several adapters, PEFT leaves a tensor out of one adapter's file if a dotted part of
+        the tensor's name is the name of another adapter.
 
         Raises:
             ValueError: If a name has a dot, or is also the name of a module or group.
         """
-        names: list[str] = []
+        names_of_tensors: list[str] = []
         for config in self.peft_config.values():
             for entry in config.layers:
-                names += [entry["name"], *entry["factors"]]
-        parts = set(".".join(names).split("."))
+                names_of_tensors += [entry["name"], *entry["factors"]]
+        parts = set(".".join(names_of_tensors).split("."))
         has_others = len(self.peft_config) > 1
         for name in self.peft_config:
             if "." in name or hasattr(nn.ModuleDict, name) or (has_others and name in parts):
@@ -184,12 +191,12 @@ class LoTRPeftModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
+        """Adds an adapter to one layer, which is replaced if it has none yet."""
         layer = target
         if not isinstance(target, LoTRPeftLinear):
             layer = LoTRPeftLinear(target).train(target.training)
-            # PEFT's _replace_module would move the core to the device of an offloaded weight.
+            # PEFT's _replace_module would also move the core to the device of an offloaded weight.
             setattr(parent, target_name, layer)
-        config = peft_config.to_lotr()
         if adapter_name not in self.lotr_factors:
             self.lotr_factors[adapter_name] = nn.ModuleDict()
         device, dtype = layer.device_and_dtype()
@@ -197,33 +204,47 @@ class LoTRPeftModel(BaseTuner):
             self.lotr_factors[adapter_name],
             self._groups[current_key],
             (layer.in_features, layer.out_features),
-            config,
+            peft_config.to_lotr(),
             device=device,
             dtype=dtype,
         )
-        # The first layer makes the parameters of all computed cores.
-        if config.core != "dense" and adapter_name not in self.lotr_cores:
-            A = factors.A.value
-            names = [entry["name"] for entry in peft_config.layers]
-            self.lotr_cores[adapter_name] = make_cores(
-                config, names, device=A.device, dtype=A.dtype
-            )
-        form = None
-        if adapter_name in self.lotr_cores:
-            form = self.lotr_cores[adapter_name].at(place_of(current_key), owned=False)
+        form = self._core_form(peft_config, adapter_name, current_key, like=factors.A.value)
         layer.lotr_adapter[adapter_name] = LoTRPeftAdapter(factors, peft_config, form)
         layer.lotr_adapter.train(layer.training)
+
+    def _core_form(
+        self, peft_config: LoTRPeftConfig, adapter_name: str, name: str, like: Tensor
+    ) -> nn.Module | None:
+        """Returns the module that computes a layer's core, None if the core is a parameter.
+
+        The computed cores of an adapter share parameters, which its first layer makes here.
+
+        Args:
+            peft_config: The adapter's configuration.
+            adapter_name: The adapter.
+            name: The layer.
+            like: Has the device and dtype of the parameters: the meta device, if PEFT loads into
+                tensors without memory.
+        """
+        if peft_config.core == "dense":
+            return None
+        if adapter_name not in self.lotr_cores:
+            names = [entry["name"] for entry in peft_config.layers]
+            self.lotr_cores[adapter_name] = make_cores(
+                peft_config.to_lotr(), names, device=like.device, dtype=like.dtype
+            )
+        return self.lotr_cores[adapter_name].at(place_of(name), owned=False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Makes an adapter float32 if it has half precision, as PEFT does with its adapters."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        # super() sees only what is in the layers.
-        owners = [o for o in (self.lotr_factors, self.lotr_cores) if adapter_name in o]
-        for parameter in chain.from_iterable(o[adapter_name].parameters() for o in owners):
+        # BaseTuner's method casts only what is in the layers.
+        owners = [owner for owner in (self.lotr_factors, self.lotr_cores) if adapter_name in owner]
+        for parameter in chain.from_iterable(owner[adapter_name].parameters() for owner in owners):
             if autocast_adapter_dtype and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
 
-    # ---- removing one ----------------------------------------------------------------------------
+    # ---- deleting, merging and unloading ---------------------------------------------------------
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -233,7 +254,7 @@ class LoTRPeftModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        # All layers before the first is merged.
+        # Here for all layers, so that an error leaves none of them merged.
         for name, module in self.model.named_modules():
             try:
                 if isinstance(module, LoTRPeftLinear):
@@ -252,19 +273,19 @@ class LoTRPeftModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Inside, row i of a batch has the adapter adapter_names[i], as in PEFT's LoRA.
 
-        "__base__" is for a row without an adapter.
+        "__base__" is for a row without an adapter. Forward pre-hooks hand the names to the layers.
         """
         names = kwargs.get("adapter_names")
         if names is None:
             yield
             return
-        # With checkpoints, backward would recompute the layers when the hooks are gone.
+        # In training, a checkpoint would recompute the layers in backward, after the context.
         if self.training:
             raise ValueError(
                 "adapter_names: expected a model in eval mode, got one in training mode. Call "
                 "model.eval() first."
             )
-        # Here, because a layer cannot tell a wrong name from an adapter that leaves it out.
+        # Not in a layer, in which the name of an adapter for other layers is right, too.
         unknown = sorted(set(names) - {BASE, *self.lotr_factors})
         if unknown:
             raise ValueError(
@@ -322,8 +343,8 @@ class LoTRPeftModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT's method expects the name just before the last part. A factor's is further ahead, and
-        # so is that of a parametrized core.
+        # PEFT's method expects the adapter's name just before the last part, where it is only for a
+        # plain core. A factor's name has the group in between.
         return _prefix_of(adapter_name).sub(r"\1.", key, count=1)
 
     @classmethod
@@ -335,14 +356,14 @@ class LoTRPeftModel(BaseTuner):
         Raises:
             ValueError: If the adapter has other layers, of which PEFT would only warn.
         """
-        # The first version named them <group>.A and <group>.B.
+        # In files of version 1, lotr_factors.<group>.A is lotr_factors.A_<group>.value.
         renamed = {
             re.sub(r"(lotr_factors)\.(.+)\.([AB])$", r"\1.\3_\2.value", key): tensor
             for key, tensor in state_dict.items()
         }
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
         expected = {key for key in model.state_dict() if _prefix_of(adapter_name).search(key)}
-        # The rest are biases and modules_to_save.
+        # All but biases and modules_to_save, also a tensor for which the model has no layer.
         actual = {key for key in tensors if re.search(r"\blotr_(factors|cores|adapter)\.", key)}
         expect_names("adapter", expected, actual)
         return tensors

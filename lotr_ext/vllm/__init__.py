@@ -48,10 +48,9 @@ class EngineFactors:
     Attributes:
         layers: The adapted layers, with the names of their A and B in tensors, and s.
         tensors: A [k, r_in] and B [n, r_out], each once.
-        spans: The slice of each layer's core in one vector with all cores.
+        spans: By layer, the slice of its core in the vector of a task, which has all cores.
         task_format: What a task over these factors consists of.
-        on_device: The tensors that engine.py has moved, by name, dtype, device and part of the
-            weight.
+        on_device: A cache of engine.py: the tensors that it has moved to a device.
     """
 
     layers: Mapping[str, LayerEntry]
@@ -66,7 +65,7 @@ def factors_of(adapter: AdapterState, where: str) -> EngineFactors:
 
     Args:
         adapter: From a model or a folder.
-        where: What names it, for the error.
+        where: The function or variable that names it, for the error.
 
     Raises:
         ValueError: If the engine cannot split it into factors and cores.
@@ -142,9 +141,8 @@ def export_task(
         FileExistsError: If directory is a file.
     """
     adapter = adapter_of(model)
-    factors = factors_of(adapter, "export_task")
+    task_format = factors_of(adapter, "export_task").task_format
     cores = adapter.tensors if task is None else model.lotr_tasks.cores_of(task)
-    task_format = factors.task_format
     rank = max(max(shape) for shape in task_format.shapes.values())
     # vLLM reads it before the plugin sees the folder: it must be a LoRA that the engine accepts.
     config: dict[str, Any] = {
@@ -152,7 +150,7 @@ def export_task(
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": sorted({name.rpartition(".")[2] for name in factors.layers}),
+        "target_modules": sorted({name.rpartition(".")[2] for name in adapter.layers}),
         "base_model_name_or_path": base_model or adapter.base.name,
     }
     tensors = {name: cores[name] for name in task_format.shapes}
@@ -182,8 +180,12 @@ def read_task(directory: FilePath, factors: EngineFactors) -> Tensor:
             f"the task again."
         )
     # The engine's kernels add (u G) B^T, so the scaling belongs to the core.
-    layers = factors.layers.items()
-    return torch.cat([entry.scaling * tensors[f"{name}.core"].flatten() for name, entry in layers])
+    return torch.cat(
+        [
+            entry.scaling * tensors[f"{name}.core"].flatten()
+            for name, entry in factors.layers.items()
+        ]
+    )
 
 
 @cache

@@ -44,7 +44,6 @@ from vllm.lora.layers import (
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.request import LoRARequest
-from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.utils import get_packed_modules_mapping
@@ -80,25 +79,28 @@ def install(factors: EngineFactors) -> None:
             f"vllm: expected version {TESTED_VERSION}*, with which lotr_ext is tested, got "
             f"{vllm.__version__}. Set LOTR_VLLM_ANY=1 to try another version."
         )
-    # vLLM has no interface for other kinds of adapters: the classes of its layers and the method
-    # that loads an adapter are replaced.
+    # vLLM has no interface for other kinds of adapters. So this replaces its choice of layers, the
+    # classes of layers, and the method that loads an adapter.
     _adapt_only({name.rpartition(".")[2] for name in factors.layers})
-    # Of the same names, because vLLM compares the names of some classes.
+    # They have the names of vLLM's classes, because vLLM compares the names of some.
     layer_classes = [
         type(base.__name__, (_LayerWithCores, base), {"lotr_factors": factors})
         for base in LINEAR_LAYERS
     ]
-    # First, because vLLM takes the first class that can replace a layer.
+    # Before vLLM's, because it takes the first class that can replace a layer.
     utils._all_lora_classes = (*layer_classes, *utils._all_lora_classes)
 
     def load(self: WorkerLoRAManager, request: LoRARequest) -> LoRAModel:
-        path = get_adapter_absolute_path(request.lora_path)
+        path = utils.get_adapter_absolute_path(request.lora_path)
         cores = read_task(path, factors).to(self.lora_config.lora_dtype)
-        modules = self._adapter_manager.modules
-        layers = {name: m for name, m in modules.items() if isinstance(m, _LayerWithCores)}
+        layers = {
+            name: layer
+            for name, layer in self._adapter_manager.modules.items()
+            if isinstance(layer, _LayerWithCores)
+        }
         _check_layers(layers.values(), factors)
-        # One "LoRA" of rank 1 for all layers, with the vector of all cores as lora_A. vLLM hands it
-        # to `set_lora` of each layer.
+        # vLLM hands each layer's lora_A and lora_B to its `set_lora`. Here all layers share one
+        # "LoRA" of rank 1: its lora_A is the vector of the task, from which each takes its span.
         weights = LoRALayerWeights("all", 1, 1, cores, cores, scaling=1.0)
         return LoRAModel(request.lora_int_id, 1, dict.fromkeys(layers, weights))
 
@@ -106,7 +108,7 @@ def install(factors: EngineFactors) -> None:
 
 
 def _adapt_only(names: Collection[str]) -> None:
-    """Restricts vLLM to linear layers of these names.
+    """Restricts vLLM to linear layers of these names, none of them of experts.
 
     Otherwise it has slots for embeddings, the head and experts as well, and computes with them.
     """
@@ -130,7 +132,7 @@ def _adapt_only(names: Collection[str]) -> None:
     initialize = FusedMoEConfig.__post_init__
 
     def initialize_without_lora(self: FusedMoEConfig) -> None:
-        # If True, vLLM selects kernels for experts with LoRA, which do not exist on a CPU.
+        # With True, vLLM would select kernels for experts with LoRA, which a CPU does not have.
         self.is_lora_enabled = False
         initialize(self)
 
@@ -138,7 +140,7 @@ def _adapt_only(names: Collection[str]) -> None:
 
 
 def _check_layers(layers: Iterable["_LayerWithCores"], factors: EngineFactors) -> None:
-    """Checks that the engine adapts all layers of factors. Their sizes are checked already.
+    """Checks that the engine adapts all layers of factors. `_part` has checked their sizes.
 
     Raises:
         ValueError: If it does not.
@@ -176,7 +178,7 @@ class Part(NamedTuple):
 
 
 class _LayerWithCores:
-    """Replaces the adapter code of one of vLLM's wrappers, its other base class.
+    """Mixin that replaces the adapter code of one of vLLM's wrappers, see `install`.
 
     Attributes:
         lotr_factors: The factors of all layers.
@@ -214,10 +216,9 @@ class _LayerWithCores:
             **options,
         )
         if can_replace:
-            name = source_layer.prefix.rpartition(".")[2]
-            names = packed_modules_list if len(packed_modules_list) > 1 else [name]
-            parent = source_layer.prefix.removesuffix(name)
-            source_layer.lotr_names = tuple(parent + n for n in names)
+            parent, dot, child = source_layer.prefix.rpartition(".")
+            children = packed_modules_list if len(packed_modules_list) > 1 else [child]
+            source_layer.lotr_names = tuple(f"{parent}{dot}{name}" for name in children)
         return can_replace
 
     def create_lora_weights(
@@ -249,14 +250,14 @@ class _LayerWithCores:
         ]
         self.output_slices = sizes
         rank = max((max(part.cores.shape[1:]) for part in self.lotr_parts), default=1)
-        obstacle = kernel_obstacle(rank, lora_config.lora_dtype, torch.device(self.device))
-        self.lotr_has_kernels = obstacle is None
-        # vLLM's stacks of LoRAs, one per packed module. It reads only their shapes, so they have
+        device = torch.device(self.device)
+        self.lotr_has_kernels = kernel_obstacle(rank, lora_config.lora_dtype, device) is None
+        # vLLM's stacks of LoRAs, one per packed module. It reads only their shapes, so all share
         # one element of memory.
-        element = torch.zeros(1, dtype=lora_config.lora_dtype, device=self.device)
-        max_rank = lora_config.max_lora_rank
-        self.lora_a_stacked = (element.expand(max_loras, 1, max_rank, 1),) * len(sizes)
-        self.lora_b_stacked = (element.expand(max_loras, 1, 1, max_rank),) * len(sizes)
+        element = torch.zeros(1, dtype=lora_config.lora_dtype, device=device)
+        like_A = element.expand(max_loras, 1, lora_config.max_lora_rank, 1)
+        self.lora_a_stacked = (like_A,) * len(sizes)
+        self.lora_b_stacked = (like_A.mT,) * len(sizes)
 
     def _part(self, name: str, packed_index: int, columns: slice, slots: int) -> Part:
         """Returns the part of an adapted module.
@@ -294,19 +295,20 @@ class _LayerWithCores:
         """
         full = self.lotr_factors.tensors[key]
         rows = full if self.tp_size == 1 else self._rows_of_process(full, side, packed_index)
-        # Layers may take different parts of one factor. Each part is kept once.
-        part_of_weight = None
+        # Layers that share a factor share its copy on the device, unless they need other rows.
+        # Which rows a layer needs follows from its class, its sizes and the packed module.
+        choice_of_rows = None
         if rows.shape != full.shape:
-            part_of_weight = (type(self).__name__, packed_index, self.input_size, self.output_size)
+            choice_of_rows = (type(self).__name__, packed_index, self.input_size, self.output_size)
         dtype = self.lora_config.lora_dtype
         on_device = self.lotr_factors.on_device
-        key_on_device = (key, dtype, str(self.device), part_of_weight)
-        if key_on_device not in on_device:
-            on_device[key_on_device] = rows.to(self.device, dtype).contiguous()
-        return on_device[key_on_device]
+        cache_key = (key, dtype, str(self.device), choice_of_rows)
+        if cache_key not in on_device:
+            on_device[cache_key] = rows.to(self.device, dtype).contiguous()
+        return on_device[cache_key]
 
     def _rows_of_process(self, full: Tensor, side: str, packed_index: int) -> Tensor:
-        """Returns this process's rows, by vLLM's rule for lora_A [r, k] or lora_B [n, r]."""
+        """Returns this process's rows of A or B, by vLLM's rules for lora_A and lora_B."""
         if side == "A":
             return self._cut(self.slice_lora_a, full.T, packed_index).T
         return self._cut(self.slice_lora_b, full, packed_index)
@@ -328,8 +330,8 @@ class _LayerWithCores:
 
         Args:
             index: The slot.
-            lora_a: The vector of all cores, see `install`. vLLM's dummy adapters, which are zero,
-                are matrices.
+            lora_a: The vector of the task, see `install`. From vLLM's dummy adapters, which are
+                zero, a matrix.
             lora_b: Not read.
         """
         if not isinstance(lora_a, Tensor) or lora_a.dim() != 1:
@@ -354,7 +356,8 @@ class _LayerWithCores:
                 )
             u = projections[id(part.A)]
             if self.lotr_has_kernels:
-                h = lotr.row_core(u, part.cores, slots, None, None, 1.0)
+                # The cores include s.
+                h = lotr.row_core(u, part.cores, index=slots, offs=None, tokens=None, scaling=1.0)
                 lotr.expand_add_(y[:, part.columns], h, part.B)
             else:
                 h = fallback.row_core(u, part.cores, 1.0, RowChoice(slots))
