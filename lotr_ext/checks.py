@@ -102,7 +102,7 @@ def check_index(name: str, index: object, count: int, x: Tensor | None = None) -
         name: The argument, for the error.
         index: [b] or [b, tokens] if x is given.
         count: How many cores there are.
-        x: The input [b, .., k] whose rows the index is for.
+        x: The input [b, .., k]. The index is for its rows.
     """
     check_integers(name, index, torch.int64)
     if x is not None and (not 1 <= index.dim() < x.dim() or index.shape != x.shape[: index.dim()]):

@@ -21,7 +21,7 @@ from .init import CORE_INITS, FACTOR_INITS
 GROUPS = ("shape", "block", "name", "layer", "width")
 GroupBy = str | Mapping[str, str] | Callable[[str, nn.Module], str]
 PARTS = ("A", "B", "core")
-HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # whose models have a new head
+HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # models with a new head
 TASKS = (*HEADED_TASKS, "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION")
 
 # Settings of PEFT's LoRA that LoTR lacks or calls by another name, and what to use instead.
@@ -148,7 +148,7 @@ class LoTRConfig:
     task_type: str | None = None
 
     def __new__(cls, *_: Any, **settings: Any) -> "LoTRConfig":
-        # Before __init__ gets them, whose error would not say what to use instead.
+        # Before __init__ gets them. Its error would not say what to use instead.
         refuse_lora_settings(settings, cls)
         return super().__new__(cls)
 

@@ -257,10 +257,10 @@ class _GradientProducts:
     def tap(
         self, anchor: Tensor, layer: nn.Module, args: tuple, kwargs: dict[str, Tensor], y: Tensor
     ) -> Tensor:
-        """Adds the anchor to the layer's output, whose backward then calls `add`.
+        """Adds the anchor to the layer's output. The backward of the sum calls `add`.
 
         Args:
-            anchor: See `_sum_over_batches`. The other arguments are those of a forward hook.
+            anchor: See `_sum_over_batches`. A forward hook gets the other arguments.
         """
         # In a part of the model that runs under no_grad, a layer has no backward.
         if not torch.is_grad_enabled():

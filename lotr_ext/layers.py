@@ -55,7 +55,7 @@ class LoTRLayer(nn.Module):
         adapts             whether `from_linear` can adapt a module. Not defined here
         _take_base         keeps weight and bias of the module that `from_linear` adapts
         compute_base       base(x) = x W^T + bias
-        _with_adapter      the whole equation, from W and bias
+        _with_adapter      base and adapter in one call, from W and bias
         weight_matrix      W, which is the attribute `weight`
         _weight_to_write   W for `merge`, checked
         to_base            the module without its adapter
@@ -624,7 +624,7 @@ def features(module: nn.Module) -> tuple[int, int] | None:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Returns the device on which a module computes: that of its tensors, the CPU if it has none.
+    """Returns the device of a module's tensors, on which it computes. The CPU if it has none.
 
     accelerate keeps the tensors of an offloaded module on the meta device, and moves them to the
     device of its hook for each forward.

@@ -140,7 +140,7 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and parameter not in adapter
     ]
-    # A part that is frozen in some layers counts as trained.
+    # A part that is frozen only in some layers counts as trained.
     trained_parts = {part for parameter, part in adapter.items() if parameter.requires_grad}
     return TrainableSummary(
         adapter=sum(p.numel() for p in adapter),
@@ -195,7 +195,7 @@ def _what_runs(layer: LoTRLayer, x: Tensor) -> str:
         return "only the base, because the adapter is disabled"
 
     def reason(A: Tensor, B: Tensor) -> str | None:
-        # The rule looks at dtypes and devices only, so x stands for the base's output as well.
+        # The rule reads only dtypes and devices, so x can take the place of the base's output.
         call = LayerCall(x, None, None, A, B, layer.core, layer.scaling, base_output=x)
         return dispatch.fallback_reason(call)
 

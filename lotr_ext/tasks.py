@@ -94,8 +94,9 @@ class TaskBank(Attachment):
         )
         # On the CPU, where an index is checked without waiting for a GPU.
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
-        # A dictionary does not register the layers, which the model has registered already.
+        # In a dictionary, so that they are not registered twice: the model has registered them.
         self._layers = layers
+        # A model that was built by hand has no configuration.
         self._group_by = getattr(getattr(model, "lotr_config", None), "group_by", "shape")
         attach(model, "lotr_tasks", self)
         self._add_hooks(model)
@@ -203,11 +204,11 @@ class TaskBank(Attachment):
 
     @torch.no_grad()
     def _write(self, slot: int, cores: Sequence[Tensor], *, taken: bool) -> None:
-        """Writes the cores of a task into a slot, whose gradient becomes zero."""
+        """Writes the cores of a task into a slot, and sets the gradient of the slot to zero."""
         for parameter, core in zip(self.cores, cores, strict=True):
             parameter[slot].copy_(core)
             if parameter.grad is not None:
-                # The gradient of the slot's last task would move this one, and count in a norm.
+                # The gradient of the task that was there would move this one, and count in a norm.
                 parameter.grad[slot].zero_()
         self.taken[slot] = taken
 
@@ -222,7 +223,8 @@ class TaskBank(Attachment):
             task_format.check(tensors, "source")
         else:
             tensors = task_format.read(Path(source), "source")
-        # Copies, so that torch refuses a sparse one, or one without values, before any is written.
+        # Copies, so that torch refuses a core that is sparse or on the meta device before any core
+        # is written.
         return [
             torch.empty_like(cores[0]).copy_(tensors[name])
             for name, cores in zip(task_format.shapes, self.cores)

@@ -216,8 +216,7 @@ inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, in
   });
 }
 
-// v [units][ldv] as tiles of A: to[vectors of r][steps][16 of the rank][16 units]. v has room
-// for full steps, which are filled with zeros.
+// v [units][ldv], zero filled to full steps, as tiles of A: to[vectors of r][steps][16][16 units].
 template <typename K>
 inline void turn_units(typename K::Unit* to, typename K::Unit* v, int64_t ldv, int64_t units,
                        int64_t r) {
@@ -275,8 +274,7 @@ inline void outer_in_tiles(Sums<K> S, const Rectangle& x, const typename K::Unit
     auto b = Operand::of(x_units, kSide, kTile, 2 * kTile);
     zero_tiles<RA, 2>();
     if (v == 0) {
-      // A step is made while the one before it is multiplied: a tile cannot be loaded from stores
-      // that are still under way.
+      // A step is made while the one before is multiplied, so its stores end before it is loaded.
       make_step(0);
       for (int64_t t = 0; t < steps; ++t, a.first += a.step, b.first += b.step) {
         if (t + 1 < steps) make_step(t + 1);

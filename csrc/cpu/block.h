@@ -11,16 +11,15 @@
 // vectors does MR * RV multiplications for RV + MR loads. Rows are few enough that rows whose
 // distance is a multiple of 4 KiB stay within the ways of L1.
 //
-// Example: a rank of 40 in float32 with AVX-512 is 3 vectors of 16. 13 rows are multiplied in
-// blocks of kRows[3] = 8, of 4 and of 1.
+// Example: rank 40 in float32 with AVX-512 has 3 vectors of 16. 13 rows make blocks of 8, 4 and 1.
 #pragma once
 
 #include "cpu/tiles.h"
 
 namespace lotr::cpu::LOTR_ISA {
 
-// Vectors of a block at most. kRows[v]: rows of a block of v vectors; kColumnRows[v]: if its rows
-// are neighbors in memory. What 32 (AVX-512, SVE..) or 16 vector registers hold.
+// The largest blocks that 32 (AVX-512, SVE..) or 16 registers hold: kRows[v] rows of v vectors, or
+// kColumnRows[v] rows that are neighbors in memory (Layout::down_columns).
 #if LOTR_VB == 64
 constexpr int kMaxVectors = 4;
 constexpr int kRows[] = {0, 8, 8, 8, 6};
@@ -44,11 +43,11 @@ LOTR_INLINE void by_vectors(int64_t vectors, F&& f) {
 // short and too far apart for the hardware's prefetcher. One line per unit, because a burst of
 // prefetches would stall the loads of the multiplication.
 struct Piece {
-  const char* row = nullptr;
-  int64_t step = 0;   // bytes between rows
-  int64_t rows = 0;   // that are left
-  int64_t bytes = 0;  // of a row
-  int64_t at = 0;     // bytes of the first row that are prefetched
+  const char* row = nullptr;  // the one that is prefetched next
+  int64_t step = 0;           // bytes from a row to the next
+  int64_t rows = 0;           // that are left
+  int64_t bytes = 0;          // of a row
+  int64_t done = 0;           // bytes of `row` that are prefetched already
 
   Piece() = default;
   // A rectangle may extend past the tensor: only its part inside is prefetched.
@@ -63,10 +62,10 @@ struct Piece {
   }
   LOTR_INLINE void next() {
     if (rows <= 0) return;
-    __builtin_prefetch(row + at, 0, 2);
-    at += 64;
-    if (at < bytes) return;
-    at = 0;
+    __builtin_prefetch(row + done, 0, 2);
+    done += 64;
+    if (done < bytes) return;
+    done = 0;
     row += step;
     --rows;
   }
@@ -146,9 +145,8 @@ struct Factor {
   Factor from_unit(int64_t t) const { return {data + t * ld, ld, vectors}; }
 };
 
-// One block of sums. The n products are summed by themselves first: a long sum made of short ones
-// rounds less. c is a copy: a store could change what a reference refers to, and a shrink of rank
-// 64 in float32 would take 14 % longer.
+// One block of sums. Its n products are summed first: a long sum made of short ones rounds less.
+// c is a copy: stores could change a referenced one, and float32 at rank 64 would take 14 % longer.
 template <typename K, int MR, int RV, Layout layout>
 inline void sum_block(Sums<K> c, Broadcast a, const typename K::Unit* b, int64_t ldb, int64_t n,
                       Ahead& ahead) {
@@ -227,7 +225,7 @@ LOTR_INLINE void prefetch_row(const void* row) {
 }
 
 // y[MR][RV vectors] = start_of(from, bias) + u f, in full vectors of neighbors. Rows of y are `ldy`
-// apart, rows of `from` `ldfrom`; `from` is y, or does not overlap it.
+// apart, rows of `from` `ldfrom`; `from` is y, or does not overlap it. f: [n units][RV vectors].
 template <typename K, typename T, int MR, int RV, Form form>
 LOTR_INLINE void expand_full_block(T* y, int64_t ldy, const T* from, int64_t ldfrom,
                                    const Broadcast& u, const typename K::Unit* f, int64_t n,
@@ -304,7 +302,7 @@ inline void expand_ragged_block(T* y, int64_t ldy, int64_t y_step, const T* from
       continue;
     }
     const T* start = from + i * ldfrom;
-    // `start` is `row` or does not overlap it. GCC otherwise checks, and a block takes 5 % longer.
+    // `start` is `row` or does not overlap it. GCC would check, and take 5 % longer per block.
 #pragma GCC ivdep
     for (int64_t j = 0; j < cols; ++j)
       row[j * y_step] = Narrow<T>::from(to_float(start[j * from_step]) + sums[j]);

@@ -18,7 +18,7 @@ inline void fold_as(const TensorView& F, const TensorView& B, const TensorView& 
 template <typename Acc>
 void fold_grad(const TensorView& dB, const TensorView& dcore, const TensorView& Q,
                const TensorView& B, const TensorView& core, double scaling, bool add) {
-  if (dcore.data) Operators<Acc>::factor_grad(dcore, Q, B, scaled_by(scaling), false);
+  if (dcore.data) Operators<Acc>::factor_grad(dcore, Q, B, scaled_by(scaling), /*add=*/false);
   if (dB.data) Operators<Acc>::product(dB, Q, core, scaled_by(scaling), add);
 }
 
@@ -39,8 +39,8 @@ struct FewTokens {
   using K = typename KindOf<T>::type;
   using Acc = typename K::Acc;
 
-  static TensorView dense(void* data, int64_t rows, int64_t cols, DType t) {
-    return {data, rows, cols, cols, 1, t};
+  static TensorView dense(void* data, int64_t rows, int64_t cols, DType dtype) {
+    return {data, rows, cols, cols, 1, dtype};
   }
 
   // out[n] += v row[n]. Without __restrict the compiler checks for overlap in each row.
@@ -50,17 +50,18 @@ struct FewTokens {
 
   // out [m, r_out] = scale * in [m, r_in] core. core [r_in, r_out] is rounded to T.
   static void times_core(Acc* out, const Acc* in, int64_t m, const TensorView& core, Acc scale) {
-    const int64_t from = core.rows;
-    const int64_t to = core.cols;
-    for (int64_t i = 0; i < m * to; ++i) out[i] = 0;
+    const int64_t r_in = core.rows;
+    const int64_t r_out = core.cols;
+    for (int64_t i = 0; i < m * r_out; ++i) out[i] = 0;
     by_dtype(core.dtype, [&](auto stored) {
       using S = typename decltype(stored)::type;
-      Scratch line(size_t(to) * sizeof(Acc));
-      Acc* row = line.get<Acc>();
-      for (int64_t a = 0; a < from; ++a) {
+      Scratch row_memory(size_t(r_out) * sizeof(Acc));
+      Acc* row = row_memory.get<Acc>();
+      for (int64_t a = 0; a < r_in; ++a) {
         const S* src = static_cast<const S*>(core.data) + a * core.row_stride;
-        parts<Plain<Acc>, T>(row, src, core.col_stride, to, nullptr);
-        for (int64_t i = 0; i < m; ++i) add_scaled(out + i * to, in[i * from + a] * scale, row, to);
+        parts<Plain<Acc>, T>(row, src, core.col_stride, r_out, /*keep=*/nullptr);
+        for (int64_t i = 0; i < m; ++i)
+          add_scaled(out + i * r_out, in[i * r_in + a] * scale, row, r_out);
       }
     });
   }
@@ -68,14 +69,14 @@ struct FewTokens {
   static void widen(Acc* out, const TensorView& a) {
     const T* row = static_cast<const T*>(a.data);
     for (int64_t i = 0; i < a.rows; ++i, out += a.cols, row += a.row_stride)
-      parts<Plain<Acc>, T>(out, row, a.col_stride, a.cols, nullptr);
+      parts<Plain<Acc>, T>(out, row, a.col_stride, a.cols, /*keep=*/nullptr);
   }
   static void narrow(T* out, const Acc* in, int64_t n) {
     for (int64_t i = 0; i < n; ++i) out[i] = Narrow<T>::from(in[i]);
   }
 
-  // out = scaling u core, rounded to T. If that exceeds float16's range: out = u core, and the
-  // scaling is returned, to be applied last as in s ((x A) G) B^T.
+  // out = scaling u core, rounded to T. If that exceeds float16's range, out = u core. The scale of
+  // the returned Drop is what is left to be applied last: 1, or the scaling as in s ((x A) G) B^T.
   static Drop scaled_core(T* out, Acc* h, const Acc* u, int64_t m, const TensorView& core,
                           double scaling) {
     Drop last;
@@ -109,43 +110,43 @@ struct FewTokens {
     Ops::expand(y, dense(h_t, m, r_out, x.dtype), B, last, start);
   }
 
-  static void backward(const FewTokensBackward& s) {
-    const int64_t m = s.g.rows;
-    const int64_t r_in = s.core.rows;
-    const int64_t r_out = s.core.cols;
-    const DType t = s.g.dtype;
-    const DType acc = t == DType::float64 ? DType::float64 : DType::float32;
+  static void backward(const FewTokensBackward& args) {
+    const int64_t m = args.g.rows;
+    const int64_t r_in = args.core.rows;
+    const int64_t r_out = args.core.cols;
+    const DType dtype = args.g.dtype;
+    const DType acc = dtype == DType::float64 ? DType::float64 : DType::float32;
     Scratch memory(size_t(2 * m * (r_in + r_out)) * sizeof(Acc) +
                    size_t(m * (r_in + r_out)) * sizeof(T));
-    Acc* h = memory.get<Acc>();  // scaling g B, never rounded
-    Acc* du = h + m * r_out;     // h core^T
-    Acc* u = du + m * r_in;      // the given u
-    Acc* uc = u + m * r_in;      // scaling u core
-    T* du_t = reinterpret_cast<T*>(uc + m * r_out);
-    T* uc_t = du_t + m * r_in;
-    if (s.dx.data || s.dA.data || s.dcore.data) {
-      Ops::shrink(dense(h, m, r_out, acc), s.g, s.B, scaled_by(s.scaling));
-    }
-    if (s.dx.data || s.dA.data) {
-      times_core(du, h, m, transposed(s.core), Acc(1));
+    Acc* scaled_dh = memory.get<Acc>();  // scaling g B, never rounded
+    Acc* du = scaled_dh + m * r_out;     // scaled_dh core^T
+    Acc* u = du + m * r_in;              // the given u
+    Acc* u_core = u + m * r_in;          // scaling u core
+    T* du_t = reinterpret_cast<T*>(u_core + m * r_out);
+    T* u_core_t = du_t + m * r_in;
+    if (args.dx.data || args.dA.data || args.dcore.data)
+      Ops::shrink(dense(scaled_dh, m, r_out, acc), args.g, args.B, scaled_by(args.scaling));
+    if (args.dx.data || args.dA.data) {
+      times_core(du, scaled_dh, m, transposed(args.core), Acc(1));
       narrow(du_t, du, m * r_in);
-      const TensorView du_mat = dense(du_t, m, r_in, t);
-      if (s.dx.data) Ops::expand(s.dx, du_mat, s.A, Drop{}, {s.fresh_dx ? TensorView{} : s.dx, {}});
-      if (s.dA.data) Ops::factor_grad(s.dA, s.x, du_mat, Drop{}, !s.fresh_dA);
+      const TensorView du_view = dense(du_t, m, r_in, dtype);
+      if (args.dx.data)
+        Ops::expand(args.dx, du_view, args.A, Drop{}, {args.fresh_dx ? TensorView{} : args.dx, {}});
+      if (args.dA.data) Ops::factor_grad(args.dA, args.x, du_view, Drop{}, !args.fresh_dA);
     }
-    if (s.dB.data || s.dcore.data) widen(u, s.u);
-    if (s.dB.data) {
-      const Drop last = scaled_core(uc_t, uc, u, m, s.core, s.scaling);
-      Ops::factor_grad(s.dB, s.g, dense(uc_t, m, r_out, t), last, !s.fresh_dB);
+    if (args.dB.data || args.dcore.data) widen(u, args.u);
+    if (args.dB.data) {
+      const Drop last = scaled_core(u_core_t, u_core, u, m, args.core, args.scaling);
+      Ops::factor_grad(args.dB, args.g, dense(u_core_t, m, r_out, dtype), last, !args.fresh_dB);
     }
-    if (s.dcore.data) {
+    if (args.dcore.data) {
       Scratch sums(size_t(r_in * r_out) * sizeof(Acc));
       Acc* out = sums.get<Acc>();
       for (int64_t i = 0; i < r_in * r_out; ++i) out[i] = 0;
       for (int64_t i = 0; i < m; ++i)
         for (int64_t a = 0; a < r_in; ++a)
-          add_scaled(out + a * r_out, u[i * r_in + a], h + i * r_out, r_out);
-      write_rows<K>(s.dcore, 0, r_in, out, r_out, 1.0, false);
+          add_scaled(out + a * r_out, u[i * r_in + a], scaled_dh + i * r_out, r_out);
+      write_rows<K>(args.dcore, 0, r_in, out, r_out, /*scale=*/1.0, /*add=*/false);
     }
   }
 };

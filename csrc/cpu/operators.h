@@ -2,9 +2,6 @@
 // among threads. Equations are in torch/schema.cpp, words in tiles.h. K is the kind of arithmetic
 // of T, Unit what one of its lanes multiplies, Acc the type of sums (vec.h). Work is counted in
 // multiplications.
-//
-// Example: factor_grad with x [1000, 4096] and 16 threads has 8 chunks. They are fewer than the
-// threads, so each is cut into 4 ranges of 1056 columns or fewer: 32 tasks.
 #pragma once
 
 #include "cpu/outer.h"
@@ -29,7 +26,7 @@ inline void run_tasks(int64_t tasks, int64_t work, F&& body) {
       &body);
 }
 
-// Rows of a matrix in blocks; a thread walks its blocks in tiles of up to kTileRows.
+// Runs body(i0, i1) over [0, rows), cut at multiples of kBlock. A body walks its rows in tiles.
 template <int64_t kBlock = kTileRows / 4, typename F>
 inline void run_rows(int64_t rows, int64_t work, F&& body) {
   run_tasks(ceil_div(rows, kBlock), work,
@@ -37,8 +34,9 @@ inline void run_rows(int64_t rows, int64_t work, F&& body) {
 }
 
 // Rows of a sum over tokens that are summed independently. The sums are added in order, and their
-// size depends only on m, so the number of threads changes no bit. 100 rows are 1 chunk, 1000 rows
-// 8 of 128 (the last has 104), 3000 rows 8 of 384, 65536 rows 64 of 1024.
+// size depends only on m, so the number of threads changes no bit. Up to 1024 rows a chunk has 128,
+// and beyond there are 8 to 64 chunks: 1000 rows are 8 of 128 (the last has 104), 3000 rows 8 of
+// 384, 65536 rows 64 of 1024.
 struct Chunks {
   int64_t count;
   int64_t rows;  // of a chunk
@@ -68,8 +66,12 @@ struct ChunkSums {
       : transposed(transposed),
         r(r),
         size(OuterSums<K>::size(cols, transposed, r)),
-        blocks(one_thread ? smaller(chunks.count, chunks.rows <= tile_rows ? 1 : 2) : chunks.count),
+        blocks(block_count(one_thread, chunks, tile_rows)),
         memory(size_t(blocks * size) * sizeof(Acc)) {}
+  static int64_t block_count(bool one_thread, const Chunks& chunks, int64_t tile_rows) {
+    if (!one_thread) return chunks.count;
+    return smaller(chunks.count, chunks.rows <= tile_rows ? 1 : 2);
+  }
   Acc* block_of(int64_t chunk) const {
     return memory.template get<Acc>() + larger(0, smaller(chunk, blocks - 1)) * size;
   }
@@ -91,6 +93,7 @@ struct ChunkSums {
     const int64_t ld = padded_rank<K>(r);
     const OuterSums<K> first = of_chunk(0);
     const int64_t count = one_thread ? smaller(1, blocks) : blocks;
+    // A number that is read from memory is counted as 4 multiplications.
     run_rows<kRowsAtOnce>(out.rows, count * out.rows * r * 4, [&](int64_t i0, int64_t i1) {
       Scratch rows_memory(size_t(kRowsAtOnce * ld) * sizeof(Acc));
       Acc* tile = rows_memory.get<Acc>();
@@ -103,7 +106,8 @@ struct ChunkSums {
             continue;
           }
           const Acc* P = first.P + (i - transposed) * ld + j;
-          for (int64_t v = 0; v < rows; ++v) store(tile + v * ld + j, sum(P + v * ld, count));
+          for (int64_t row = 0; row < rows; ++row)
+            store(tile + row * ld + j, sum(P + row * ld, count));
         }
         write_rows<K>(out, i, rows, tile, ld, scale, add);
       }
@@ -113,9 +117,9 @@ struct ChunkSums {
   void add_transposed(Acc* tile, int64_t ld, const Acc* S, int64_t n, int64_t count) const {
     for (int64_t column = 0; column < kPairColumns<K>; column += K::kLanes) {
       decltype(load(S)) square[K::kLanes] = {};
-      for (int64_t v = 0; v < n; ++v) square[v] = sum(S + v * transposed + column, count);
+      for (int64_t j = 0; j < n; ++j) square[j] = sum(S + j * transposed + column, count);
       transpose<K::kLanes>(square);
-      for (int64_t v = 0; v < K::kLanes; ++v) store(tile + pair_at(column + v) * ld, square[v]);
+      for (int64_t i = 0; i < K::kLanes; ++i) store(tile + pair_at(column + i) * ld, square[i]);
     }
   }
   // A vector of sums of `count` blocks, from its place in the first one.
@@ -148,7 +152,7 @@ struct Operators {
 
   static void shrink(const TensorView& u, const TensorView& x, const TensorView& A,
                      const Drop& drop) {
-    product(u, x, A, drop, false);
+    product(u, x, A, drop, /*add=*/false);
   }
 
   // out (+)= scale * drop(x) A: rows of x times a packed factor.
@@ -179,7 +183,7 @@ struct Operators {
       for (int64_t p = begin; p < end; ++p)
         pack_panel<K, T>(to + p * panels.size, kPanel<K>, F, p * kPanel<K>, rows.get<Unit>());
     };
-    // Threads pack the panels together if that is work for two. Otherwise each packs all of them.
+    // All threads pack the panels together if that is work for two. Otherwise each packs them all.
     const int64_t all_units = panels.count * panels.size;
     const bool together = all_units >= 2 * kThreadWork;
     Scratch packed_together(together ? size_t(all_units) * sizeof(Unit) : 0);
@@ -222,12 +226,13 @@ struct Operators {
     });
   }
 
-  // D (+)= scale * drop(x)^T v: summed in D itself, without copies, or in chunks.
+  // D (+)= scale * drop(x)^T v: summed in D itself, for few tokens without copies, or in chunks.
   static void factor_grad(const TensorView& D, const TensorView& x, const TensorView& v,
                           const Drop& drop, bool add) {
     const bool sums_dtype =
         D.dtype == (std::is_same_v<Acc, double> ? DType::float64 : DType::float32);
     const bool holds_sums = sums_dtype && D.col_stride == 1;
+    // AMX sums S, which D does not hold.
     const bool better_in_tiles =
         in_tiles<K> && Outer<T>::transposed_columns(x, drop) > 0 && x.rows >= kSide;
     if (holds_sums && Chunks(x.rows).count == 1 && !better_in_tiles && drop.scale == 1.0 &&
@@ -287,7 +292,8 @@ struct Operators {
     const int64_t tile_rows = Outer<T>::tile_rows(x, drop, v.cols);
     const int64_t transposed = Outer<T>::transposed_columns(x, drop);
     const ChunkSums<K> chunk_sums(chunks, tile_rows, x.cols, transposed, v.cols);
-    // With fewer chunks than threads x is cut by columns too, which changes no sum.
+    // With fewer chunks than threads x is cut by columns too, which changes no sum. Example: with
+    // 16 threads, the 8 chunks of x [1000, 4096] are cut into 4 ranges of 1056 columns or fewer.
     const int64_t cuts = chunks.count ? ceil_div(2 * threads(), chunks.count) : 1;
     const int64_t columns = threads() == 1 ? x.cols : ceil_div(x.cols, cuts);
     const int64_t width = round_up(larger(2 * kTileColumns, columns), kTileColumns);
@@ -310,8 +316,7 @@ struct Operators {
     chunk_sums.add_to(D, drop.scale, add);
   }
 
-  // du = g F, Q (+)= g^T u. If a tile of g and its operands fit in cache, the
-  // tile is read from memory only once.
+  // du = g F, Q (+)= g^T u. A tile of g that fits in cache with its operands is read only once.
   static void shrink_grad(const TensorView& du, const TensorView& Q, const TensorView& g,
                           const TensorView& F, const TensorView& u, bool add) {
     const int64_t tile_rows = rows_read_twice(g, F.cols);
@@ -343,7 +348,7 @@ struct Operators {
             // bursts, so some of these rows are prefetched here.
             rows.prefetch_below = pairs<K>;
             shrink_tile<K, T>(du_sums, ld, g, Drop{}, packed.units, rows, space);
-            write_rows<K>(du, i0, rows.count, du_sums, ld, 1.0, false);
+            write_rows<K>(du, i0, rows.count, du_sums, ld, /*scale=*/1.0, /*add=*/false);
           }
           OuterRange range{i, tile_end, 0, g.cols, tile_rows};
           range.fresh = chunk_sums.fresh(chunk) && i == first;
@@ -365,7 +370,8 @@ struct Operators {
     const int64_t unit_bytes = g.cols * element_size(g.dtype) * K::kPair;  // a row, or two rows
     // With AMX a tile's sums are added to S in memory at its end, so tall tiles cost less.
     if (in_tiles<K> && 2 * unit_bytes * kDeepUnits <= l2_bytes()) return kDeepUnits * K::kPair;
-    return (2 * unit_bytes * kTileUnits > l2_bytes() ? kTileUnits / 2 : kTileUnits) * K::kPair;
+    const bool two_tiles_fit = 2 * unit_bytes * kTileUnits <= l2_bytes();
+    return (two_tiles_fit ? kTileUnits : kTileUnits / 2) * K::kPair;
   }
 
   static void add(const TensorView& out, const TensorView& a) {

@@ -8,8 +8,7 @@
 //             pairs the copying takes a quarter of the time, which S saves
 //
 // Example: x [300, 100] in bfloat16, r = 20. The tiles have 64, 64 and 22 pairs of rows. Columns 0
-// to 95 of x are added to S [20][96], columns 96 to 99 to P [4][32], since 20 is padded to two
-// vectors.
+// to 95 of x are added to S [20][96], columns 96 to 99 to P [4][32]: 20 is padded to two vectors.
 #pragma once
 
 #include "cpu/products.h"
@@ -25,11 +24,11 @@ template <typename K>
 constexpr int kPairColumns = 2 * K::kLanes;
 constexpr int kPairRows = 8;  // of S: 16 sums and what they are made from stay in registers
 
-// Pairs of rows of x, in place.
+// Rows of x in place, two of which make a row of pairs.
 struct RowPairs {
-  const uint16_t* low;   // the first row of the first pair
-  const uint16_t* last;  // the second row of the last pair: zeros if the number of rows is odd
-  int64_t step;          // elements between pairs
+  const uint16_t* low;        // the first row of the first pair
+  const uint16_t* last_high;  // the second row of the last pair, or zeros for an odd number of rows
+  int64_t step;               // elements between pairs
 };
 
 // S[MR][32] (+)= sum over n units, which are summed by themselves first, as in sum_block (block.h),
@@ -49,7 +48,7 @@ inline void outer_block(Sums<K> S, RowPairs x, typename K::Unit* x_units, const 
     if constexpr (kFirst) {
       const uint16_t* low = x.low + t * x.step;
       const auto a = load(low);
-      const auto b = load(t + 1 < n ? low + x.step / 2 : x.last);
+      const auto b = load(t + 1 < n ? low + x.step / 2 : x.last_high);
       left = pairs_of<0>(a, b);
       right = pairs_of<1>(a, b);
       store(units, left);
@@ -101,14 +100,13 @@ inline void outer_columns(const Sums<K>& S, const Rectangle& x, const typename K
   });
 }
 
-// Where a sum x^T v is kept: S[r][transposed] for the first columns of x, P[the others][ld] for the
-// others. A row of P has full vectors.
+// Where x^T v is summed: S[r][transposed] for the first columns of x, P[..][ld] for the others.
 template <typename K>
 struct OuterSums {
   typename K::Acc* S;
   int64_t transposed;
   typename K::Acc* P;
-  int64_t ld;
+  int64_t ld;  // full vectors
 
   // In a block of size(..) numbers: S, then P.
   static OuterSums in_block(typename K::Acc* block, int64_t transposed, int64_t r) {
@@ -133,12 +131,7 @@ class Outer {
   using K = typename KindOf<T>::type;
   using Unit = typename K::Unit;
   using Acc = typename K::Acc;
-
-  // Room for a part of x, a tile of v, and that tile of v turned for AMX (turn_units).
-  static constexpr int64_t kCopiesOfV = in_tiles<K> ? 2 : 1;
-  Unit *x_, *v_, *turned_;
-  uint32_t* mask_;
-  uint16_t* two_rows_;
+  static constexpr int64_t kCopiesOfV = in_tiles<K> ? 2 : 1;  // a second one is turned for AMX
 
  public:
   static int64_t bytes(int64_t r) {
@@ -171,7 +164,8 @@ class Outer {
     return x.cols / kPairColumns<K> * kPairColumns<K>;
   }
 
-  // sums[c][j] (+)= sum over the range's rows i of drop(x)[i, c] v[i, j].
+  // sums[c][j] (+)= sum over the range's rows i of drop(x)[i, c] v[i, j]. For each tile of rows:
+  // the transposed columns into S, in AMX tiles or as pairs in registers, then the others into P.
   void add(const OuterSums<K>& sums, const TensorView& x, const Drop& drop, const TensorView& v,
            const OuterRange& range) const {
     for (int64_t i = range.i0; i < range.i1; i += range.tile_rows) {
@@ -234,6 +228,10 @@ class Outer {
     tile_down_columns<K, T>(x_, kTileColumns, part, two_rows_, drop, mask_);
     return Broadcast::of(x_, kTileColumns);
   }
+
+  Unit *x_, *v_, *turned_;  // a part of x, a tile of v, and that tile turned (turn_units, amx.h)
+  uint32_t* mask_;
+  uint16_t* two_rows_;
 };
 
 }  // namespace lotr::cpu::LOTR_ISA

@@ -31,8 +31,7 @@ constexpr int64_t padded_rank(int64_t r) {
   return round_up(r, K::kLanes);
 }
 
-// A factor [k, r] in units: [packed units of k][padded rank], zero padded. In place if the factor's
-// memory is that already.
+// A factor [k, r] in units, zero padded: [packed units of k][padded rank]. In place if possible.
 template <typename K, typename T>
 struct PackedFactor {
   using Unit = typename K::Unit;
@@ -74,9 +73,8 @@ struct ShrinkRows {
   bool prefetch_below = false;  // prefetch the rows below them
 };
 
-// What the step of `width` columns from c0 on prefetches: the next step of these rows, or after the
-// last one the first step of the rows below. The first step of cold rows begins by
-// prefetching its own rows below the first block.
+// What the step of `width` columns from c0 on prefetches: the next step of these rows, or the first
+// one of the rows below. Before that, the first step of cold rows prefetches its later blocks.
 inline Ahead ahead_of_step(const TensorView& x, const ShrinkRows& rows, int64_t c0, int64_t width) {
   Piece next;
   const bool last = c0 + width >= x.cols;
@@ -107,19 +105,20 @@ inline void shrink_tile(typename K::Acc* sums, int64_t ld, const TensorView& x, 
     const int64_t n = smaller(step, units - t);
     const int64_t c0 = t * K::kPair;
     Ahead ahead = ahead_of_step(x, rows, c0, step * K::kPair);
-    const int64_t read = in_place ? smaller(n, (x.cols - c0) / K::kPair) : 0;
-    if (read > 0) {
+    // Units in place, then copied ones: all, or the last one if its second element does not exist.
+    const int64_t direct = in_place ? smaller(n, (x.cols - c0) / K::kPair) : 0;
+    if (direct > 0) {
       const auto* a = static_cast<const Part<K>*>(x.data) + rows.i0 * x.row_stride + c0;
       sum_tile<K, Layout::along_row>({sums, ld, t == 0}, Broadcast::of(a, x.row_stride), rows.count,
-                                     A.from_unit(t), read, ahead);
+                                     A.from_unit(t), direct, ahead);
     }
-    if (read < n) {
-      const int64_t copied = n - read;
-      const int64_t first = c0 + read * K::kPair;
+    if (direct < n) {
+      const int64_t copied = n - direct;
+      const int64_t first = c0 + direct * K::kPair;
       const int64_t cols = smaller(x.cols - first, copied * K::kPair);
       tile_along_row<K, T>(copy, copied, {x, rows.i0, rows.count, first, cols}, drop, mask);
-      sum_tile<K, Layout::along_row>({sums, ld, t + read == 0}, Broadcast::of(copy, copied),
-                                     rows.count, A.from_unit(t + read), copied, ahead);
+      sum_tile<K, Layout::along_row>({sums, ld, t + direct == 0}, Broadcast::of(copy, copied),
+                                     rows.count, A.from_unit(t + direct), copied, ahead);
     }
   }
 }
@@ -217,8 +216,7 @@ struct UnitRows {
   }
 };
 
-// y = from + bias + u F^T in one panel of F, for `rows` rows from `y` on. All columns of the panel
-// exist, are contiguous, and none is masked.
+// y = from + bias + u F^T in one full panel, contiguous and not masked, for `rows` rows from y on.
 template <typename K, typename T, Form form>
 inline void expand_full_rows(T* y, int64_t ldy, const T* from, int64_t ldfrom, int64_t rows,
                              const Broadcast& u, const typename K::Unit* panel, int64_t units,
@@ -254,8 +252,7 @@ inline void widen_bias(typename K::Acc* to, const TensorView& bias, int64_t n0, 
   for (int64_t j = 0; j < cols; ++j) to[j] = to_float(from[(n0 + j) * bias.col_stride]);
 }
 
-// y_panel = start + scale * drop(u F^T). `panel`: F transposed, for these columns of y. `mask`:
-// Panels::mask_bytes for the masks of a block.
+// y_panel = start + scale * drop(u F^T). panel: F^T for these columns. mask: Panels::mask_bytes.
 template <typename K, typename T>
 inline void expand_panel(const Rectangle& y_panel, const Broadcast& u, int64_t units,
                          const typename K::Unit* panel, const Drop& drop, const Start& start,
@@ -266,7 +263,7 @@ inline void expand_panel(const Rectangle& y_panel, const Broadcast& u, int64_t u
   const bool add_bias = start.bias.data || !has_matrix;
   typename K::Acc bias[kPanel<K>];
   if (add_bias) widen_bias<K, T>(bias, start.bias, y_panel.c0, cols);
-  const TensorView& origin = has_matrix ? start.matrix : y;  // without a matrix: only prefetched
+  const TensorView& origin = has_matrix ? start.matrix : y;  // y: only prefetched, not added
   const T* const from = static_cast<const T*>(origin.data) + y_panel.i0 * origin.row_stride +
                         y_panel.c0 * origin.col_stride;
   T* const top = static_cast<T*>(y.data) + y_panel.i0 * y.row_stride + y_panel.c0 * y.col_stride;

@@ -5,8 +5,7 @@
 // are consecutive, as the rows of an expert are, and a copy otherwise. A group of a few rows, as
 // with many tasks, is multiplied with the core in place. A long group is divided every kRowsOfGroup
 // rows from its first one, and each sum runs in the order of its rows, so the number of threads
-// changes no bit. (The places of these divisions may change bits, because compilers fuse
-// multiplication and addition for some block sizes only.)
+// changes no bit.
 #pragma once
 
 #include "cpu/core_products.h"
@@ -18,6 +17,7 @@ constexpr int64_t kRowsOfGroup = 2 * kTileRows;
 // Rows of a group for which a product's preparations cost more than the product.
 constexpr int64_t kShortGroup = 4;
 
+// The row of u or g that row i of a group reads.
 inline int64_t source(const int64_t* row, const int64_t* token, int64_t i) {
   return token ? token[row[i]] : row[i];
 }
@@ -64,7 +64,7 @@ struct RowProducts {
                     int64_t n) {
     for (int64_t i = 0; i < n; ++i, to += a.cols) {
       const T* from = static_cast<const T*>(a.data) + source(row, token, i) * a.row_stride;
-      parts<Wide, T>(to, from, a.col_stride, a.cols, nullptr);
+      parts<Wide, T>(to, from, a.col_stride, a.cols, /*keep=*/nullptr);
     }
   }
 
@@ -154,7 +154,7 @@ struct RowProducts {
       FewTokens<T>::times_core(sums, wide, n, core, scaling);
     }
     for (int64_t j = 0; j < n; ++j)
-      write_rows<K>(h, row[j], 1, sums + j * core.cols, core.cols, 1.0, false);
+      write_rows<K>(h, row[j], 1, sums + j * core.cols, core.cols, /*scale=*/1.0, /*add=*/false);
   }
 
   static void row_core(const TensorView& h, const TensorView& u, const int64_t* token,
@@ -212,7 +212,7 @@ struct RowProducts {
         }
         const Gathered<T> left(u, by_core.row + first, token, n);
         const Gathered<T> right(g, by_core.row + first, nullptr, n);
-        Ops::factor_grad(out, left.matrix, right.matrix, scaled_by(scaling), false);
+        Ops::factor_grad(out, left.matrix, right.matrix, scaled_by(scaling), /*add=*/false);
       }
     };
     // With few groups each product is divided among the threads: inside a task, calls of the pool
@@ -233,7 +233,7 @@ struct RowProducts {
           const Acc* row = static_cast<const Acc*>(row_du.data) + by_token.row[i] * r;
           for (int64_t j = 0; j < r; ++j) sum[j] += row[j];
         }
-        write_rows<K>(du, by_token.key[group], 1, sum, r, 1.0, false);
+        write_rows<K>(du, by_token.key[group], 1, sum, r, /*scale=*/1.0, /*add=*/false);
       }
     });
   }

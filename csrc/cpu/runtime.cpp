@@ -1,3 +1,4 @@
+// The threads of the kernels are torch's. Their memory is a cache of a few blocks per thread.
 #include "cpu/runtime.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -8,15 +9,15 @@
 namespace lotr::cpu {
 namespace {
 
-// Freed blocks are kept for the next call: a fresh block of this size would be mapped, and its
-// pages faulted in, on every call. Four, because a call holds packed factors, partial sums and
-// copies of tiles at once.
-constexpr size_t kKeep = size_t(16) << 20;
+// Freed blocks are kept for the next call. The system would map a fresh block of this size, and
+// fault in its pages, on every call.
+constexpr size_t kMostBytes = size_t(16) << 20;  // of a block that is kept
+constexpr int kBlocks = 4;  // a call holds packed factors, partial sums and copies of tiles at once
 struct Cache {
   struct Block {
     void* data = nullptr;
     size_t bytes = 0;
-  } blocks[4];
+  } blocks[kBlocks];
   ~Cache() {
     for (Block& b : blocks) ::operator delete(b.data, std::align_val_t(64));
   }
@@ -42,8 +43,8 @@ Scratch::Scratch(size_t bytes) : data_(nullptr), bytes_(bytes) {
 
 Scratch::~Scratch() {
   if (!data_) return;
-  if (bytes_ <= kKeep) {
-    Cache::Block(&all)[4] = cache.blocks;  // once: each access to a thread-local is a call
+  if (bytes_ <= kMostBytes) {
+    Cache::Block(&all)[kBlocks] = cache.blocks;  // once: each access to a thread-local is a call
     Cache::Block* smallest = &all[0];
     for (Cache::Block& b : all) {
       if (b.bytes < smallest->bytes) smallest = &b;

@@ -73,8 +73,7 @@ inline constexpr bool in_tiles<BF2> = true;
 #endif
 constexpr int64_t kSide = 16;
 
-// How many units n elements are. packed_units: as a packed factor has them, for AMX tiles rounded
-// up to full steps of units_of_step.
+// How many units n elements are. packed_units: in a packed factor, for AMX rounded to full steps.
 template <typename K>
 constexpr int64_t units_of(int64_t n) {
   return ceil_div(n, K::kPair);
@@ -88,8 +87,7 @@ constexpr int64_t packed_units(int64_t n) {
   return in_tiles<K> ? round_up(units, units_of_step(units)) : units;
 }
 
-// What one element becomes in a tile: its bits in a pair, else its value in the arithmetic type,
-// rounded to T on the way.
+// What an element becomes in a tile: its bits in a pair, else its value, rounded to T, as an Acc.
 template <typename K>
 using Part = std::conditional_t<pairs<K>, uint16_t, typename K::Acc>;
 
@@ -201,8 +199,7 @@ inline void pair_rows(typename K::Unit* units, const uint16_t* low, const uint16
   for (; j < n; ++j) units[j] = uint32_t(low[j]) | uint32_t(high[j]) << 16;
 }
 
-// tile_down_columns where a unit is a pair: two rows of the rectangle make a row of the tile.
-// `buffer` has room for two rows of parts.
+// The same where a unit is a pair, made from two rows. buffer: room for two rows of parts.
 template <typename K, typename T, typename S>
 inline void pairs_down_columns(typename K::Unit* tile, int64_t ld, const Rectangle& from,
                                uint16_t* buffer, const Drop& drop, uint32_t* mask) {
@@ -221,7 +218,7 @@ inline void pairs_down_columns(typename K::Unit* tile, int64_t ld, const Rectang
     }
   }
   for (; i < from.rows; i += 2, tile += ld) {
-    const uint16_t* row[2] = {buffer, buffer + cols};
+    const uint16_t* row[2] = {buffer, buffer + cols};  // each in the buffer, or in place
     for (int p = 0; p < 2; ++p) {
       if (i + p >= from.rows) {
         for (int64_t j = 0; j < cols; ++j) buffer[p * cols + j] = 0;
@@ -273,8 +270,7 @@ inline void pack_panel(typename K::Unit* panel, int64_t width, const TensorView&
   const int64_t end = (F.rows - 1) * F.row_stride + F.cols;
   for (int64_t j = 0; j < width; j += kLanes) {
     const int64_t rows = larger(0, smaller(kLanes, F.rows - n0 - j));
-    // Full vectors are loaded, so a load of a short row reads on into the next rows. That is
-    // allowed as long as there are such rows.
+    // Full vectors are loaded: past the end of a short row they read the next rows, if these exist.
     const bool direct = in_place && rows == kLanes &&
                         (n0 + j + kLanes - 1) * F.row_stride + padded * K::kPair <= end;
     const char* src = reinterpret_cast<const char*>(buffer);

@@ -24,6 +24,7 @@ struct VecOf {
 };
 using vf = VecOf<float>::type;
 using vi = VecOf<uint32_t>::type;
+// As many half-precision numbers as vf has lanes.
 typedef uint16_t vh __attribute__((vector_size(LOTR_VB / 2)));
 typedef uint16_t vh_memory __attribute__((vector_size(LOTR_VB / 2), aligned(2), may_alias));
 
@@ -255,7 +256,7 @@ template <int half>
 LOTR_INLINE vi pairs_of(VecOf<uint16_t>::type a, VecOf<uint16_t>::type b) {
   return pair_lanes<half>(a, b, std::make_integer_sequence<int, LOTR_VB / 2>{});
 }
-// The column of the pair at place i of both halves.
+// The column of the pair at place i of both halves: 0 to 3, 8 to 11, .. in the first half.
 constexpr int64_t pair_at(int64_t i) {
   constexpr int64_t lanes = LOTR_VB / 4;
   return i % lanes / 4 * 8 + i % 4 + i / lanes * 4;

@@ -104,7 +104,7 @@ struct Arg {
   int32_t device_index = 0;
   TensorView matrix;  // [.., cols] as [rows, cols]; without data and dtype, see view_of
   // The last leading dimension whose stride is not the stride times the size of the next one, or
-  // -1. If there is one, the rows have no common stride.
+  // -1 if all rows have one common stride.
   int64_t split = -1;
 
   explicit Arg(const char* name) : name(name) {}
@@ -140,6 +140,8 @@ struct Arg {
   }
 
  private:
+  // Finds the matrix, or the split. Example: a tensor [4, 3, 8] with the strides (30, 10, 1) is 12
+  // rows that are 10 apart. With (40, 10, 1), as x[:, :3, :8] of [4, 4, 10] has, it is split at 0.
   void flatten() {
     matrix.cols = size[dim - 1];
     matrix.col_stride = stride[dim - 1];

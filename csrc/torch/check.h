@@ -127,12 +127,12 @@ struct Check {
 enum Dim : uint8_t { NO_DIM, M, K, N, R, R_IN, R_OUT, L, ROWS, LEADING };
 constexpr const char* DIM_NAMES[] = {"", "M", "K", "N", "r", "r_in", "r_out", "L", "rows", ".."};
 
-// The dtype of an argument, compared with the dtype of the activations.
-enum class As {
-  any,  // checked elsewhere
-  same,
-  factor,  // the same, or float32 with bfloat16 and float16: it is rounded, as under autocast
-  sums,    // float32, or float64 with float64
+// Which dtype an argument must have.
+enum class Type {
+  unchecked,   // checked elsewhere
+  activation,  // the operator's dtype
+  factor,      // that, or float32 with bfloat16 and float16: it is rounded, as under autocast
+  sum,         // float32, or float64 with float64
   int64,
   int32
 };
@@ -140,7 +140,7 @@ enum class As {
 // One row of an operator's table. Optional arguments that are absent are skipped.
 struct Rule {
   const Arg& arg;
-  As as = As::any;
+  Type type = Type::unchecked;
   std::array<Dim, 3> shape{};
   bool written = false;
 };
@@ -151,13 +151,13 @@ constexpr bool WRITTEN = true;
 // Only M and rows may be zero.
 class Sizes {
  public:
-  // dtype_name: the argument that has, or is, the dtype of the activations.
+  // dtype: the operator's, which is that of its activations. dtype_name: the argument that has it.
   Sizes(const Check& check, const char* dtype_name, ScalarType dtype,
         std::initializer_list<Rule> rules) {
     check_memory(check, rules);
     check.supported(dtype_name, dtype);
     for (const Rule& rule : rules) {
-      if (!rule.arg || rule.as == As::any) continue;
+      if (!rule.arg || rule.type == Type::unchecked) continue;
       check_dtype(check, rule, dtype);
       check_shape(check, rule);
     }
@@ -182,38 +182,34 @@ class Sizes {
       if (!first) first = &rule.arg;
       check.device(rule.arg, *first);
     }
+    const Rule* const rule = rules.begin();
     std::array<Check::Bytes, 16> bytes;  // no operator has more tensors
-    size_t i = 0;
-    for (const Rule& rule : rules) bytes[i++] = rule.arg ? check.memory(rule.arg) : Check::Bytes{};
-    i = 0;
-    for (const Rule& rule : rules) {
-      const Check::Bytes written_bytes = bytes[i++];
-      if (!rule.arg || !rule.written) continue;
-      check.writable(rule.arg);
-      size_t j = 0;
-      for (const Rule& other : rules) {
-        const Check::Bytes& other_bytes = bytes[j++];
-        if (&other != &rule) check.apart(rule.arg, written_bytes, other.arg, other_bytes);
-      }
+    for (size_t i = 0; i < rules.size(); ++i)
+      if (rule[i].arg) bytes[i] = check.memory(rule[i].arg);
+    for (size_t i = 0; i < rules.size(); ++i) {
+      if (!rule[i].arg || !rule[i].written) continue;
+      check.writable(rule[i].arg);
+      for (size_t j = 0; j < rules.size(); ++j)
+        if (j != i) check.apart(rule[i].arg, bytes[i], rule[j].arg, bytes[j]);
     }
   }
 
   static void check_dtype(const Check& check, const Rule& rule, ScalarType like) {
     const Arg& arg = rule.arg;
-    switch (rule.as) {
-      case As::same:
+    switch (rule.type) {
+      case Type::activation:
         return check.dtype(arg, like);
-      case As::sums:
+      case Type::sum:
         return check.dtype(arg, acc_dtype(like));
-      case As::int64:
+      case Type::int64:
         return check.dtype(arg, ScalarType::Long);
-      case As::int32:
+      case Type::int32:
         return check.dtype(arg, ScalarType::Int);
-      case As::factor:
+      case Type::factor:
         if (arg.dtype == like || (is_half(like) && arg.dtype == ScalarType::Float)) return;
         fail(check.op, ": ", arg.name, ": expected dtype ", dtype_info(like).name,
              is_half(like) ? " or torch.float32" : "", ", got ", dtype_info(arg.dtype).name);
-      case As::any:
+      case Type::unchecked:
         return;
     }
   }
@@ -271,9 +267,9 @@ class Sizes {
 
 // ---- row_core ----
 
-// A row's core is given by an index, or by the ends of each core's rows (offs); tokens: the row of
-// u that each row reads. g: only in the backward. The values of the indices are checked only on a
-// CPU, because on a GPU that would synchronize.
+// The arguments of row_core and its backward, which also sets g. Either `index` has the core of
+// each row, or `offs` the end of each core's rows. `tokens` has the row of u that each row reads.
+// The values of these indices are checked only on a CPU, because on a GPU that would synchronize.
 struct RowArgs {
   Arg g{"g"}, u, cores, index, offs, tokens;
 
@@ -285,15 +281,15 @@ struct RowArgs {
         offs("offs", offs),
         tokens("tokens", tokens) {}
   Sizes check(const Check& check, double scaling) const {
-    // without tokens there is a row for each token
+    // Without tokens there is one row for each token.
     const Dim row = tokens ? ROWS : M;
     const Sizes sizes(check, u,
-                      {{u, As::same, {M, R_IN}},
-                       {cores, As::factor, {L, R_IN, R_OUT}},
-                       {tokens, As::int64, {ROWS}},
-                       {index, As::int64, {row}},
-                       {offs, As::int32, {L}},
-                       {g, As::same, {row, R_OUT}}});
+                      {{u, Type::activation, {M, R_IN}},
+                       {cores, Type::factor, {L, R_IN, R_OUT}},
+                       {tokens, Type::int64, {ROWS}},
+                       {index, Type::int64, {row}},
+                       {offs, Type::int32, {L}},
+                       {g, Type::activation, {row, R_OUT}}});
     if (bool(index) == bool(offs))
       fail(check.op, ": index, offs: expected exactly one of them, got ", index ? "both" : "none");
     check.finite("scaling", scaling);
@@ -306,8 +302,8 @@ struct RowArgs {
 // When the adapter's product is computed; see layer.h.
 enum class Strategy : int64_t { two_pass = 0, beta = 1, fused = 2 };
 
-// The arguments of layer_forward, layer_forward_few_tokens and layer_forward_projected. All have
-// those of the constructor. Others are absent unless an operator sets them.
+// The arguments of layer_forward, layer_forward_few_tokens and layer_forward_projected. All three
+// have those of the constructor; the others are absent unless an operator sets them.
 struct ForwardArgs {
   Arg x, weight, bias, A{"A"}, u{"u"}, B, core, seed{"seed"};
 
@@ -316,13 +312,13 @@ struct ForwardArgs {
       : x("x", x), weight("weight", weight), bias("bias", bias), B("B", B), core("core", core) {}
   Sizes check(const Check& check, double scaling, double p) const {
     const Sizes sizes(check, x,
-                      {{B, As::factor, {N, R_OUT}},
-                       {core, As::factor, {R_IN, R_OUT}},
-                       {x, As::same, {LEADING, K}},
-                       {weight, As::same, {N, K}},
-                       {bias, As::same, {N}},
-                       {A, As::factor, {K, R_IN}},
-                       {u, As::same, {M, R_IN}},
+                      {{B, Type::factor, {N, R_OUT}},
+                       {core, Type::factor, {R_IN, R_OUT}},
+                       {x, Type::activation, {LEADING, K}},
+                       {weight, Type::activation, {N, K}},
+                       {bias, Type::activation, {N}},
+                       {A, Type::factor, {K, R_IN}},
+                       {u, Type::activation, {M, R_IN}},
                        {seed}});
     check.finite("scaling", scaling);
     check.dropout(p, seed);
@@ -330,8 +326,8 @@ struct ForwardArgs {
   }
 };
 
-// The arguments of layer_backward_, layer_backward_few_tokens_ and layer_backward_projected_. Those
-// that the constructor does not have are absent unless an operator sets them.
+// The arguments of layer_backward_, layer_backward_few_tokens_ and layer_backward_projected_. All
+// three have those of the constructor; the others are absent unless an operator sets them.
 struct BackwardArgs {
   Arg g, weight, x{"x"}, u, A{"A"}, F{"F"}, B, core, du{"du"}, dx{"dx"}, dA{"dA"}, dB, seed{"seed"};
 
@@ -345,18 +341,18 @@ struct BackwardArgs {
         dB("dB", dB) {}
   Sizes check(const Check& check, double scaling, double p, bool need_B) const {
     const Sizes sizes(check, g,
-                      {{B, As::factor, {N, R_OUT}},
-                       {core, As::factor, {R_IN, R_OUT}},
-                       {g, As::same, {LEADING, N}},
-                       {A, As::factor, {K, R_IN}},
-                       {weight, As::same, {N, K}},
-                       {x, As::same, {LEADING, K}},
-                       {dx, As::same, {LEADING, K}, WRITTEN},
-                       {u, As::same, {M, R_IN}},
-                       {du, As::same, {M, R_IN}},
-                       {F, As::factor, {N, R_IN}},
-                       {dA, As::sums, {K, R_IN}, WRITTEN},
-                       {dB, As::sums, {N, R_OUT}, WRITTEN},
+                      {{B, Type::factor, {N, R_OUT}},
+                       {core, Type::factor, {R_IN, R_OUT}},
+                       {g, Type::activation, {LEADING, N}},
+                       {A, Type::factor, {K, R_IN}},
+                       {weight, Type::activation, {N, K}},
+                       {x, Type::activation, {LEADING, K}},
+                       {dx, Type::activation, {LEADING, K}, WRITTEN},
+                       {u, Type::activation, {M, R_IN}},
+                       {du, Type::activation, {M, R_IN}},
+                       {F, Type::factor, {N, R_IN}},
+                       {dA, Type::sum, {K, R_IN}, WRITTEN},
+                       {dB, Type::sum, {N, R_OUT}, WRITTEN},
                        {seed}});
     check.finite("scaling", scaling);
     check.dropout(p, seed);
@@ -369,29 +365,29 @@ struct BackwardArgs {
 };
 
 struct RowsForwardArgs {
-  Arg x{"x"}, weight{"weight"}, bias{"bias"}, h{"h"}, B{"B"};
+  Arg x, weight, bias, h, B;
 
   Sizes check(const Check& check) const {
     return Sizes(check, x,
-                 {{B, As::factor, {N, R}},
-                  {x, As::same, {LEADING, K}},
-                  {weight, As::same, {N, K}},
-                  {bias, As::same, {N}},
-                  {h, As::same, {M, R}}});
+                 {{B, Type::factor, {N, R}},
+                  {x, Type::activation, {LEADING, K}},
+                  {weight, Type::activation, {N, K}},
+                  {bias, Type::activation, {N}},
+                  {h, Type::activation, {M, R}}});
   }
 };
 
 struct RowsBackwardArgs {
-  Arg g{"g"}, weight{"weight"}, h{"h"}, B{"B"}, dx{"dx"}, dB{"dB"};
+  Arg g, weight, h, B, dx, dB;
 
   Sizes check(const Check& check, bool need_B) const {
     const Sizes sizes(check, g,
-                      {{B, As::factor, {N, R}},
-                       {g, As::same, {LEADING, N}},
-                       {weight, As::same, {N, K}},
-                       {h, As::same, {M, R}},
-                       {dx, As::same, {LEADING, K}, WRITTEN},
-                       {dB, As::sums, {N, R}, WRITTEN}});
+                      {{B, Type::factor, {N, R}},
+                       {g, Type::activation, {LEADING, N}},
+                       {weight, Type::activation, {N, K}},
+                       {h, Type::activation, {M, R}},
+                       {dx, Type::activation, {LEADING, K}, WRITTEN},
+                       {dB, Type::sum, {N, R}, WRITTEN}});
     if (dx) check.present(weight, "because dx is given");
     if (!need_B) check.absent(dB, "without need_B");
     return sizes;
@@ -399,15 +395,15 @@ struct RowsBackwardArgs {
 };
 
 struct ShrinkBackwardArgs {
-  Arg du{"du"}, dx{"dx"}, x{"x"}, A{"A"}, dA{"dA"}, seed{"seed"};
+  Arg du, dx, x, A, dA, seed;
 
   Sizes check(const Check& check, double p) const {
     const Sizes sizes(check, du,
-                      {{du, As::same, {M, R}},
-                       {dx, As::same, {LEADING, K}, WRITTEN},
-                       {A, As::factor, {K, R}},
-                       {x, As::same, {LEADING, K}},
-                       {dA, As::sums, {K, R}, WRITTEN},
+                      {{du, Type::activation, {M, R}},
+                       {dx, Type::activation, {LEADING, K}, WRITTEN},
+                       {A, Type::factor, {K, R}},
+                       {x, Type::activation, {LEADING, K}},
+                       {dA, Type::sum, {K, R}, WRITTEN},
                        {seed}});
     if (bool(dx) != bool(A))
       fail(check.op, ": A: expected a tensor or None as dx is, got ", A ? "a tensor" : "None");

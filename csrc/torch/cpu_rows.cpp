@@ -26,7 +26,8 @@ std::vector<int64_t> checked_values(const char* op, const Arg& arg, const char* 
 }
 
 // Rows grouped by a key from -1 (no group) to bound - 1. They are sorted stably by digits, so many
-// keys cost as much as few. Example: keys {2, 0, -1, 2} are the groups 0: row 1 and 2: rows 0, 3.
+// keys cost as much as few. Example: the keys {2, 0, -1, 2} make two groups, key 0 with row 1 and
+// key 2 with rows 0 and 3.
 class Grouping {
  public:
   Grouping(const std::vector<int64_t>& key, int64_t bound) : bound_(bound) {
@@ -55,11 +56,11 @@ class Grouping {
     first_.push_back(begin);
     for (int64_t i = 0; i < begin; ++i) row_.push_back(i);
   }
-  cpu::Groups groups() const {
+  cpu::Groups view() const {
     return {row_.data(), key_.data(), first_.data(), int64_t(key_.size())};
   }
   int64_t rows() const { return int64_t(row_.size()); }
-  bool all_keys() const { return int64_t(key_.size()) == bound_; }
+  bool has_all_keys() const { return int64_t(key_.size()) == bound_; }
 
  private:
   void add(int64_t key, int64_t first) {
@@ -85,15 +86,6 @@ class Grouping {
   std::vector<int64_t> row_, key_, first_;
 };
 
-Grouping by_core(const char* op, const RowArgs& args, int64_t rows, int64_t cores) {
-  return args.index ? Grouping(checked_values(op, args.index, "cores", -1, cores), cores)
-                    : Grouping(op, args.offs, rows);
-}
-
-std::vector<int64_t> tokens_of(const char* op, const RowArgs& args, int64_t m) {
-  return args.tokens ? checked_values(op, args.tokens, "rows of u", 0, m) : std::vector<int64_t>();
-}
-
 // A new tensor. It is zeroed if some of its elements are not written.
 template <size_t dim>
 Tensor new_tensor(const Arg& like, const std::array<int64_t, dim>& size, ScalarType dtype,
@@ -111,60 +103,76 @@ TensorView first_matrix(const Arg& arg, void* data) {
   const int64_t* stride = arg.stride + arg.dim - 2;
   return {data, size[0], size[1], stride[0], stride[1], kernel_dtype(arg.dtype)};
 }
-TensorView written(const Tensor& t) {
+TensorView write_view(const Tensor& t) {
   const Arg arg("", t);
-  return first_matrix(arg, written_data(arg));
+  return first_matrix(arg, write_data(arg));
+}
+
+Grouping group_by_core(const char* op, const RowArgs& args, int64_t rows, int64_t cores) {
+  if (args.offs) return Grouping(op, args.offs, rows);
+  return Grouping(checked_values(op, args.index, "cores", -1, cores), cores);
+}
+
+// The rows of a call, checked: grouped by their core, and each row's token.
+struct Rows {
+  int64_t count;
+  Grouping by_core;
+  std::vector<int64_t> tokens;  // empty: row i has token i
+
+  Rows(const char* op, const RowArgs& args, const Sizes& sizes)
+      : count(sizes[args.tokens ? ROWS : M]), by_core(group_by_core(op, args, count, sizes[L])) {
+    if (args.tokens) tokens = checked_values(op, args.tokens, "rows of u", 0, sizes[M]);
+  }
+  const int64_t* token() const { return tokens.empty() ? nullptr : tokens.data(); }
+  bool all_have_cores() const { return by_core.rows() == count; }
+};
+
+// du_t = s * the sum over the rows of t of g_i G_c(i)^T. Without tokens, row i is token i.
+Tensor gradient_of_u(const RowArgs& args, const Sizes& sizes, const Rows& rows, double scaling) {
+  TensorView transposed = first_matrix(args.cores, read_data(args.cores));
+  std::swap(transposed.rows, transposed.cols);
+  std::swap(transposed.row_stride, transposed.col_stride);
+  // Rows that are summed by token are not rounded before.
+  const ScalarType dtype = args.tokens ? acc_dtype(args.u.dtype) : args.u.dtype;
+  const Tensor row_du =
+      new_tensor<2>(args.u, {rows.count, sizes[R_IN]}, dtype, rows.all_have_cores());
+  cpu::row_core(write_view(row_du), read_view(args.g), nullptr, transposed, args.cores.stride[0],
+                rows.by_core.view(), scaling);
+  if (!args.tokens) return row_du;
+  const Grouping by_token(rows.tokens, sizes[M]);
+  const Tensor du =
+      new_tensor<2>(args.u, {sizes[M], sizes[R_IN]}, args.u.dtype, by_token.has_all_keys());
+  cpu::sum_rows(write_view(du), write_view(row_du), by_token.view());
+  return du;
+}
+
+Tensor gradient_of_cores(const RowArgs& args, const Sizes& sizes, const Rows& rows,
+                         double scaling) {
+  const Tensor dcores = new_tensor<3>(args.u, {sizes[L], sizes[R_IN], sizes[R_OUT]},
+                                      acc_dtype(args.u.dtype), rows.by_core.has_all_keys());
+  cpu::row_core_grad(write_view(dcores), sizes[R_IN] * sizes[R_OUT], read_view(args.g),
+                     read_view(args.u), rows.token(), rows.by_core.view(), scaling);
+  return dcores;
 }
 
 }  // namespace
 
 Tensor CpuProducts::row_core(const RowArgs& args, const Sizes& sizes, double scaling) const {
-  const int64_t rows = sizes[args.tokens ? ROWS : M];
-  const Grouping groups = by_core(op_, args, rows, sizes[L]);
-  const std::vector<int64_t> token = tokens_of(op_, args, sizes[M]);
-  const Tensor h = new_tensor<2>(like_, {rows, sizes[R_OUT]}, like_.dtype, groups.rows() == rows);
-  cpu::row_core(written(h), read(args.u), args.tokens ? token.data() : nullptr,
+  const Rows rows(op_, args, sizes);
+  const Tensor h =
+      new_tensor<2>(like_, {rows.count, sizes[R_OUT]}, like_.dtype, rows.all_have_cores());
+  cpu::row_core(write_view(h), read_view(args.u), rows.token(),
                 first_matrix(args.cores, read_data(args.cores)), args.cores.stride[0],
-                groups.groups(), scaling);
+                rows.by_core.view(), scaling);
   return h;
 }
 
 std::tuple<Tensor, Tensor> CpuProducts::row_core_backward(const RowArgs& args, const Sizes& sizes,
                                                           double scaling, bool need_u,
                                                           bool need_cores) const {
-  const int64_t rows = sizes[args.tokens ? ROWS : M];
-  const Grouping groups = by_core(op_, args, rows, sizes[L]);
-  const std::vector<int64_t> token = tokens_of(op_, args, sizes[M]);
-  const ScalarType sums = acc_dtype(like_.dtype);
-  Tensor du;
-  Tensor dcores;
-  if (need_u) {
-    TensorView transposed = first_matrix(args.cores, read_data(args.cores));
-    std::swap(transposed.rows, transposed.cols);
-    std::swap(transposed.row_stride, transposed.col_stride);
-    const auto product = [&](const Tensor& out) {
-      cpu::row_core(written(out), read(args.g), nullptr, transposed, args.cores.stride[0],
-                    groups.groups(), scaling);
-    };
-    const bool all_rows = groups.rows() == rows;
-    if (!args.tokens) {
-      du = new_tensor<2>(like_, {sizes[M], sizes[R_IN]}, like_.dtype, all_rows);
-      product(du);
-    } else {
-      const Grouping by_token(token, sizes[M]);
-      // Not rounded before it is summed.
-      const Tensor row_du = new_tensor<2>(like_, {rows, sizes[R_IN]}, sums, all_rows);
-      product(row_du);
-      du = new_tensor<2>(like_, {sizes[M], sizes[R_IN]}, like_.dtype, by_token.all_keys());
-      cpu::sum_rows(written(du), written(row_du), by_token.groups());
-    }
-  }
-  if (need_cores) {
-    dcores = new_tensor<3>(like_, {sizes[L], sizes[R_IN], sizes[R_OUT]}, sums, groups.all_keys());
-    cpu::row_core_grad(written(dcores), sizes[R_IN] * sizes[R_OUT], read(args.g), read(args.u),
-                       args.tokens ? token.data() : nullptr, groups.groups(), scaling);
-  }
-  return {du, dcores};
+  const Rows rows(op_, args, sizes);
+  return {need_u ? gradient_of_u(args, sizes, rows, scaling) : Tensor(),
+          need_cores ? gradient_of_cores(args, sizes, rows, scaling) : Tensor()};
 }
 
 }  // namespace lotr

@@ -44,14 +44,14 @@ std::string gemm_lotr_refusal(int64_t K, int64_t N, int64_t r, ScalarType dtype,
   call.type = cuda_dtype(name, "dtype", dtype);
   call.card = device_of(name, int32_t(device)).card;
   void* const aligned = reinterpret_cast<void*>(uintptr_t(256));  // never read
-  const int64_t chunk = cuda::row_elements(call.type);
-  const int64_t rank_row = (r + chunk - 1) / chunk * chunk;
+  const int64_t pad = cuda::row_elements(call.type);
+  const int64_t padded_rank = (r + pad - 1) / pad * pad;  // the row stride of u and F
   cuda::GemmLotr problem{};
   problem.y = {aligned, N, 1, Access::vector};
   problem.x = {aligned, K, 1, Access::vector};
   problem.W = {aligned, K, 1, Access::vector};
-  problem.u = {aligned, rank_row, 1, Access::vector};
-  problem.F = {aligned, rank_row, 1, Access::vector};
+  problem.u = {aligned, padded_rank, 1, Access::vector};
+  problem.F = {aligned, padded_rank, 1, Access::vector};
   problem.M = 2;
   problem.N = N;
   problem.K = K;

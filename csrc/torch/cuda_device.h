@@ -48,7 +48,7 @@ struct TorchCuda {
 // The properties of a device that launches depend on.
 struct Device {
   cuda::Card card;
-  bool early;  // as in Call
+  bool early;  // its kernels may be launched early (Call in cuda/launch.h)
 };
 
 // Makes the device current, and reads its properties from the driver once.
@@ -77,8 +77,8 @@ inline const Device& device_of(const char* op, int32_t device) {
   std::call_once(is_read[size_t(device)], [&] {
     int driver = 0;
     check(cudaDriverGetVersion(&driver));
-    // Graphs hold early launches since CUDA 12.3. An older driver gets none, since any call may be
-    // captured.
+    // CUDA graphs support early launches since 12.3. With an older driver there are none, because
+    // any call may be captured.
     const bool early = cuda::waits_in_kernels() && driver >= 12030 && cuda::early_launches();
     devices[size_t(device)] = {{attribute(cudaDevAttrMultiProcessorCount),
                                 attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)},

@@ -15,7 +15,9 @@ struct Rows {
   OptionalTensor index, offs, tokens;
 
   explicit Rows(const RowArgs& args)
-      : index(packed(args.index)), offs(packed(args.offs)), tokens(packed(args.tokens)) {}
+      : index(contiguous(args.index)),
+        offs(contiguous(args.offs)),
+        tokens(contiguous(args.tokens)) {}
   RowIndex index_in(const Sizes& sizes) const {
     RowIndex x{};
     if (index) x.core = static_cast<const int64_t*>(index->const_data_ptr());
@@ -26,7 +28,7 @@ struct Rows {
     x.cores = sizes[L];
     return x;
   }
-  static OptionalTensor packed(const Arg& arg) {
+  static OptionalTensor contiguous(const Arg& arg) {
     return arg ? OptionalTensor(torch::stable::contiguous(*arg.tensor)) : std::nullopt;
   }
 };
@@ -37,12 +39,11 @@ void check_sizes(const char* op, const Sizes& sizes) {
       fail(op, ": expected fewer than 2^31 rows, tokens and cores, got ", size);
 }
 
-// h = s a G, of `a` [tokens, r_in]; transposed: by G^T. missing: h of a row whose core or token
-// does not exist. The forward shows the mistake as NaN; a gradient of such a row is 0.
+// h = s a G, of `a` [tokens, r_in], or backward h = s a G^T. A row whose core or token does not
+// exist is a mistake that the forward shows as NaN; its gradient is 0.
 void product(const CudaProducts& products, const TensorView& h, const TensorView& a,
-             const RowIndex& index, const Arg& cores, bool transposed, double scaling,
-             float missing) {
-  const TensorView G = read(cores);  // [cores * r_in, r_out], with the row stride inside a core
+             const RowIndex& index, const Arg& cores, Direction direction, double scaling) {
+  const TensorView G = read_view(cores);  // [cores * r_in, r_out]; its strides are a core's
   RowCoreProblem problem{};
   problem.index = index;
   problem.a = products.matrix(a);
@@ -54,16 +55,28 @@ void product(const CudaProducts& products, const TensorView& h, const TensorView
   problem.h_type = h.dtype;
   problem.r_in = int32_t(cores.size[1]);
   problem.r_out = int32_t(cores.size[2]);
-  if (transposed) {
+  problem.missing = std::numeric_limits<float>::quiet_NaN();
+  if (direction == Direction::backward) {
+    problem.missing = 0.f;
     std::swap(problem.cores.row, problem.cores.col);
     std::swap(problem.r_in, problem.r_out);
   }
   problem.scale = float(scaling);
-  problem.missing = missing;
   products.run(problem);
 }
 
-// The rows sorted by a key below `bound`, stably, and where the rows of each key end.
+// torch.sort(key, stable=True): the keys and their rows.
+std::tuple<Tensor, Tensor> sort(const Tensor& key) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  std::array<StableIValue, 4> stack{from(key), from(/*stable=*/std::optional<bool>(true)),
+                                    from(/*dim=*/int64_t(0)), from(/*descending=*/false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
+
+// The rows sorted by a key below `bound`, and where the rows of each key end.
 struct Sorted {
   Tensor keys, order, ends;
 
@@ -81,28 +94,72 @@ struct Sorted {
     return {static_cast<const int64_t*>(order.const_data_ptr()),
             static_cast<const int32_t*>(ends.const_data_ptr()), /*from_zero=*/0};
   }
-
- private:
-  static std::tuple<Tensor, Tensor> sort(const Tensor& key) {
-    using torch::stable::detail::from;
-    using torch::stable::detail::to;
-    std::array<StableIValue, 4> stack{from(key), from(/*stable=*/std::optional<bool>(true)),
-                                      from(/*dim=*/int64_t(0)), from(/*descending=*/false)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-    return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
-  }
 };
+
+// du_t = s * the sum over the rows of t of g_i G_c(i)^T. Without tokens, row i is token i.
+Tensor gradient_of_u(const CudaProducts& products, const RowArgs& args, const Sizes& sizes,
+                     const Rows& rows, double scaling) {
+  RowIndex index_of_g = rows.index_in(sizes);  // row i reads row i of g, not a token's
+  index_of_g.token = nullptr;
+  index_of_g.tokens = index_of_g.rows;
+  // Rows that are summed by token are not rounded before.
+  const ScalarType dtype = rows.tokens ? ScalarType::Float : args.u.dtype;
+  OptionalTensor row_du;
+  const TensorView row_du_view = rows.tokens
+                                     ? products.make(row_du, index_of_g.rows, sizes[R_IN], dtype)
+                                     : products.make_padded(row_du, sizes[M], sizes[R_IN], dtype);
+  product(products, row_du_view, read_view(args.g), index_of_g, args.cores, Direction::backward,
+          scaling);
+  if (!rows.tokens) return *row_du;
+  const Sorted by_token(products, args.u, *rows.tokens, sizes[M]);
+  OptionalTensor du;
+  const TensorView du_view = products.make_padded(du, sizes[M], sizes[R_IN], args.u.dtype);
+  SumRowsProblem problem{};
+  problem.of_token = by_token.segments();
+  problem.row_du = static_cast<const float*>(row_du_view.data);
+  problem.du = products.matrix(du_view);
+  problem.du_type = du_view.dtype;
+  problem.tokens = sizes[M];
+  problem.r = int32_t(sizes[R_IN]);
+  products.run(problem);
+  return *du;
+}
+
+Tensor gradient_of_cores(const CudaProducts& products, const RowArgs& args, const Sizes& sizes,
+                         const Rows& rows, double scaling) {
+  const Tensor dcores =
+      empty<3>(args.u, {sizes[L], sizes[R_IN], sizes[R_OUT]}, aoti_torch_dtype_float32());
+  const RowIndex index = rows.index_in(sizes);
+  const TensorView u = read_view(args.u);
+  std::optional<Sorted> by_index;
+  if (rows.index) by_index.emplace(products, args.u, *rows.index, sizes[L]);
+  RowCoreGradProblem problem{};
+  problem.of_core =
+      by_index ? by_index->segments() : Segments{nullptr, index.ends, /*from_zero=*/1};
+  problem.token = index.token;
+  problem.u = products.matrix(u);
+  problem.g = products.matrix(read_view(args.g));
+  problem.type = u.dtype;
+  problem.dcores = static_cast<float*>(dcores.mutable_data_ptr());
+  problem.rows = index.rows;
+  problem.tokens = sizes[M];
+  problem.cores = sizes[L];
+  problem.r_in = int32_t(sizes[R_IN]);
+  problem.r_out = int32_t(sizes[R_OUT]);
+  problem.scale = float(scaling);
+  products.run(problem);
+  return dcores;
+}
 
 }  // namespace
 
 Tensor CudaProducts::row_core(const RowArgs& args, const Sizes& sizes, double scaling) const {
   check_sizes(op_, sizes);
   const Rows rows(args);
+  const RowIndex index = rows.index_in(sizes);
   OptionalTensor h;
-  product(*this, make(h, sizes[args.tokens ? ROWS : M], sizes[R_OUT], like_.dtype, true),
-          read(args.u), rows.index_in(sizes), args.cores, /*transposed=*/false, scaling,
-          /*missing=*/std::numeric_limits<float>::quiet_NaN());
+  product(*this, make_padded(h, index.rows, sizes[R_OUT], like_.dtype), read_view(args.u), index,
+          args.cores, Direction::forward, scaling);
   return *h;
 }
 
@@ -111,55 +168,8 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& args, 
                                                            bool need_cores) const {
   check_sizes(op_, sizes);
   const Rows rows(args);
-  const RowIndex index = rows.index_in(sizes);
-  OptionalTensor du;
-  Tensor dcores;
-  if (need_u) {
-    const TensorView du_out = make(du, sizes[M], sizes[R_IN], like_.dtype, true);
-    RowIndex of_g = index;  // row i reads row i of g, not a token's
-    of_g.token = nullptr;
-    of_g.tokens = index.rows;
-    if (!rows.tokens) {
-      product(*this, du_out, read(args.g), of_g, args.cores, /*transposed=*/true, scaling,
-              /*missing=*/0.f);
-    } else {
-      const Sorted by_token(*this, like_, *rows.tokens, sizes[M]);
-      OptionalTensor row_du;  // float32: not rounded before it is summed
-      const TensorView row_du_out = make(row_du, index.rows, sizes[R_IN], ScalarType::Float, false);
-      product(*this, row_du_out, read(args.g), of_g, args.cores, /*transposed=*/true, scaling,
-              /*missing=*/0.f);
-      SumRowsProblem problem{};
-      problem.of_token = by_token.segments();
-      problem.row_du = static_cast<const float*>(row_du_out.data);
-      problem.du = matrix(du_out);
-      problem.du_type = du_out.dtype;
-      problem.tokens = sizes[M];
-      problem.r = int32_t(sizes[R_IN]);
-      run(problem);
-    }
-  }
-  if (need_cores) {
-    dcores = empty<3>(like_, {sizes[L], sizes[R_IN], sizes[R_OUT]}, aoti_torch_dtype_float32());
-    std::optional<Sorted> by_index;
-    if (rows.index) by_index.emplace(*this, like_, *rows.index, sizes[L]);
-    const TensorView u = read(args.u);
-    RowCoreGradProblem problem{};
-    problem.of_core =
-        by_index ? by_index->segments() : Segments{nullptr, index.ends, /*from_zero=*/1};
-    problem.token = index.token;
-    problem.u = matrix(u);
-    problem.g = matrix(read(args.g));
-    problem.type = u.dtype;
-    problem.dcores = static_cast<float*>(dcores.mutable_data_ptr());
-    problem.rows = index.rows;
-    problem.tokens = sizes[M];
-    problem.cores = sizes[L];
-    problem.r_in = int32_t(sizes[R_IN]);
-    problem.r_out = int32_t(sizes[R_OUT]);
-    problem.scale = float(scaling);
-    run(problem);
-  }
-  return {du.value_or(Tensor()), dcores};
+  return {need_u ? gradient_of_u(*this, args, sizes, rows, scaling) : Tensor(),
+          need_cores ? gradient_of_cores(*this, args, sizes, rows, scaling) : Tensor()};
 }
 
 }  // namespace lotr

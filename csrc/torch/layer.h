@@ -1,18 +1,28 @@
 // The forward and the backward of a layer as one operator each, written once over the products that
 // they consist of:
 //
-//   CpuProducts   products_cpu.h   the library's base product, the kernels of cpu/
-//   CudaProducts  products_cuda.h  the same with the launchers of cuda/
-//
 //   folded        u = drop(x) A,  F = s B G^T,  y = x W^T + bias + u F^T
 //                 du = g F,  dx = g W + drop(du A^T),  dA += drop(x)^T du
 //                 Q = g^T u,  dB += s Q G,  dG = s Q^T B
 //   few tokens    u = x A,  h = s u G,  y = x W^T + bias + h B^T
-//                 h' = s g B,  du = h' G^T,  dx = g W + du A^T,  dA += x^T du
-//                 dB += s g^T (u G),  dG = u^T h'
+//                 v = s g B,  du = v G^T,  dx = g W + du A^T,  dA += x^T du
+//                 dB += s g^T (u G),  dG = u^T v
+//
+// CpuProducts (products_cpu.h) and CudaProducts (products_cuda.h) have these products. Those that
+// make a tensor give it to `owner`, and return a view of it:
+//
+//   base                out += x weight, by the library
+//   fused               base and expand in one launch; false if there is no kernel for it
+//   shrink, fold        u = drop(x) A, and F = s B G^T
+//   expand              out += drop(u F^T), with Output's bias; expand_from: out = from + u F^T
+//   factor_grad         D (+)= drop(x)^T v
+//   shrink_grad         du = g F and Q (+)= g^T u, from one read of g
+//   fold_grad           dB (+)= s Q G, and dG = s Q^T B
+//   few_tokens_*        all of the few-token form but the base product
+//   make, sum, add      a new matrix; a given or a new sum over tokens; sum += given
 //
 // Three operators per direction are folded, and differ in where they start: layer_* at x,
-// layer_*_projected at u = x A, layer_*_rows at h = s u G (then F is B).
+// layer_*_projected at u = x A, layer_*_rows at h = s u G, with B in place of F.
 //
 // A direction is one operator, because a base product of a few milliseconds evicts the code and
 // data of Python, the dispatcher and autograd from the caches: each further operator costs tens of
@@ -48,12 +58,28 @@ struct Output {
   const Arg* bias = nullptr;  // of y, or null: added with the first product
 };
 
-// A sum over tokens. Kernels add to a given one and write a new one. Without data it is not needed.
+// A sum over tokens. A default one, without data, is not needed.
 struct Sum {
   TensorView view;
-  bool add = false;
+  bool add = false;  // true: an argument that is added to; false: new memory that is written
   explicit operator bool() const { return view.data; }
 };
+
+// Whether a product applies the call's dropout.
+enum class Mask { none, dropout };
+enum class Direction { forward, backward };
+
+// y or dx, new, with like's leading dimensions.
+template <class Products>
+Output new_output(const Products& products, const Arg& like, int64_t cols) {
+  OptionalTensor matrix;
+  const TensorView view = products.make(matrix, like.matrix.rows, cols, like.dtype);
+  return {with_leading(*matrix, like, cols), *matrix, view, /*fresh=*/true};
+}
+// A given y or dx, which is added to.
+inline Output onto(const Arg& given) {
+  return {*given.tensor, matrix_view(given), write_view(given)};
+}
 
 // What an operator returns for t: t in `dtype`, or an undefined tensor, which is None in Python.
 inline Tensor as_result(const OptionalTensor& t, ScalarType dtype) {
@@ -76,11 +102,12 @@ void base_and_adapter(const Products& products, Output& out, const Arg& x, const
 template <class Products>
 Tensor add_to_base(const Products& products, const Arg& x, const Arg& weight, const Arg& bias,
                    const TensorView& u, const TensorView& F, Strategy strategy) {
-  Output y = products.output(x, F.rows);
+  Output y = new_output(products, x, F.rows);
   if (bias) y.bias = &bias;
-  if (strategy == Strategy::fused && products.fused(y, x, weight, u, F, false)) return y.tensor;
+  if (strategy == Strategy::fused && products.fused(y, x, weight, u, F, Direction::forward))
+    return y.tensor;
   base_and_adapter(products, y, x, transposed_view(weight), strategy != Strategy::two_pass,
-                   [&] { products.expand(y, u, F, false); });
+                   [&] { products.expand(y, u, F, Mask::none); });
   return y.tensor;
 }
 
@@ -99,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const Tensor& 
   const Products products(check, args.x, p, args.seed);
   OptionalTensor u;
   OptionalTensor F;
-  const TensorView u_view = products.shrink(u, read(args.x), args.A, true);
+  const TensorView u_view = products.shrink(u, read_view(args.x), args.A, Mask::dropout);
   const TensorView F_view = products.fold(F, args.B, args.core, scaling, args.x.dtype);
   const Tensor y = add_to_base(products, args.x, args.weight, args.bias, u_view, F_view, strategy);
   return {y, *u, *F};
@@ -117,7 +144,7 @@ std::tuple<Tensor, Tensor> layer_forward_few_tokens(const Tensor& x, const Tenso
   const Sizes sizes = args.check(check, scaling, 0.0);
   const Products products(check, args.x);
   OptionalTensor u;
-  Output y = products.output(args.x, sizes[N]);
+  Output y = new_output(products, args.x, sizes[N]);
   if (args.bias) y.bias = &args.bias;
   base_and_adapter(products, y, args.x, transposed_view(args.weight),
                    Products::few_tokens_first && strategy != Strategy::two_pass,
@@ -139,7 +166,7 @@ std::tuple<Tensor, Tensor> layer_forward_projected(const Tensor& x, const Tensor
   OptionalTensor F;
   const TensorView F_view = products.fold(F, args.B, args.core, scaling, args.x.dtype);
   const Tensor y =
-      add_to_base(products, args.x, args.weight, args.bias, read(args.u), F_view, strategy);
+      add_to_base(products, args.x, args.weight, args.bias, read_view(args.u), F_view, strategy);
   return {y, *F};
 }
 
@@ -148,15 +175,10 @@ Tensor layer_forward_rows(const Tensor& x, const Tensor& weight, const OptionalT
                           const Tensor& h, const Tensor& B, int64_t strategy_code) {
   const Check check{"lotr::layer_forward_rows", Products::max_rank};
   const Strategy strategy = Products::strategy_of(check, strategy_code);
-  RowsForwardArgs args;
-  args.x.set(x);
-  args.weight.set(weight);
-  args.bias.set(bias);
-  args.h.set(h);
-  args.B.set(B);
+  const RowsForwardArgs args{{"x", x}, {"weight", weight}, {"bias", bias}, {"h", h}, {"B", B}};
   args.check(check);
   const Products products(check, args.x);
-  return add_to_base(products, args.x, args.weight, args.bias, read(args.h), read(args.B),
+  return add_to_base(products, args.x, args.weight, args.bias, read_view(args.h), read_view(args.B),
                      strategy);
 }
 
@@ -175,7 +197,7 @@ struct LayerGradients {
     const bool one_dtype =
         args.B.dtype == args.core.dtype && (!args.A || args.A.dtype == args.B.dtype);
     dtype = one_dtype ? args.B.dtype : acc_dtype(args.g.dtype);
-    if (args.weight) dx = args.dx ? products.onto(args.dx) : products.output(args.g, sizes[K]);
+    if (args.weight) dx = args.dx ? onto(args.dx) : new_output(products, args.g, sizes[K]);
     if (args.x) dA = products.sum(args.dA, new_dA, sizes[K], sizes[R_IN], dtype);
     if (need_B) dB = products.sum(args.dB, new_dB, sizes[N], sizes[R_OUT], dtype);
     if (need_core) dcore = products.sum(Arg("dcore"), new_dcore, sizes[R_IN], sizes[R_OUT], dtype);
@@ -187,13 +209,13 @@ struct LayerGradients {
   }
 };
 
-// du = g F if F is given, and Q (+)= g^T u if Q is needed, both from one read of g.
+// du = g F if F is given, and Q (+)= g^T u if Q is needed. Both together read g once.
 template <class Products>
 TensorView du_and_Q(const Products& products, OptionalTensor& du, const Sum& Q, const Arg& g,
                     const Arg& F, const Arg& u) {
-  if (F && Q) return products.shrink_grad(du, Q, read(g), F, u);
-  if (F) return products.shrink(du, read(g), F, false);
-  if (Q) products.factor_grad(Q, read(g), read(u), false);
+  if (F && Q) return products.shrink_grad(du, Q, read_view(g), F, u);
+  if (F) return products.shrink(du, read_view(g), F, Mask::none);
+  if (Q) products.factor_grad(Q, read_view(g), read_view(u), Mask::none);
   return {};
 }
 
@@ -229,14 +251,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
   LayerGradients out(products, args, sizes, need_B, need_core);
   OptionalTensor du;
   const TensorView du_view = folded_gradients(products, du, out, args, sizes, scaling);
-  if (out.dA) products.factor_grad(out.dA, read(args.x), du_view, true);
+  if (out.dA) products.factor_grad(out.dA, read_view(args.x), du_view, Mask::dropout);
   if (!args.weight) return out.results(args);
-  const TensorView A_view = read(args.A);
-  const bool fused = strategy == Strategy::fused && p == 0.0 &&
-                     products.fused(out.dx, args.g, args.weight, du_view, A_view, true);
+  const TensorView A_view = read_view(args.A);
+  const bool fused =
+      strategy == Strategy::fused && p == 0.0 &&
+      products.fused(out.dx, args.g, args.weight, du_view, A_view, Direction::backward);
   if (!fused)
     base_and_adapter(products, out.dx, args.g, *args.weight.tensor, strategy != Strategy::two_pass,
-                     [&] { products.expand(out.dx, du_view, A_view, true); });
+                     [&] { products.expand(out.dx, du_view, A_view, Mask::dropout); });
   return out.results(args);
 }
 
@@ -289,13 +312,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_backward_rows(
     const Tensor& g, const OptionalTensor& weight, const Tensor& h, const Tensor& B,
     const OptionalTensor& dx, const OptionalTensor& dB, bool need_h, bool need_B) {
   const Check check{"lotr::layer_backward_rows_", Products::max_rank};
-  RowsBackwardArgs args;
-  args.g.set(g);
-  args.weight.set(weight);
-  args.h.set(h);
-  args.B.set(B);
-  args.dx.set(dx);
-  args.dB.set(dB);
+  const RowsBackwardArgs args{{"g", g}, {"weight", weight}, {"h", h},
+                              {"B", B}, {"dx", dx},         {"dB", dB}};
   const Sizes sizes = args.check(check, need_B);
   const Products products(check, args.g);
   const ScalarType sums = acc_dtype(args.g.dtype);
@@ -303,12 +321,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_backward_rows(
   OptionalTensor new_dB;
   Sum dB_sum;
   if (need_B) dB_sum = products.sum(args.dB, new_dB, sizes[N], sizes[R], sums);
-  // dh and dB are du and Q, with B in place of F and h in place of u. An absent B: dh is not
-  // needed.
+  // dh = g B and dB = g^T h are du and Q with B for F and h for u. Without need_h, B is left out.
   du_and_Q(products, new_dh, dB_sum, args.g, need_h ? args.B : Arg("B"), args.h);
   Output dx_out;
   if (args.weight) {
-    dx_out = args.dx ? products.onto(args.dx) : products.output(args.g, sizes[K]);
+    dx_out = args.dx ? onto(args.dx) : new_output(products, args.g, sizes[K]);
     products.base(dx_out, args.g, *args.weight.tensor);
   }
   return {args.dx ? Tensor() : dx_out.tensor, as_result(new_dh, args.g.dtype),
@@ -321,24 +338,20 @@ Tensor shrink_backward(const Tensor& du, const OptionalTensor& dx, const Optiona
                        const OptionalTensor& A, const OptionalTensor& dA, double p,
                        const OptionalTensor& seed) {
   const Check check{"lotr::shrink_backward_", Products::max_rank};
-  ShrinkBackwardArgs args;
-  args.du.set(du);
-  args.dx.set(dx);
-  args.x.set(x);
-  args.A.set(A);
-  args.dA.set(dA);
-  args.seed.set(seed);
+  const ShrinkBackwardArgs args{{"du", du}, {"dx", dx}, {"x", x},
+                                {"A", A},   {"dA", dA}, {"seed", seed}};
   const Sizes sizes = args.check(check, p);
   const Products products(check, args.du, p, args.seed);
   const ScalarType sums = acc_dtype(args.du.dtype);
   OptionalTensor new_dA;
-  const TensorView du_view = read(args.du);
-  if (args.x)
-    products.factor_grad(products.sum(args.dA, new_dA, sizes[K], sizes[R], sums), read(args.x),
-                         du_view, true);
+  const TensorView du_view = read_view(args.du);
+  if (args.x) {
+    const Sum dA_sum = products.sum(args.dA, new_dA, sizes[K], sizes[R], sums);
+    products.factor_grad(dA_sum, read_view(args.x), du_view, Mask::dropout);
+  }
   if (args.dx) {
-    Output dx_out = products.onto(args.dx);
-    products.expand(dx_out, du_view, read(args.A), true);
+    Output dx_out = onto(args.dx);
+    products.expand(dx_out, du_view, read_view(args.A), Mask::dropout);
   }
   return as_result(new_dA, sums);
 }

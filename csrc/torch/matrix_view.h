@@ -62,24 +62,24 @@ inline void* read_data(const Arg& a) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(a.handle, &data));
   return const_cast<void*>(data);
 }
-inline void* written_data(const Arg& a) {
+inline void* write_data(const Arg& a) {
   void* data = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(a.handle, &data));
   return data;
 }
 
-// A checked argument [.., cols] as kernels see it.
+// A checked argument [.., cols] as kernels see it, to be read or to be written.
 inline TensorView view_of(const Arg& a, void* data) {
   TensorView view = a.matrix;
   view.data = data;
   view.dtype = kernel_dtype(a.dtype);
   return view;
 }
-inline TensorView read(const Arg& a) {
+inline TensorView read_view(const Arg& a) {
   return view_of(a, read_data(a));
 }
-inline TensorView written(const Arg& a) {
-  return view_of(a, written_data(a));
+inline TensorView write_view(const Arg& a) {
+  return view_of(a, write_data(a));
 }
 
 }  // namespace lotr

@@ -18,11 +18,11 @@ Tensor shrink(const Tensor& x, const Tensor& A, double p, const OptionalTensor& 
   const Arg A_arg("A", A);
   const Arg seed_arg("seed", seed);
   const Sizes sizes(check, x_arg,
-                    {{x_arg, As::same, {M, K}}, {A_arg, As::factor, {K, R}}, {seed_arg}});
+                    {{x_arg, Type::activation, {M, K}}, {A_arg, Type::factor, {K, R}}, {seed_arg}});
   check.dropout(p, seed_arg);
   const Products products(check, x_arg, p, seed_arg);
   OptionalTensor u;
-  products.shrink(u, read(x_arg), A_arg, true);
+  products.shrink(u, read_view(x_arg), A_arg, Mask::dropout);
   return *u;
 }
 
@@ -35,14 +35,14 @@ void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p,
   const Arg F_arg("F", F);
   const Arg seed_arg("seed", seed);
   const Sizes sizes(check, y_arg,
-                    {{y_arg, As::same, {M, N}, WRITTEN},
-                     {u_arg, As::same, {M, R}},
-                     {F_arg, As::factor, {N, R}},
+                    {{y_arg, Type::activation, {M, N}, WRITTEN},
+                     {u_arg, Type::activation, {M, R}},
+                     {F_arg, Type::factor, {N, R}},
                      {seed_arg}});
   check.dropout(p, seed_arg);
   const Products products(check, y_arg, p, seed_arg);
-  Output out = products.onto(y_arg);
-  products.expand(out, read(u_arg), read(F_arg), true);
+  Output out = onto(y_arg);
+  products.expand(out, read_view(u_arg), read_view(F_arg), Mask::dropout);
 }
 
 // y + u F^T as a new tensor: the operator that made y may have saved it for its backward, and users
@@ -53,12 +53,13 @@ Tensor expand(const Tensor& y, const Tensor& u, const Tensor& F) {
   const Arg y_arg("y", y);
   const Arg u_arg("u", u);
   const Arg F_arg("F", F);
-  const Sizes sizes(
-      check, y_arg,
-      {{y_arg, As::same, {LEADING, N}}, {u_arg, As::same, {M, R}}, {F_arg, As::factor, {N, R}}});
+  const Sizes sizes(check, y_arg,
+                    {{y_arg, Type::activation, {LEADING, N}},
+                     {u_arg, Type::activation, {M, R}},
+                     {F_arg, Type::factor, {N, R}}});
   const Products products(check, y_arg);
-  const Output sum = products.output(y_arg, sizes[N]);
-  products.expand_from(sum, read(y_arg), read(u_arg), read(F_arg));
+  const Output sum = new_output(products, y_arg, sizes[N]);
+  products.expand_from(sum, read_view(y_arg), read_view(u_arg), read_view(F_arg));
   return sum.tensor;
 }
 
@@ -68,7 +69,7 @@ Tensor fold(const Tensor& B, const Tensor& core, double scaling, ScalarType dtyp
   const Arg B_arg("B", B);
   const Arg core_arg("core", core);
   const Sizes sizes(check, "dtype", dtype,
-                    {{B_arg, As::factor, {N, R_OUT}}, {core_arg, As::factor, {R_IN, R_OUT}}});
+                    {{B_arg, Type::factor, {N, R_OUT}}, {core_arg, Type::factor, {R_IN, R_OUT}}});
   check.finite("scaling", scaling);
   OptionalTensor F;
   Products(check, B_arg).fold(F, B_arg, core_arg, scaling, dtype);

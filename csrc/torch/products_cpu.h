@@ -1,4 +1,4 @@
-// The products of a layer on a CPU (layer.h): the base product by the library, the others by the
+// The products of layer.h on CPU tensors: the base product by the library, the others by the
 // kernels of cpu/.
 #pragma once
 
@@ -21,7 +21,7 @@ class CpuProducts {
       : op_(check.op), like_(like) {
     if (p == 0.0) return;
     drop_.on = true;
-    drop_.threshold = uint32_t(p * 4294967296.0);
+    drop_.threshold = uint32_t(p * 0x1p32);
     drop_.scale = 1.0 / (1.0 - p);
     drop_.seed = uint64_t(*static_cast<const int64_t*>(read_data(seed)));
   }
@@ -32,18 +32,14 @@ class CpuProducts {
     return strategy;
   }
 
-  // y or dx, new, with like's leading dimensions.
-  Output output(const Arg& like, int64_t cols) const {
-    OptionalTensor matrix;
-    const TensorView view = make(matrix, like.matrix.rows, cols, like_.dtype);
-    return {with_leading(*matrix, like, cols), *matrix, view, /*fresh=*/true};
-  }
-  Output onto(const Arg& given) const {
-    return {*given.tensor, matrix_view(given), written(given)};
+  // A new contiguous matrix, to be written.
+  TensorView make(OptionalTensor& owner, int64_t rows, int64_t cols, ScalarType dtype) const {
+    owner = empty<2>(like_, {rows, cols}, dtype_info(dtype).code);
+    return {owner->mutable_data_ptr(), rows, cols, cols, 1, kernel_dtype(dtype)};
   }
   Sum sum(const Arg& given, OptionalTensor& owner, int64_t rows, int64_t cols,
           ScalarType dtype) const {
-    if (given) return {written(given), /*add=*/true};
+    if (given) return {write_view(given), /*add=*/true};
     return {make(owner, rows, cols, dtype), /*add=*/false};
   }
 
@@ -64,20 +60,20 @@ class CpuProducts {
     return false;
   }
 
-  TensorView shrink(OptionalTensor& owner, const TensorView& x, const Arg& A, bool dropped) const {
+  TensorView shrink(OptionalTensor& owner, const TensorView& x, const Arg& A, Mask mask) const {
     const TensorView u = make(owner, x.rows, A.size[1], like_.dtype);
-    cpu::shrink(u, x, read(A), drop(dropped));
+    cpu::shrink(u, x, read_view(A), drop(mask));
     return u;
   }
   TensorView fold(OptionalTensor& owner, const Arg& B, const Arg& core, double scaling,
                   ScalarType dtype) const {
     const TensorView F = make(owner, B.size[0], core.size[0], dtype);
-    cpu::fold(F, read(B), read(core), scaling);
+    cpu::fold(F, read_view(B), read_view(core), scaling);
     return F;
   }
   // Adds drop(u F^T) and the bias to `out`.
-  void expand(Output& out, const TensorView& u, const TensorView& F, bool dropped) const {
-    cpu::expand(out.view, u, F, drop(dropped), start_of(out));
+  void expand(Output& out, const TensorView& u, const TensorView& F, Mask mask) const {
+    cpu::expand(out.view, u, F, drop(mask), start_of(out));
   }
   // out = from + u F^T.
   void expand_from(const Output& out, const TensorView& from, const TensorView& u,
@@ -87,46 +83,46 @@ class CpuProducts {
   TensorView shrink_grad(OptionalTensor& owner, const Sum& Q, const TensorView& g, const Arg& F,
                          const Arg& u) const {
     const TensorView du = make(owner, g.rows, F.size[1], like_.dtype);
-    cpu::shrink_grad(du, Q.view, g, read(F), read(u), Q.add);
+    cpu::shrink_grad(du, Q.view, g, read_view(F), read_view(u), Q.add);
     return du;
   }
   // sum += given, in the dtype of both.
   static void add(OptionalTensor& sum, const Arg& given) {
-    cpu::add(written(Arg("du", *sum)), read(given));
+    cpu::add(write_view(Arg("du", *sum)), read_view(given));
   }
   static void fold_grad(const Sum& dB, const Sum& dcore, const TensorView& Q, const Arg& B,
                         const Arg& core, double scaling) {
-    cpu::fold_grad(dB.view, dcore.view, Q, read(B), read(core), scaling, dB.add);
+    cpu::fold_grad(dB.view, dcore.view, Q, read_view(B), read_view(core), scaling, dB.add);
   }
   // D (+)= drop(x)^T v.
-  void factor_grad(const Sum& D, const TensorView& x, const TensorView& v, bool dropped) const {
-    cpu::factor_grad(D.view, x, v, drop(dropped), D.add);
+  void factor_grad(const Sum& D, const TensorView& x, const TensorView& v, Mask mask) const {
+    cpu::factor_grad(D.view, x, v, drop(mask), D.add);
   }
 
   void few_tokens_forward(OptionalTensor& owner, Output& y, const ForwardArgs& args,
                           double scaling) const {
     const TensorView u = make(owner, args.x.matrix.rows, args.core.size[0], like_.dtype);
-    cpu::few_tokens_forward(u, y.view, read(args.x), read(args.A), read(args.core), read(args.B),
-                            scaling, start_of(y));
+    cpu::few_tokens_forward(u, y.view, read_view(args.x), read_view(args.A), read_view(args.core),
+                            read_view(args.B), scaling, start_of(y));
   }
   static void few_tokens_backward(LayerGradients& out, const BackwardArgs& args, double scaling) {
-    cpu::FewTokensBackward b;
-    b.g = read(args.g);
-    b.u = read(args.u);
-    b.A = read(args.A);
-    b.core = read(args.core);
-    b.B = read(args.B);
-    b.scaling = scaling;
-    if (args.x) b.x = read(args.x);
-    b.dx = out.dx.view;
-    b.fresh_dx = out.dx.fresh;
+    cpu::FewTokensBackward problem;
+    problem.g = read_view(args.g);
+    problem.u = read_view(args.u);
+    problem.A = read_view(args.A);
+    problem.core = read_view(args.core);
+    problem.B = read_view(args.B);
+    problem.scaling = scaling;
+    if (args.x) problem.x = read_view(args.x);
+    problem.dx = out.dx.view;
+    problem.fresh_dx = out.dx.fresh;
     out.dx.fresh = false;
-    b.dA = out.dA.view;
-    b.fresh_dA = !out.dA.add;
-    b.dB = out.dB.view;
-    b.fresh_dB = !out.dB.add;
-    b.dcore = out.dcore.view;
-    cpu::few_tokens_backward(b);
+    problem.dA = out.dA.view;
+    problem.fresh_dA = !out.dA.add;
+    problem.dB = out.dB.view;
+    problem.fresh_dB = !out.dB.add;
+    problem.dcore = out.dcore.view;
+    cpu::few_tokens_backward(problem);
   }
 
   // ---- per-row cores: cpu_rows.cpp ----
@@ -135,20 +131,15 @@ class CpuProducts {
                                                double scaling, bool need_u, bool need_cores) const;
 
  private:
-  // A new contiguous matrix, to be written.
-  TensorView make(OptionalTensor& owner, int64_t rows, int64_t cols, ScalarType dtype) const {
-    owner = empty<2>(like_, {rows, cols}, dtype_info(dtype).code);
-    return {owner->mutable_data_ptr(), rows, cols, cols, 1, kernel_dtype(dtype)};
-  }
   // What the adapter's product is added to, after which `out` is not fresh.
   static cpu::Start start_of(Output& out) {
     cpu::Start start;
     if (!out.fresh) start.matrix = out.view;
-    if (out.bias) start.bias = read(*out.bias);
+    if (out.bias) start.bias = read_view(*out.bias);
     out.fresh = false;
     return start;
   }
-  cpu::Drop drop(bool dropped) const { return dropped ? drop_ : cpu::Drop{}; }
+  cpu::Drop drop(Mask mask) const { return mask == Mask::dropout ? drop_ : cpu::Drop{}; }
 
   const char* op_;
   const Arg& like_;

@@ -1,5 +1,5 @@
-// The products of a layer on CUDA tensors (layer.h): the base product by the library, the others by
-// the launchers of cuda/. All run on the current stream of the operands' device. Nothing
+// The products of layer.h on CUDA tensors: the base product by the library, the others by the
+// launchers of cuda/. All run on the current stream of the operands' device. Nothing
 // synchronizes, and all memory comes from torch's allocator on that stream, so a CUDA graph may
 // capture a call.
 #pragma once
@@ -38,7 +38,7 @@ class CudaProducts {
     call_ = {type, device.card, stream, device.early};
     if (p == 0.0) return;
     dropout_.seed = static_cast<const int64_t*>(read_data(seed));
-    dropout_.threshold = uint32_t(p * 4294967296.0);
+    dropout_.threshold = uint32_t(p * 0x1p32);
     dropout_.scale = float(1.0 / (1.0 - p));
   }
   static Strategy strategy_of(const Check& check, int64_t strategy_code) {
@@ -56,13 +56,16 @@ class CudaProducts {
   static FloatSum float_sum(const Sum& sum) {
     return {static_cast<float*>(sum.view.data), sum.view.row_stride, sum.view.col_stride, sum.add};
   }
-  // A new matrix, not initialized. padded: its rows start at multiples of 16 bytes, so that kernels
-  // copy 16 bytes at a time whatever the rank is.
+  // A new matrix, to be written: contiguous, except that rows start at multiples of `pad` elements.
   TensorView make(OptionalTensor& owner, int64_t rows, int64_t cols, ScalarType dtype,
-                  bool padded) const {
-    const DtypeInfo info = dtype_info(dtype);
-    owner = empty<2>(like_, {rows, cols}, info.code, padded ? 16 / info.bytes : 1);
+                  int64_t pad = 1) const {
+    owner = empty<2>(like_, {rows, cols}, dtype_info(dtype).code, pad);
     return {owner->mutable_data_ptr(), rows, cols, owner->stride(0), 1, kernel_dtype(dtype)};
+  }
+  // Rows start at multiples of 16 bytes, so kernels copy 16 bytes at a time whatever the rank is.
+  TensorView make_padded(OptionalTensor& owner, int64_t rows, int64_t cols,
+                         ScalarType dtype) const {
+    return make(owner, rows, cols, dtype, 16 / dtype_info(dtype).bytes);
   }
   // Runs an operator of cuda/launch.h.
   template <class Problem>
@@ -73,19 +76,10 @@ class CudaProducts {
     cuda::run(call_, problem, memory ? memory->mutable_data_ptr() : nullptr);
   }
 
-  // y or dx, new, with like's leading dimensions.
-  Output output(const Arg& like, int64_t cols) const {
-    OptionalTensor owner;
-    const TensorView view = make(owner, like.matrix.rows, cols, like_.dtype, false);
-    return {with_leading(*owner, like, cols), *owner, view, /*fresh=*/true};
-  }
-  Output onto(const Arg& given) const {
-    return {*given.tensor, matrix_view(given), written(given)};
-  }
   // A sum in float32. A new one is cast to its dtype after all launches are queued.
   Sum sum(const Arg& given, OptionalTensor& owner, int64_t rows, int64_t cols, ScalarType) const {
-    if (given) return {written(given), /*add=*/true};
-    return {make(owner, rows, cols, ScalarType::Float, false), /*add=*/false};
+    if (given) return {write_view(given), /*add=*/true};
+    return {make(owner, rows, cols, ScalarType::Float), /*add=*/false};
   }
 
   // Adds x weight to `out`, which starts from its bias if it is fresh.
@@ -101,24 +95,20 @@ class CudaProducts {
     out.fresh = false;
   }
 #ifdef LOTR_SM90A
-  // y = x W^T + bias + u F^T in one launch; backward: dx = g W + du A^T. Returns whether the kernel
-  // ran; it refuses some dtypes, ranks and layouts.
+  // y = x W^T + bias + u F^T in one launch, or backward dx = g W + du A^T. Returns whether the
+  // kernel ran; it refuses some dtypes, ranks and layouts.
   bool fused(Output& y, const Arg& x, const Arg& weight, const TensorView& u, const TensorView& F,
-             bool backward) const {
+             Direction direction) const {
     OptionalTensor u_copy;
     OptionalTensor F_copy;
     cuda::GemmLotr problem{};
-    problem.backward = backward;
-    problem.x = matrix(read(x));
-    problem.W = matrix(read(weight));
+    problem.backward = direction == Direction::backward;
+    problem.x = matrix(read_view(x));
+    problem.W = matrix(read_view(weight));
     problem.u = in_rows(u, u_copy);
     problem.F = in_rows(F, F_copy);
     problem.y = matrix(y.view);
-    if (y.bias) {
-      const TensorView bias = read(*y.bias);
-      problem.bias = bias.data;
-      problem.bias_stride = bias.col_stride;
-    }
+    if (y.bias) set_bias(problem, *y.bias);
     problem.M = y.view.rows;
     problem.N = y.view.cols;
     problem.K = x.matrix.cols;
@@ -135,25 +125,25 @@ class CudaProducts {
   }
 #endif
 
-  TensorView shrink(OptionalTensor& owner, const TensorView& x, const Arg& A, bool dropped) const {
-    const TensorView u = make(owner, x.rows, A.size[1], like_.dtype, true);
+  TensorView shrink(OptionalTensor& owner, const TensorView& x, const Arg& A, Mask mask) const {
+    const TensorView u = make_padded(owner, x.rows, A.size[1], like_.dtype);
     ShrinkProblem problem{};
     problem.x = matrix(x);
-    problem.A = matrix(read(A));
+    problem.A = matrix(read_view(A));
     problem.u = matrix(u);
     problem.M = x.rows;
     problem.K = x.cols;
     problem.r = int32_t(u.cols);
     problem.scale = 1.f;
-    problem.dropout = mask(dropped);
+    problem.dropout = dropout(mask);
     run(problem);
     return u;
   }
   TensorView fold(OptionalTensor& owner, const Arg& B, const Arg& core, double scaling,
                   ScalarType dtype) const {
-    const TensorView factor = read(B);
-    const TensorView G = read(core);
-    const TensorView F = make(owner, factor.rows, G.rows, dtype, true);
+    const TensorView factor = read_view(B);
+    const TensorView G = read_view(core);
+    const TensorView F = make_padded(owner, factor.rows, G.rows, dtype);
     FoldProblem problem{};
     problem.B = matrix(factor);
     problem.core = matrix(G);
@@ -169,16 +159,13 @@ class CudaProducts {
     return F;
   }
   // Adds drop(u F^T) to `out`, which starts from its bias if it is fresh.
-  void expand(Output& out, const TensorView& u, const TensorView& F, bool dropped) const {
+  void expand(Output& out, const TensorView& u, const TensorView& F, Mask mask) const {
     ExpandProblem problem = expand_problem(out, u, F);
-    problem.dropout = mask(dropped);
-    if (!out.fresh) {
+    problem.dropout = dropout(mask);
+    if (!out.fresh)
       problem.start = problem.y;
-    } else if (out.bias) {
-      const TensorView bias = read(*out.bias);
-      problem.bias = bias.data;
-      problem.bias_stride = bias.col_stride;
-    }
+    else if (out.bias)
+      set_bias(problem, *out.bias);
     run(problem);
     out.fresh = false;
   }
@@ -191,11 +178,11 @@ class CudaProducts {
   }
   TensorView shrink_grad(OptionalTensor& owner, const Sum& Q, const TensorView& g, const Arg& F,
                          const Arg& u) const {
-    const TensorView du = make(owner, g.rows, F.size[1], like_.dtype, true);
+    const TensorView du = make_padded(owner, g.rows, F.size[1], like_.dtype);
     ShrinkGradProblem problem{};
     problem.g = matrix(g);
-    problem.F = matrix(read(F));
-    problem.u = matrix(read(u));
+    problem.F = matrix(read_view(F));
+    problem.u = matrix(read_view(u));
     problem.du = matrix(du);
     problem.Q = float_sum(Q);
     problem.M = g.rows;
@@ -211,8 +198,8 @@ class CudaProducts {
   }
   void fold_grad(const Sum& dB, const Sum& dcore, const TensorView& Q, const Arg& B,
                  const Arg& core, double scaling) const {
-    const TensorView factor = read(B);
-    const TensorView G = read(core);
+    const TensorView factor = read_view(B);
+    const TensorView G = read_view(core);
     FoldGradProblem problem{};
     problem.Q = matrix(Q);
     problem.B = matrix(factor);
@@ -228,7 +215,7 @@ class CudaProducts {
     run(problem);
   }
   // D (+)= drop(x)^T v.
-  void factor_grad(const Sum& D, const TensorView& x, const TensorView& v, bool dropped) const {
+  void factor_grad(const Sum& D, const TensorView& x, const TensorView& v, Mask mask) const {
     FactorGradProblem problem{};
     problem.x = matrix(x);
     problem.v = matrix(v);
@@ -236,21 +223,21 @@ class CudaProducts {
     problem.M = x.rows;
     problem.K = x.cols;
     problem.r = int32_t(v.cols);
-    problem.dropout = mask(dropped);
+    problem.dropout = dropout(mask);
     run(problem);
   }
 
   void few_tokens_forward(OptionalTensor& owner, Output& y, const ForwardArgs& args,
                           double scaling) const {
-    const TensorView x = read(args.x);
-    const TensorView G = read(args.core);
+    const TensorView x = read_view(args.x);
+    const TensorView G = read_view(args.core);
     FewTokensForwardProblem problem{};
     problem.y = matrix(y.view);
     problem.x = matrix(x);
-    problem.A = matrix(read(args.A));
+    problem.A = matrix(read_view(args.A));
     problem.core = matrix(G);
-    problem.B = matrix(read(args.B));
-    problem.u = matrix(make(owner, x.rows, G.rows, like_.dtype, true));
+    problem.B = matrix(read_view(args.B));
+    problem.u = matrix(make_padded(owner, x.rows, G.rows, like_.dtype));
     problem.M = x.rows;
     problem.K = x.cols;
     problem.N = y.view.cols;
@@ -260,17 +247,17 @@ class CudaProducts {
     run(problem);
   }
   void few_tokens_backward(LayerGradients& out, const BackwardArgs& args, double scaling) const {
-    const TensorView g = read(args.g);
-    const TensorView A = read(args.A);
-    const TensorView G = read(args.core);
+    const TensorView g = read_view(args.g);
+    const TensorView A = read_view(args.A);
+    const TensorView G = read_view(args.core);
     FewTokensBackwardProblem problem{};
     problem.dx = matrix(out.dx.view);
     problem.g = matrix(g);
-    if (args.x) problem.x = matrix(read(args.x));
-    problem.u = matrix(read(args.u));
+    if (args.x) problem.x = matrix(read_view(args.x));
+    problem.u = matrix(read_view(args.u));
     problem.A = matrix(A);
     problem.core = matrix(G);
-    problem.B = matrix(read(args.B));
+    problem.B = matrix(read_view(args.B));
     problem.dA = float_sum(out.dA);
     problem.dB = float_sum(out.dB);
     problem.dcore = static_cast<float*>(out.dcore.view.data);
@@ -291,12 +278,13 @@ class CudaProducts {
  private:
 #ifdef LOTR_SM90A
   // v in the call's type, with rows that start at multiples of 16 bytes, as tensor maps need them.
+  // float32 needs no copy, because gemm_lotr refuses it.
   Matrix in_rows(const TensorView& v, OptionalTensor& copy) const {
     const bool aligned = reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
     const bool fits = v.dtype == call_.type && v.col_stride == 1 && v.row_stride % 8 == 0 &&
                       v.row_stride >= v.cols && aligned;
     if (fits || call_.type == DType::float32) return matrix(v);
-    const TensorView rows = make(copy, v.rows, v.cols, like_.dtype, true);
+    const TensorView rows = make_padded(copy, v.rows, v.cols, like_.dtype);
     run(PackProblem{matrix(v), matrix(rows), v.rows, v.cols});
     return matrix(rows);
   }
@@ -309,10 +297,17 @@ class CudaProducts {
     problem.M = out.view.rows;
     problem.N = out.view.cols;
     problem.r = int32_t(u.cols);
-    problem.dropout = mask(false);
+    problem.dropout = dropout(Mask::none);
     return problem;
   }
-  Dropout mask(bool dropped) const { return dropped ? dropout_ : Dropout{nullptr, 0, 1.f}; }
+  template <class Problem>
+  static void set_bias(Problem& problem, const Arg& bias) {
+    problem.bias = read_data(bias);
+    problem.bias_stride = bias.stride[0];
+  }
+  Dropout dropout(Mask mask) const {
+    return mask == Mask::dropout ? dropout_ : Dropout{nullptr, 0, 1.f};
+  }
 
   const char* op_;
   const Arg& like_;

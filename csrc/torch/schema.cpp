@@ -10,9 +10,9 @@
 //   row_core_backward   du_t = s sum over the rows of t of g_i G_c(i)^T
 //                       dG_c = s sum over the rows of c of u_t(i)^T g_i, in acc(T)
 //
-// row_core: index [rows] is c(i), or -1 for a row without a core; or offs [c]: where the rows of
-// each core end; rows past the last end have no core. tokens [rows]: t(i), else i. h is zero for a
-// row without a core, which has no gradient.
+// row_core: c(i) is index [rows], with -1 for a row without a core, or follows from offs [cores]:
+// where the rows of each core end; rows past the last end have no core. t(i) is tokens [rows], or i
+// without tokens. h is zero for a row without a core, which has no gradient.
 //
 // A layer in one direction is one operator (layer.h), y = x W^T + bias + u F^T:
 //   layer_forward                starts at x:  u = drop(x) A,  F = s B G^T
@@ -20,7 +20,8 @@
 //   layer_forward_projected      starts at u:  F = s B G^T
 //   layer_forward_rows           starts at h:  h B^T in place of u F^T
 //
-// Their backwards compute a gradient for each argument "if given", and return it or add it:
+// Their backwards compute a gradient for each argument "if given", and add it to another or return
+// it:
 //
 //   operator                     if given    gradient                added to    else returned as
 //   layer_backward_,             weight      dx = g W + drop(du A^T)             dx
@@ -28,7 +29,7 @@
 //                                need_B      dB = s Q G, Q = g^T u   dB          dB
 //                                need_core   dG = s Q^T B                        dcore
 //   layer_backward_projected_    weight      dx = g W                dx          dx
-//                                F           du = g F (+ du)                     du
+//                                F           du = g F, plus a given du           du
 //                                need_B, need_core: as above
 //   layer_backward_rows_         weight      dx = g W                dx          dx
 //                                need_h      dh = g B                            dh
@@ -50,13 +51,6 @@
 
 #include "cpu/kernels.h"
 
-#ifndef LOTR_VERSION
-#define LOTR_VERSION "unknown"
-#endif
-#ifndef LOTR_CUDA_ARCHS
-#define LOTR_CUDA_ARCHS ""
-#endif
-
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
   static PyModuleDef def = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
@@ -68,15 +62,15 @@ namespace {
 
 std::string info() {
   std::ostringstream json;
+  // TORCH_TARGET_VERSION has the major version in its highest byte, then the minor one.
   json << "{\"version\": \"" LOTR_VERSION "\", \"torch_target\": \"" << (TORCH_TARGET_VERSION >> 56)
        << "." << ((TORCH_TARGET_VERSION >> 48) & 0xff) << "\", \"cpu\": {\"isa\": \""
        << cpu::isa_name() << "\"}, \"cuda\": {\"built\": "
 #ifdef LOTR_WITH_CUDA
-       << "true"
+       << "true, \"archs\": \"" LOTR_CUDA_ARCHS "\"}}";
 #else
-       << "false"
+       << "false, \"archs\": \"\"}}";
 #endif
-       << ", \"archs\": \"" LOTR_CUDA_ARCHS "\"}}";
   return json.str();
 }
 
