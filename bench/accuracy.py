@@ -133,6 +133,7 @@ def measured(model: nn.Module, losses: list[float], problem: Problem) -> dict[st
         return {}
     validation, _ = problem.measure(model.eval(), "validation")
     held_out, right = problem.measure(model, "held_out")
+    # In half precision, in which they are recorded, a large loss is infinite.
     if not (torch.isfinite(validation).all() and torch.isfinite(held_out.half()).all()):
         return {}
     return {
@@ -208,11 +209,12 @@ def next_runs(
     Args:
         name: The task.
         variants: What runs on it.
-        options: Of the command line: seeds, lr and steps.
+        options: The command line's seeds, lr and steps.
         recorded: The runs so far, of all tasks.
     """
     task = TASKS[name]
     steps = options.steps or task.steps
+    # Only runs with the default scaling and of the same size are continued.
     usual = {"task": name, "scaling": "", "steps": steps, "batch": task.batch}
     of_task = recorded[(recorded[list(usual)] == pd.Series(usual)).all(axis=1)]
     runs = []

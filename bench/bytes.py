@@ -141,15 +141,18 @@ def arrays_of(kernel: str, m: int, n: int, r: int) -> dict[str, np.ndarray]:
 
 
 def count(executor: ModuleType, kernel: Kernel, multiprocessors: int) -> dict[str, Any]:
-    """Runs one kernel and counts. Returns these columns of its row:
+    """Runs one kernel and counts.
 
-    bytes           all that it moves
-    least_bytes     every operand once, those that are added to twice
-    large_times     how often the large matrix moves
-    dram_bytes      the least, but the large matrix as often as it moves
-    sectors_used    the share of the bytes in 32-byte sectors that is used
-    bank_conflicts  wavefronts per access to shared memory, 1 without conflicts
-    launches        how many
+    Returns:
+        These columns of its row:
+
+            bytes           all that it moves
+            least_bytes     every operand once, but twice if it is added to
+            large_times     how often the large matrix moves
+            dram_bytes      the least, but the large matrix as often as it moves
+            sectors_used    the share that is used of the bytes in 32-byte sectors
+            bank_conflicts  wavefronts per access to shared memory, 1 without conflicts
+            launches        how many the kernel takes
     """
     name = kernel[0]
     arrays = arrays_of(*kernel)

@@ -122,6 +122,7 @@ def commit(root: Path = ROOT) -> str:
     git = ["git", "-C", str(root)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     difference = [*git, "diff", "--quiet", "HEAD", "--", "lotr_ext", "csrc"]
+    # Its exit status is 0 without changes, and 128 outside a repository.
     is_changed = subprocess.run(difference, capture_output=True).returncode == 1
     return head.stdout.strip() + "+" * is_changed
 
@@ -133,6 +134,7 @@ def machine(device: str) -> str:
     """
     if device == "cuda":
         return torch.cuda.get_device_name()
+    # Not every architecture has this line.
     match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     model = match[1].strip() if match else platform.machine()
     return f"{model} with {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
@@ -178,6 +180,8 @@ def read(path: Path) -> pd.DataFrame:
     """Returns the rows of a result file, an empty table if it does not exist."""
     if not path.exists():
         return pd.DataFrame()
+    # Without dtype=False a commit of digits becomes a number. With precise_float, numbers stay as
+    # they are when a file is read and written again.
     return pd.read_json(path, lines=True, dtype=False, precise_float=True)
 
 

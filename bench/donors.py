@@ -101,6 +101,7 @@ def messages(language: str) -> str:
     texts: list[str] = []
     for path in sorted(Path("/usr/share/locale", language, "LC_MESSAGES").glob("*.mo")):
         with path.open("rb") as file:
+            # A private name: gettext only translates one message at a time.
             catalog = gettext.GNUTranslations(file)._catalog
         texts += [text for text in catalog.values() if isinstance(text, str)]
     return "\n".join(texts)
@@ -171,7 +172,7 @@ def gradients(name: str) -> dict[str, Tensor]:
         model = problem(name).model(0).requires_grad_(False)
         weights = {n: layer.weight.requires_grad_(True) for n, layer in layers_of(model).items()}
         sums = {layer: torch.zeros(weight.shape) for layer, weight in weights.items()}
-        batches = problem(name).batches(12345)
+        batches = problem(name).batches(12345)  # a seed that no run has
         for _ in range(GRADIENT_BATCHES):
             loss = problem(name).loss(model, next(batches))
             for layer, gradient in zip(sums, torch.autograd.grad(loss, list(weights.values()))):
@@ -277,6 +278,7 @@ def mixed_pairs(group_by: str, rank: int) -> Pairs:
     torch.manual_seed(0)
     apply_lotr(model, LoTRConfig(rank=rank, group_by=group_by, target_modules=layers_named("")))
     tasks = TaskBank(model, len(DONORS)).requires_grad_()
+    # The task of each of the four rows in a batch.
     slots = {name: torch.full((4,), tasks.add()) for name in DONORS}
     batches = {name: text.batches(0) for name, text in texts.items()}
     optimizer = torch.optim.AdamW(lotr_parameters(model), lr=MIXED_RATE, weight_decay=0.0)

@@ -87,8 +87,8 @@ class GroupedLoRA(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         m, top = index.shape
-        # The rows of one expert become neighbors, because a grouped product takes them from its
-        # group's first row to `ends`.
+        # The rows are sorted by expert: a grouped product takes rows ends[e - 1] to ends[e] for
+        # expert e.
         experts = torch.arange(1, self.experts.num_experts + 1, device=x.device)
         expert_of_row, order = torch.sort(index.reshape(-1))
         ends = torch.searchsorted(expert_of_row, experts, out_int32=True)

@@ -194,6 +194,7 @@ def missing(names: tuple[str, ...]) -> list[str]:
 
 
 def environment_of(part: Part) -> dict[str, str]:
+    # lotr_ext and bench of this tree come first. The variables of a part come last, and win.
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     fixed = {
         "LOTR_BUILD_DIR": str(FOLDER / "cmake"),
@@ -213,7 +214,7 @@ def run(part: Part, log: Path, limit_s: float) -> str:
         limit_s: The time for all its processes together.
 
     Returns:
-        "done", "failed (status)" or "stopped".
+        "done", "failed (status)" or "stopped", and in which cases it crashed, if it did.
     """
     end = time.monotonic() + limit_s
     log.write_bytes(b"")
@@ -221,10 +222,12 @@ def run(part: Part, log: Path, limit_s: float) -> str:
     crashes: list[str] = []
     for _ in range(1 + RESTARTS):
         status = _run_process(part, command, log, end - time.monotonic())
+        # A negative status is the signal that ended the process.
         has_crashed = status is not None and (status < 0 or status == DEVICE_LOST)
         if not (has_crashed and part.restarts and summary.last_case(log)):
             break
         crashes.append(summary.last_case(log)[0])
+        # Its output is added to the log, in which `last_case` then finds the next crash.
         command = (*part.command, "--from", str(int(crashes[-1]) + 1))
     outcome = {None: "stopped", 0: "done"}.get(status, f"failed ({status})")
     if not crashes:
@@ -280,6 +283,7 @@ def work(parts: list[Part], options: argparse.Namespace) -> int:
         share = part.weight / sum(other.weight for other in parts[i:])
         log = results / f"{part.name}.log"
         begin = time.monotonic()
+        # The build may take all of the time: without it nothing else can run.
         outcome = outcome_of(part, log, remaining if part.name == "build" else remaining * share)
         seconds = round(time.monotonic() - begin)
         print(f"{part.name}: {outcome}, {seconds} s", flush=True)

@@ -1,11 +1,13 @@
 """The tasks and methods of bench.accuracy and bench.transfer, and how a model is trained.
 
-METHODS   what is trained: LoTR and its forms, LoRA, DoRA, VeRA, full fine-tuning
-TASKS     what it is trained on, and with how many steps and items
-Problem   the models, batches and losses of a task. There are three kinds: a synthetic teacher,
-          a sentence encoder on rated texts, and a language model on a text
-adapt     makes a model trainable by a method
-fit       trains it
+    METHODS   what is trained: LoTR and its forms, LoRA, DoRA, VeRA, full fine-tuning
+    TASKS     what it is trained on, and with how many steps and items
+    Problem   the models, batches and losses of a task. There are three kinds: a synthetic teacher,
+              a sentence encoder on rated texts, and a language model on a text
+    adapt     makes a model trainable by a method
+    fit       trains it
+
+Not here: which runs are made, and what their tables show (accuracy.py, transfer.py).
 """
 
 import copy
@@ -29,7 +31,7 @@ sys.path.append(str(ROOT / "examples"))
 from common import TextClassifier, minilm_classifier, rated_texts, tokenized
 from data import DATA, MINILM, SMOLLM2
 
-HEAD_LR = 1e-2
+HEAD_LR = 1e-2  # the learning rate of a new head, whatever the method
 SEQUENCE = 64  # tokens per row of a text
 
 
@@ -169,13 +171,13 @@ class Task(NamedTuple):
         kind: "teacher", "classifier" or "language".
         source: A file in data/. For a teacher, a number from "0.0" to "1.0": the part of its change
             that all layers share.
-        steps: Of a training run.
-        validation: How many items choose the rate.
+        steps: How many steps a run has.
+        validation: How many items choose the learning rate.
         held_out: How many items give the reported loss.
-        batch: Items per step.
-        layers: The adapted layers, a regular expression.
-        norms: The norm layers, a regular expression.
-        methods: Those that run on it, each with a rank or with its usual ones: "lotr:4,lora".
+        batch: How many items a step has.
+        layers: A regular expression of the adapted layers' names.
+        norms: A regular expression of the norm layers' names.
+        methods: What runs on it, each with a rank or with its usual ones: "lotr:4,lora".
     """
 
     kind: str
@@ -235,7 +237,7 @@ TASKS = {
     "smollm2-wycliffe": _language("wycliffe.txt"),
     "smollm2-verilog": _language("verilog.txt"),
 }
-BASES = {"classifier": MINILM, "language": SMOLLM2}
+BASES = {"classifier": MINILM, "language": SMOLLM2}  # folders of models, by kind of task
 
 
 def shuffled_epochs(count: int, rng: random.Random) -> Iterator[int]:

@@ -223,8 +223,10 @@ class Program:
     def tables(self, frame: pd.DataFrame, key: list[str]) -> None:
         """Prints the tables of recorded rows. The columns `key` tell the cases apart."""
         if self.is_pivoted:
-            table = pivot(frame, self.title_format + CASE_ENDING, self.floor)
-            show(f"{self.name}: time over {named(self.floor)}", table)
+            show(
+                f"{self.name}: time over {named(self.floor)}",
+                pivot(frame, self.title_format + CASE_ENDING, self.floor),
+            )
             return
         titles = [self.title(row) for row in frame.to_dict("records")]
         for title, rows in frame.groupby(titles, sort=False):

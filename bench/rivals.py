@@ -223,7 +223,7 @@ def factors_of(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def set_values(layer: nn.Module, t: Tensors) -> dict[str, nn.Parameter]:
-    """Gives an adapted layer the values and dtype of t. Returns its trained parameters."""
+    """Gives an adapted layer the values and dtype of t. Returns its parameters, by name."""
     parameters = factors_of(layer) | {"core": layer.core}
     for name, parameter in parameters.items():
         parameter.data = getattr(t, name).clone()

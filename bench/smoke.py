@@ -59,7 +59,19 @@ DTYPES = {
 MOST_PROCESSES = 14
 WATCHDOG_S = 20  # the most that one shape may take
 DROPPED = 0.4  # the probability of the forms with dropout
-Job = tuple[str, str]  # form, dtype
+OPTIONS: dict[str, dict] = {  # and --forms, which needs the tests' table
+    "device": {"choices": ("cuda", "cpu"), "default": "cuda"},
+    "dtypes": {
+        "type": some_of(DTYPES),
+        "default": list(DTYPES),
+        "help": f"some of {', '.join(DTYPES)}",
+    },
+    "shapes": {"type": int, "help": "only so many shapes of the table"},
+    "results": {"type": Path, "help": "a folder for smoke.jsonl"},
+    "in-process": {"action": "store_true", "help": "all forms in this process"},
+    "child": {"type": json.loads, "help": argparse.SUPPRESS},
+}
+Job = tuple[str, str]  # a form and a dtype
 
 
 def operator_tests() -> ModuleType:
@@ -216,11 +228,13 @@ def end_of(status: int, shape: str, output: list[str]) -> str:
     return f"crashed: {reason}, {shape}: {telling_line(''.join(output))}"
 
 
-def run_all(options: argparse.Namespace, jobs: list[Job], report: Callable) -> None:
+def run_all(
+    options: argparse.Namespace, jobs: list[Job], report: Callable[[Job, str], None]
+) -> None:
     """Runs all jobs, several processes at a time."""
 
-    def command(jobs: Sequence[Job]) -> list[str]:
-        words = ["--child", json.dumps(jobs), "--device", options.device]
+    def command(remaining: Sequence[Job]) -> list[str]:
+        words = ["--child", json.dumps(remaining), "--device", options.device]
         if options.shapes is not None:
             words += ["--shapes", str(options.shapes)]
         return [sys.executable, "-m", "bench.smoke", *words]
@@ -234,24 +248,8 @@ def run_all(options: argparse.Namespace, jobs: list[Job], report: Callable) -> N
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 if a form has not passed and was not skipped."""
     all_forms = forms()
-    parser = parser_of(
-        "smoke",
-        __doc__,
-        {
-            "device": {"choices": ("cuda", "cpu"), "default": "cuda"},
-            "forms": {"type": some_of(all_forms), "default": all_forms, "help": "some (all)"},
-            "dtypes": {
-                "type": some_of(DTYPES),
-                "default": list(DTYPES),
-                "help": f"some of {', '.join(DTYPES)}",
-            },
-            "shapes": {"type": int, "help": "only so many shapes of the table"},
-            "results": {"type": Path, "help": "a folder for smoke.jsonl"},
-            "in-process": {"action": "store_true", "help": "all forms in this process"},
-            "child": {"type": json.loads, "help": argparse.SUPPRESS},
-        },
-    )
-    options = parser.parse_args(argv)
+    form_option = {"type": some_of(all_forms), "default": all_forms, "help": "some (all)"}
+    options = parser_of("smoke", __doc__, {"forms": form_option, **OPTIONS}).parse_args(argv)
     if options.child:
         child(options.child, options.device, options.shapes)
         return 0

@@ -116,7 +116,7 @@ def our_model(rival: str, case: Case, batch: Batch, dtype: torch.dtype) -> Adapt
         for _ in range(case["tasks"]):
             bank.add()
         cores = list(bank.cores)
-    # Not zeros, so that the outputs of tasks differ.
+    # A new core is zero. Random ones make the outputs of tasks differ.
     for core in cores:
         nn.init.normal_(core.requires_grad_())
 

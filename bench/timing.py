@@ -114,10 +114,11 @@ def training(
 class Clock:
     """Measures the seconds of each stage of a Step.
 
-    wall     the time that passes. On a GPU from an idle device to an idle device, so that Python
-             and launches count
+    wall     the time that passes. On a GPU it is from an idle device to an idle device, so that
+             Python and launches count
     cpu      CPU seconds of this process, for one thread on a busy machine
-    events   the GPU's time. It waits while the CPU queues the stages, so that launches are hidden
+    events   the GPU's time. The GPU sleeps while the CPU queues the stages, so that launches are
+             hidden
 
     On a GPU each measurement starts with a cold L2: a large buffer is read before. It is not
     written, because dirty lines would be written back during the measurement.
@@ -185,7 +186,8 @@ def gpu_samples(device: str) -> Iterator[Callable[[], dict[str, float]]]:
 
         def medians() -> dict[str, float]:
             lines = io.StringIO(",".join(SAMPLED) + "\n" + Path(log.name).read_text())
-            # A value that is not a number, as "[N/A]", is left out.
+            # The last line may be incomplete. A value that is not a number, as "[N/A]", is left
+            # out.
             samples = pd.read_csv(lines, on_bad_lines="skip").apply(pd.to_numeric, errors="coerce")
             return samples.median().dropna().to_dict()
 
@@ -310,6 +312,7 @@ def median_interval(ratios: np.ndarray) -> tuple[float, float, float]:
         return middle, float("nan"), float("nan")
     if not np.ptp(ratios) > 0:  # the floor over itself, or no floor: scipy would warn
         return middle, middle, middle
+    # With a fixed seed, so that the same rounds have the same interval.
     resampled = stats.bootstrap(
         (ratios,), np.median, n_resamples=2000, method="percentile", rng=0
     ).confidence_interval

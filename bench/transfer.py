@@ -318,6 +318,7 @@ def collect(path: Path) -> None:
         tasks = TaskBank(model, len(TEXTS))
         for name in TEXTS:
             row = {"text": name, "what": "bank", "rank": rank, "error": bank.errors[name]}
+            # All eight rows of a part in held_out_loss have the task.
             with use_tasks(model, torch.full((8,), tasks.add(bank.files[name]))):
                 record(path, row | {"loss": held_out_loss(model, name)})
 
