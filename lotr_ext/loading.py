@@ -145,7 +145,7 @@ def _adapt_as_saved(model: nn.Module, state: AdapterState, refuse_other_targets:
     modules = dict(model.named_modules())
     linear = [name for name, entry in state.layers.items() if not entry.experts]
     missing = [name for name in linear if name not in modules]
-    # Before `select`, whose error would show a regular expression with all names.
+    # `select` would find that, too, and show a regular expression with all names.
     if missing:
         raise ValueError(
             f"model: expected the {len(state.layers)} layers of the adapter, got a "
@@ -213,7 +213,7 @@ def _check_can_load(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
 
 
 def _check_order(model: nn.Module, layers: Mapping[str, LoTRLayer], state: AdapterState) -> None:
-    """Checks the order of layers whose cores are computed by their place in it."""
+    """Checks that layers with computed cores, which depend on the order, have the file's order."""
     config = getattr(model, "lotr_config", None)
     has_computed_cores = config is not None and config.core != "dense"
     if has_computed_cores and list(state.layers) != list(layers):
@@ -248,7 +248,7 @@ def _check_ties(model: nn.Module, state: AdapterState) -> None:
     if state.tied is None:  # the file is of a version that did not store it
         return
     tied = tied_to_saved(model)
-    # Without the names that this model does not have, for example of a head that it lacks.
+    # Names that the model lacks do not matter, such as a head's.
     present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     saved_tied = sorted(name for name in present if name in state.tied)
     if saved_tied != list(tied):

@@ -30,8 +30,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         path: The JSON file.
 
     Returns:
-        The document, as `AdapterState.from_document` takes and checks it, and the tensors, whose
-        checksum is checked here.
+        The document, as `AdapterState.from_document` takes and checks it, and the tensors, after a
+        check of their checksum.
 
     Raises:
         TypeError, ValueError: If the files are damaged. The message names the file.

@@ -56,7 +56,7 @@ class LoRACollection:
     """The layers and norms of many LoRAs. Factors are read from the files on access.
 
     Attributes:
-        folders: The folder of each LoRA, by the name of the folder.
+        folders: The LoRAs, by the name of their folder.
         sizes: (in_features, out_features) of each layer that one of them adapts.
         norms: |D_t| of each LoRA, over all its layers.
     """
@@ -170,8 +170,8 @@ def _rank_that_keeps(share: float, collection: LoRACollection, groups: Iterable[
     """Returns the smallest rank at which pairs keep this share of the LoRAs' squared norms.
 
     One factorization per group shows all ranks: its directions are in descending order, so a pair
-    of rank r is about the first r columns of A and B. It keeps the leading r x r block of each core
-    [l, r, r], whose squared norm is the double cumulative sum of squares at (r, r).
+    of rank r is about the first r columns of A and B, and keeps the leading r x r block of each
+    core. A cumulative sum of squares over rows and columns has the block's squared norm at (r, r).
     """
     squares: list[Tensor] = []  # for each group, the squared norm that rank 1, 2, .. keeps
     for layers in groups:

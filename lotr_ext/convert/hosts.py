@@ -66,8 +66,8 @@ def expert_tensors(layers: Mapping[str, LoRA], form: str, server: ServerNames) -
 def _peft(parameters: Mapping[str, LoRA], server: ServerNames) -> dict[str, LoRAPair]:
     """Returns A [e r, k] and B [n, r e], where the expert is the last index.
 
-    PEFT wraps the module once per parameter, so its last parameter is in the outermost wrapper:
-    "" names the pair of down_proj, and ".base_layer" that of gate_up_proj.
+    PEFT wraps the module once per parameter, so its last parameter is in the outermost wrapper. The
+    pair of down_proj is named "", and the pair of gate_up_proj ".base_layer".
     """
     pairs = {}
     name = ""

@@ -162,7 +162,7 @@ def _write_lora(
     base_model: str | None = None,
     fan_in_fan_out: bool = False,
 ) -> dict[str, LoRA]:
-    """Writes an adapter as a LoRA. The options are as for `lotr_to_lora`."""
+    """Writes an adapter as a LoRA, with the options of `lotr_to_lora`."""
     check_choice("experts", experts, EXPERT_FORMS)
     check_choice("task_type", task_type, (*TASKS, None))
     check_choice("hosts", hosts, (*SERVER_NAMES, None))

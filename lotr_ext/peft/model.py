@@ -99,14 +99,14 @@ class LoTRPeftModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Finds the layers and their groups before PEFT changes the model.
 
-        Writes the layers, with the names of their factors, into the configuration.
+        Writes the layers, with the names of their factors, into the configuration, and keeps their
+        groups for `_create_and_replace`, which gets one layer at a time.
 
         Raises:
             TypeError, ValueError: If a layer cannot be adapted.
         """
         targets = self._select(peft_config, model)
         in_groups(targets)  # raises if the layers of a group have several shapes
-        # For `_create_and_replace`, which gets one layer at a time.
         self._groups = {target.name: target.group for target in targets}
         layers = []
         for target in targets:
@@ -127,9 +127,8 @@ class LoTRPeftModel(BaseTuner):
         configuration, selecting one is an error.
         """
         tied = tied_names(model)
-        # Before the next line, which replaces it.
         is_all_linear = str(peft_config.target_modules).lower() == "all-linear"
-        config = _maybe_include_all_linear_layers(peft_config, model)
+        config = _maybe_include_all_linear_layers(peft_config, model)  # replaces "all-linear"
         # As PEFT, not the modules inside layers that have an adapter already.
         inside_adapted = tuple(
             f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)
@@ -137,8 +136,9 @@ class LoTRPeftModel(BaseTuner):
         targets = []
         for module, names in names_of_modules(model).items():
             name = names[0]
-            is_selected = self._check_target_module_exists(config, name)
-            if name.startswith(inside_adapted) or not is_selected:
+            if name.startswith(inside_adapted) or not self._check_target_module_exists(
+                config, name
+            ):
                 continue
             # PEFT would replace only the first.
             if len(names) > 1:
@@ -195,10 +195,8 @@ class LoTRPeftModel(BaseTuner):
         layer = target
         if not isinstance(target, LoTRPeftLinear):
             layer = LoTRPeftLinear(target).train(target.training)
-            # Not PEFT's _replace_module, which would move the core to the device of an offloaded
-            # weight.
+            # PEFT's _replace_module would also move the core to the device of an offloaded weight.
             setattr(parent, target_name, layer)
-        config = peft_config.to_lotr()
         if adapter_name not in self.lotr_factors:
             self.lotr_factors[adapter_name] = nn.ModuleDict()
         device, dtype = layer.device_and_dtype()
@@ -206,22 +204,36 @@ class LoTRPeftModel(BaseTuner):
             self.lotr_factors[adapter_name],
             self._groups[current_key],
             (layer.in_features, layer.out_features),
-            config,
+            peft_config.to_lotr(),
             device=device,
             dtype=dtype,
         )
-        # The first layer makes the parameters of all computed cores.
-        if config.core != "dense" and adapter_name not in self.lotr_cores:
-            names = [entry["name"] for entry in peft_config.layers]
-            A = factors.A.value  # on the meta device if PEFT loads into tensors without memory
-            self.lotr_cores[adapter_name] = make_cores(
-                config, names, device=A.device, dtype=A.dtype
-            )
-        form = None
-        if adapter_name in self.lotr_cores:
-            form = self.lotr_cores[adapter_name].at(place_of(current_key), owned=False)
+        form = self._core_form(peft_config, adapter_name, current_key, like=factors.A.value)
         layer.lotr_adapter[adapter_name] = LoTRPeftAdapter(factors, peft_config, form)
         layer.lotr_adapter.train(layer.training)
+
+    def _core_form(
+        self, peft_config: LoTRPeftConfig, adapter_name: str, name: str, like: Tensor
+    ) -> nn.Module | None:
+        """Returns the module that computes a layer's core, None if the core is a parameter.
+
+        The computed cores of an adapter share parameters, which its first layer makes here.
+
+        Args:
+            peft_config: The adapter's configuration.
+            adapter_name: The adapter.
+            name: The layer.
+            like: Has the device and dtype of the parameters: the meta device, if PEFT loads into
+                tensors without memory.
+        """
+        if peft_config.core == "dense":
+            return None
+        if adapter_name not in self.lotr_cores:
+            names = [entry["name"] for entry in peft_config.layers]
+            self.lotr_cores[adapter_name] = make_cores(
+                peft_config.to_lotr(), names, device=like.device, dtype=like.dtype
+            )
+        return self.lotr_cores[adapter_name].at(place_of(name), owned=False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Makes an adapter float32 if it has half precision, as PEFT does with its adapters."""
@@ -232,7 +244,7 @@ class LoTRPeftModel(BaseTuner):
             if autocast_adapter_dtype and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
 
-    # ---- removing one ----------------------------------------------------------------------------
+    # ---- deleting, merging and unloading ---------------------------------------------------------
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -100,7 +100,7 @@ def install(factors: EngineFactors) -> None:
         }
         _check_layers(layers.values(), factors)
         # vLLM hands each layer's lora_A and lora_B to its `set_lora`. Here all layers share one
-        # "LoRA" of rank 1 whose lora_A is the vector of the task, from which each takes its span.
+        # "LoRA" of rank 1: its lora_A is the vector of the task, from which each takes its span.
         weights = LoRALayerWeights("all", 1, 1, cores, cores, scaling=1.0)
         return LoRAModel(request.lora_int_id, 1, dict.fromkeys(layers, weights))
 
