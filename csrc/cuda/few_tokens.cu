@@ -35,8 +35,11 @@ ExpandProblem expand_of(const Matrix& y, const Matrix& u, const Matrix& F, int64
   return problem;
 }
 
-// h = g B, du = scale h core^T, Q = g^T u; without `Q` (null) h and du. In the names of the
-// problem: its du is h here, and the h of its core product is du.
+// h = g B, du = scale h core^T, Q = g^T u; without `Q` (null) h and du. The names differ from those
+// of the problem that computes them:
+//
+//   here                 h = g B     du = scale h core^T
+//   ShrinkGradProblem    du = g F    core_product.h = scale du core
 void shrink_gradient(const Call& call, const FewTokensBackwardProblem& p, const Matrix& h,
                      const CoreProduct& core_product, const FloatSum& Q, Workspace& memory) {
   if (Q.data) {

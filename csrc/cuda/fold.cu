@@ -8,6 +8,7 @@ namespace lotr::cuda {
 
 using kernels::SmallTraits;
 
+// Asks about the kernel `fold`: all kernels are compiled for the same architectures.
 bool waits_in_kernels() {
   return ptx::capability_of_code(reinterpret_cast<const void*>(&kernels::fold)) >= 90;
 }
@@ -15,7 +16,7 @@ bool waits_in_kernels() {
 void run(const Call& call, const FoldProblem& p, Workspace& memory) {
   check_rank("fold", "core", p.r_in);
   check_rank("fold", "B", p.r_out);
-  if (memory.counts()) return;
+  if (memory.is_measuring()) return;
   const dim3 grid(unsigned(plan::ceil_div(p.N, kernels::SMALL_ROWS)),
                   unsigned(plan::ceil_div(p.r_in, kernels::SMALL_COLS)));
   launch<SmallTraits, kernels::fold>(call, grid, p, "fold");
@@ -40,7 +41,7 @@ void run(const Call& call, const FoldGradProblem& problem, Workspace& memory) {
     p.dcore_part = p.r_in * p.dcore_row;
     p.dcore = memory.take<float>(plan.splits * p.dcore_part);
   }
-  if (memory.counts() || dB_blocks + core_blocks == 0) return;
+  if (memory.is_measuring() || dB_blocks + core_blocks == 0) return;
   launch<SmallTraits, kernels::fold_grad>(call, dim3(unsigned(dB_blocks + core_blocks)), p,
                                           "fold_grad");
   if (has_parts) sum_cores(call, p.dcore, problem.dcore, p.r_in, p.r_out, p.splits);

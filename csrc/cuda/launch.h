@@ -32,49 +32,58 @@ constexpr int64_t row_elements(DType type) {
   return 16 / element_size(type);
 }
 
-// The workspace of a call, taken piece by piece. Without memory (null) it only counts: the
-// operators then run without a launch, so the bytes that are counted are the bytes that will be
-// taken.
+// The workspace of a call, from which an operator takes its buffers one after another.
+//
+// A measuring workspace has no memory: an operator then takes its buffers and launches nothing. So
+// one function states the size and uses it, and the two cannot differ.
 class Workspace {
  public:
-  explicit Workspace(void* memory) : start_(static_cast<char*>(memory)), counts_(!memory) {}
-  bool counts() const { return counts_; }
-  size_t most() const { return most_; }  // bytes, to the end of the last piece
+  // memory: aligned to 256 bytes; null for an operator that takes nothing.
+  explicit Workspace(void* memory) : start_(static_cast<char*>(memory)), is_measuring_(false) {}
+  static Workspace measuring() {
+    Workspace workspace(nullptr);
+    workspace.is_measuring_ = true;
+    return workspace;
+  }
+  bool is_measuring() const { return is_measuring_; }
+  size_t peak_bytes() const { return peak_bytes_; }
 
-  // Aligned to 256 bytes, as the workspace is.
+  // Aligned to 256 bytes.
   template <class T>
   T* take(int64_t count) {
-    T* const taken = reinterpret_cast<T*>(start_ + used_);
-    const size_t end = used_ + size_t(count) * sizeof(T);
-    most_ = std::max(most_, end);
-    used_ = (end + 255) / 256 * 256;
-    return taken;
+    T* const buffer = reinterpret_cast<T*>(start_ + used_bytes_);
+    const size_t end = used_bytes_ + size_t(count) * sizeof(T);
+    peak_bytes_ = std::max(peak_bytes_, end);
+    used_bytes_ = (end + 255) / 256 * 256;
+    return buffer;
   }
 
-  // Releases at its end what was taken during its lifetime, for launches that follow in the stream.
+  // Returns the buffers that were taken during its lifetime. Later launches of the stream may reuse
+  // them.
   class Scope {
    public:
-    explicit Scope(Workspace& of) : of_(of), used_(of.used_) {}
-    ~Scope() { of_.used_ = used_; }
+    explicit Scope(Workspace& workspace)
+        : workspace_(workspace), used_bytes_(workspace.used_bytes_) {}
+    ~Scope() { workspace_.used_bytes_ = used_bytes_; }
     Scope(const Scope&) = delete;
     Scope& operator=(const Scope&) = delete;
 
    private:
-    Workspace& of_;
-    size_t used_;
+    Workspace& workspace_;
+    size_t used_bytes_;
   };
 
  private:
   char* start_;
-  bool counts_;
-  size_t used_ = 0, most_ = 0;
+  bool is_measuring_;
+  size_t used_bytes_ = 0, peak_bytes_ = 0;
 };
 
-// An operator is one function that counts the workspace, and that launches:
+// ---- the operators: one function per problem, called in two ways ----
 //
-//   workspace(call, problem)         bytes on the device, aligned to 256 bytes
-//   run(call, problem, workspace)    The workspace may hold anything. It may be freed, in stream
-//                                    order, when run returns.
+//   workspace(call, problem)      returns the bytes of workspace on the device
+//   run(call, problem, memory)    launches. The memory is aligned to 256 bytes, may hold anything,
+//                                 and may be freed, in stream order, when run returns.
 //
 // An input that cannot be read 16 bytes at a time (float32 factors with half activations, strides
 // that are not multiples of 16 bytes, a transposed g) is first cast or packed into the workspace,
@@ -105,18 +114,18 @@ void run(const Call& call, const PackProblem& p, Workspace& memory);
 
 template <class Problem>
 size_t workspace(const Call& call, const Problem& problem) {
-  Workspace counting(nullptr);
-  run(call, problem, counting);
-  return counting.most();
+  Workspace measuring = Workspace::measuring();
+  run(call, problem, measuring);
+  return measuring.peak_bytes();
 }
 template <class Problem>
 void run(const Call& call, const Problem& problem, void* memory) {
-  // A call without a workspace passes null, which would only count.
-  Workspace workspace(memory ? memory : reinterpret_cast<void*>(uintptr_t(256)));
+  Workspace workspace(memory);
   run(call, problem, workspace);
 }
 
-// How a kernel of element type `type` may access a matrix stored as `stored`.
+// How a kernel of element type `type` may access a matrix [rows, ..] stored as `stored`, with
+// strides row and col. The row stride of a single row is never used, so it may be anything.
 inline Access access_of(const void* data, int64_t row, int64_t col, int64_t rows, DType stored,
                         DType type) {
   if (stored != type) return Access::float32_element;

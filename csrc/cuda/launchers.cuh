@@ -1,4 +1,5 @@
-// Implements launchers.h: tiles and grids.
+// Implements Launchers of launchers.h: each function chooses the kernel's instance for the rank and
+// the plan's tile, and its grid.
 #pragma once
 #include "dispatch.h"
 #include "kernels/expand_add.cuh"
@@ -10,8 +11,8 @@
 namespace lotr::cuda {
 
 template <class P>
-constexpr int LAUNCH_RANKS =
-    ranks_of_launch(sizeof(typename P::T) == 4 ? DType::float32 : DType::bfloat16);
+constexpr int MAX_RANK_OF_LAUNCH =
+    max_rank_of_launch(sizeof(typename P::T) == 4 ? DType::float32 : DType::bfloat16);
 
 inline dim3 grid_of(int64_t x, int64_t y) {
   return dim3(unsigned(x), unsigned(y));
@@ -19,7 +20,7 @@ inline dim3 grid_of(int64_t x, int64_t y) {
 
 template <class P>
 void Launchers<P>::shrink(const Call& call, const ShrinkParams& params, const plan::Plan& plan) {
-  dispatch_rank<LAUNCH_RANKS<P>>(params.r, [&](auto rank) {
+  dispatch_rank<MAX_RANK_OF_LAUNCH<P>>(params.r, [&](auto rank) {
     constexpr int R = decltype(rank)::value;
     ShrinkParams p = params;
     p.m_pieces = plan.m_pieces();
@@ -37,7 +38,7 @@ void Launchers<P>::shrink(const Call& call, const ShrinkParams& params, const pl
 template <class P>
 void Launchers<P>::expand_add(const Call& call, const ExpandParams& params,
                               const plan::Plan& plan) {
-  dispatch_rank<LAUNCH_RANKS<P>>(params.r, [&](auto rank) {
+  dispatch_rank<MAX_RANK_OF_LAUNCH<P>>(params.r, [&](auto rank) {
     ExpandParams p = params;
     p.n_pieces = plan.n_pieces();
     const dim3 grid = grid_of(plan.n_blocks, plan.m_blocks);
@@ -53,7 +54,7 @@ void Launchers<P>::expand_add(const Call& call, const ExpandParams& params,
 template <class P>
 void Launchers<P>::factor_grad(const Call& call, const FactorGradParams& params,
                                const plan::Plan& plan) {
-  dispatch_rank<LAUNCH_RANKS<P>>(params.r, [&](auto rank) {
+  dispatch_rank<MAX_RANK_OF_LAUNCH<P>>(params.r, [&](auto rank) {
     constexpr int R = decltype(rank)::value;
     FactorGradParams p = params;
     p.m_pieces = plan.m_pieces();

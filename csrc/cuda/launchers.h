@@ -1,5 +1,5 @@
-// The kernels of one element type, as host functions. Each kernels_*.cu compiles them for one
-// type.
+// What the operators (*.cu) share: the launch of a kernel, the launchers of each element type, the
+// second launch of a sum, and problems in one expression.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -10,16 +10,35 @@
 
 namespace lotr::cuda {
 
-// Largest rank of one launch. A larger one is computed in pieces of the rank, each of which reads
-// the large matrix once.
-constexpr int ranks_of_launch(DType type) {
+// Launches Traits::THREADS threads per block with Traits::Smem as shared memory.
+template <class Traits, auto KERNEL, class Params>
+void launch(const Call& call, dim3 grid, const Params& p, const char* name,
+            size_t shared = sizeof(typename Traits::Smem)) {
+  ptx::launch<KERNEL>({grid, dim3(Traits::THREADS), shared, static_cast<ptx::stream_t>(call.stream),
+                       dim3(1, 1, 1), name, call.early},
+                      p);
+}
+
+// Throws std::invalid_argument unless r is from 1 to MAX_RANK.
+inline void check_rank(const char* kernel, const char* name, int64_t r) {
+  if (r < 1 || r > MAX_RANK)
+    throw std::invalid_argument(std::string(kernel) + ": " + name + ": expected a rank from 1 to " +
+                                std::to_string(MAX_RANK) + ", got " + std::to_string(r));
+}
+
+// ---- the kernels with a large matrix ----
+
+// The largest rank of one launch. A larger rank takes two launches, each of which reads the large
+// matrix.
+constexpr int max_rank_of_launch(DType type) {
   return type == DType::float32 ? 128 : 256;
 }
-// Above this rank, du and Q are cheaper from two reads of g: their parts would outweigh one read.
+// Above this rank, du and Q come from two reads of g. One read would need so many parts of du and Q
+// that they cost more than the second read.
 constexpr int SHRINK_GRAD_MAX_RANK = 64;
 
-// P: a policy of tile/mma.cuh. The matrices can be read 16 bytes at a time, and the rank fits one
-// launch.
+// Each kernels_*.cu compiles the launchers of one element type. P: a policy of tile/mma.cuh. The
+// matrices can be read 16 bytes at a time, and the rank fits one launch.
 template <class P>
 struct Launchers {
   static void shrink(const Call& call, const ShrinkParams& p, const plan::Plan& plan);
@@ -28,11 +47,15 @@ struct Launchers {
   static void shrink_grad(const Call& call, const ShrinkGradParams& p, const plan::Plan& plan);
 };
 
-// The second launch for sums that are split over blocks. type: of the core product.
+// ---- the second launch, for sums that are split over blocks ----
+
+// type: of the core product.
 void sum_parts(const Call& call, DType type, const SumTwoParams& p);
 // dcores [rows, cols], contiguous, from the parts of fold_grad or row_core_grad.
 void sum_cores(const Call& call, const float* parts, float* dcores, int64_t rows, int32_t cols,
                int32_t splits);
+
+// ---- problems and matrices ----
 
 // u = x A, without dropout.
 inline ShrinkProblem shrink_of(const Matrix& x, const Matrix& A, const Matrix& u, int64_t M,
@@ -65,21 +88,5 @@ inline FactorGradProblem factor_grad_of(const FloatSum& D, const Matrix& x, cons
 
 // A matrix of the call's type in the workspace, with rows at multiples of 16 bytes.
 Matrix take_matrix(const Call& call, Workspace& memory, int64_t rows, int64_t cols);
-
-// Throws std::invalid_argument unless r is from 1 to MAX_RANK.
-inline void check_rank(const char* kernel, const char* name, int64_t r) {
-  if (r < 1 || r > MAX_RANK)
-    throw std::invalid_argument(std::string(kernel) + ": " + name + ": expected a rank from 1 to " +
-                                std::to_string(MAX_RANK) + ", got " + std::to_string(r));
-}
-
-// A launch of Traits::THREADS threads with Traits::Smem as shared memory.
-template <class Traits, auto KERNEL, class Params>
-void launch(const Call& call, dim3 grid, const Params& p, const char* name,
-            size_t shared = sizeof(typename Traits::Smem)) {
-  ptx::launch<KERNEL>({grid, dim3(Traits::THREADS), shared, static_cast<ptx::stream_t>(call.stream),
-                       dim3(1, 1, 1), name, call.early},
-                      p);
-}
 
 }  // namespace lotr::cuda

@@ -1,5 +1,7 @@
-// Implements the products with a large matrix of launch.h: the choice of the element type, ranks
-// above one launch, inputs that have to be packed, sums over blocks.
+// Implements the products with a large matrix of launch.h. Each operator does the same: it packs
+// inputs that cannot be read 16 bytes at a time, and for each launch of at most max_rank_of_launch
+// ranks it makes a plan, takes memory for parts if blocks share an output, launches the kernel of
+// the element type, and adds the parts.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -12,6 +14,7 @@
 namespace lotr::cuda {
 namespace {
 
+// f(the launchers of the call's element type).
 template <class F>
 void dispatch_policy(const Call& call, F f) {
   dispatch_type(call.type, [&](auto element) {
@@ -20,18 +23,19 @@ void dispatch_policy(const Call& call, F f) {
   });
 }
 
-// Columns first .. of a matrix.
+// The matrix without its first columns.
 Matrix columns(Matrix m, int64_t first, DType type) {
   const int64_t size = m.access == Access::float32_element ? 4 : element_size(type);
   m.data = static_cast<char*>(m.data) + first * m.col * size;
   return m;
 }
 
-// f(first, ranks) for each of at most two launches, which has `ranks` ranks from `first` on.
+// f(first, ranks) for each launch of a product of rank r: it computes `ranks` ranks, the first of
+// which is `first`.
 template <class F>
 void each_launch(const Call& call, int64_t r, F f) {
-  const int64_t most = ranks_of_launch(call.type);
-  for (int64_t first = 0; first < r; first += most) f(first, int32_t(std::min(most, r - first)));
+  const int64_t step = max_rank_of_launch(call.type);
+  for (int64_t first = 0; first < r; first += step) f(first, int32_t(std::min(step, r - first)));
 }
 
 // Replaces m, if it cannot be read 16 bytes at a time, by a copy that can.
@@ -42,9 +46,9 @@ void pack(const Call& call, Workspace& memory, Matrix& m, int64_t rows, int64_t 
   m = copy;
 }
 
-// Zeros in a contiguous output of no tokens.
+// Without tokens no kernel runs: writes the zeros of a sum of `count` contiguous elements.
 void clear(const Call& call, const Workspace& memory, const FloatSum& sum, int64_t count) {
-  if (!sum.add && !memory.counts())
+  if (!sum.add && !memory.is_measuring())
     ptx::clear(sum.data, size_t(count) * sizeof(float), call.stream);
 }
 
@@ -52,7 +56,8 @@ Matrix matrix_of(const FloatSum& sum) {
   return {sum.data, sum.row, sum.col, Access::element};
 }
 
-// The second launch for a product that has `splits` parts of `out` [rows, cols] in the call's type.
+// The second launch for `splits` parts that are already in the workspace: their sum is rounded to
+// the call's type in `out` [rows, cols].
 SumPartsParams rounded_sum(const Call& call, const float* parts, const Matrix& out, int64_t rows,
                            int32_t cols, int64_t splits, float scale) {
   SumPartsParams sum{};
@@ -67,8 +72,8 @@ SumPartsParams rounded_sum(const Call& call, const float* parts, const Matrix& o
   return sum;
 }
 
-// Replaces `sum` [rows, cols] by `splits` parts in the workspace, and returns the second launch,
-// which adds them.
+// Splits a float32 sum [rows, cols]: the first launch writes `splits` parts in the workspace, which
+// replace `sum`, and the second launch, which is returned, adds them to the original sum.
 SumPartsParams split_sum(FloatSum& sum, Workspace& memory, int64_t rows, int32_t cols,
                          int64_t splits, float scale) {
   const int64_t row = row_of_parts(cols);
@@ -86,10 +91,18 @@ SumPartsParams split_sum(FloatSum& sum, Workspace& memory, int64_t rows, int32_t
   return second;
 }
 
-// h = scale * u core as a separate product, for ranks of which no block has all of u.
+// h = scale * u core as a separate product: if u takes two launches, no block has all of its ranks.
 void run_core_product(const Call& call, const Matrix& u, int64_t M, int32_t r,
                       const CoreProduct& product, Workspace& memory) {
   run(call, shrink_of(u, product.core, product.h, M, r, product.r_core, product.scale), memory);
+}
+
+// du and Q from two reads of g.
+void two_reads(const Call& call, const ShrinkGradProblem& p, Workspace& memory) {
+  ShrinkProblem du = shrink_of(p.g, p.F, p.du, p.M, p.N, p.r);
+  du.core_product = p.core_product;
+  run(call, du, memory);
+  run(call, factor_grad_of(p.Q, p.g, p.u, p.M, p.N, p.r_u), memory);
 }
 
 }  // namespace
@@ -109,7 +122,7 @@ void run(const Call& call, const ShrinkProblem& problem, Workspace& memory) {
   const Workspace::Scope scope(memory);
   pack(call, memory, p.x, p.M, p.K);
   pack(call, memory, p.A, p.K, p.r);
-  const bool is_one_launch = p.r <= ranks_of_launch(call.type);
+  const bool is_one_launch = p.r <= max_rank_of_launch(call.type);
   each_launch(call, p.r, [&](int64_t first, int32_t ranks) {
     const Workspace::Scope of_launch(memory);
     const plan::Plan plan = plan_of(call, Kernel::shrink, p.M, p.K, ranks);
@@ -121,7 +134,7 @@ void run(const Call& call, const ShrinkProblem& problem, Workspace& memory) {
     params.parts_row = row_of_parts(ranks);
     if (plan.n_blocks > 1)
       params.parts = memory.take<float>(plan.n_blocks * p.M * params.parts_row);
-    if (memory.counts()) return;
+    if (memory.is_measuring()) return;
     dispatch_policy(call, [&](auto launchers) { launchers.shrink(call, params, plan); });
     if (!params.parts) return;
     SumTwoParams sums{};
@@ -147,7 +160,7 @@ void run(const Call& call, const ExpandProblem& problem, Workspace& memory) {
     params.u = columns(p.u, first, call.type);
     params.F = columns(p.F, first, call.type);
     if (first > 0) params.start = p.y;
-    if (!memory.counts())
+    if (!memory.is_measuring())
       dispatch_policy(call, [&](auto launchers) { launchers.expand_add(call, params, plan); });
   });
 }
@@ -174,23 +187,11 @@ void run(const Call& call, const FactorGradProblem& problem, Workspace& memory) 
       params.D_part = p.K * params.D.row;
       params.dropout.scale = 1.f;  // comes with the sum
     }
-    if (memory.counts()) return;
+    if (memory.is_measuring()) return;
     dispatch_policy(call, [&](auto launchers) { launchers.factor_grad(call, params, plan); });
     if (sums.first.rows) sum_parts(call, call.type, sums);
   });
 }
-
-namespace {
-
-// du and Q from two reads of g, for ranks at which the parts would cost more than the second read.
-void two_reads(const Call& call, const ShrinkGradProblem& p, Workspace& memory) {
-  ShrinkProblem du = shrink_of(p.g, p.F, p.du, p.M, p.N, p.r);
-  du.core_product = p.core_product;
-  run(call, du, memory);
-  run(call, factor_grad_of(p.Q, p.g, p.u, p.M, p.N, p.r_u), memory);
-}
-
-}  // namespace
 
 void run(const Call& call, const ShrinkGradProblem& problem, Workspace& memory) {
   ShrinkGradProblem p = problem;
@@ -218,7 +219,7 @@ void run(const Call& call, const ShrinkGradProblem& problem, Workspace& memory) 
     params.Q_cols = int32_t(params.Q.row);
     params.Q_part = p.N * params.Q.row;
   }
-  if (memory.counts()) return;
+  if (memory.is_measuring()) return;
   dispatch_policy(call, [&](auto launchers) { launchers.shrink_grad(call, params, plan); });
   if (sums.first.rows || sums.second.rows) sum_parts(call, call.type, sums);
 }

@@ -8,7 +8,7 @@
 namespace lotr::cuda {
 
 void run(const Call& call, const PackProblem& p, Workspace& memory) {
-  if (memory.counts() || p.rows == 0) return;
+  if (memory.is_measuring() || p.rows == 0) return;
   dispatch_type(call.type, [&](auto element) {
     using Traits = kernels::PackTraits<decltype(element)>;
     const int64_t tiles =

@@ -104,15 +104,16 @@ inline int resident_blocks(const Card& card, int at_most,
   return size_t(card.shared) >= 2 * (bytes + 1024) ? at_most : 1;
 }
 
-// The costs of a kernel that its plans have in common. All but the first two are bytes.
+// The costs of a kernel that its plans have in common.
 struct Costs {
   int resident_blocks = 1;     // per SM
   double bytes_per_clock = 0;  // of the matrix, by a block that is alone on its SM
-  double matrix = 0;           // read and written
-  double tile = 0;             // read and written, counted in full at the edge of the matrix too
-  double per_m_block = 0;      // factors that each block along M reads
-  double per_n_block = 0;      // factors that each block along N reads
-  double part = 0;             // of a part; each block that shares an output writes one
+  // Bytes:
+  double matrix = 0;       // all of it, read and written
+  double tile = 0;         // read and written; a tile at the edge of the matrix counts in full
+  double per_m_block = 0;  // factors that each block along M reads
+  double per_n_block = 0;  // factors that each block along N reads
+  double part = 0;         // of a part; each block that shares an output writes one
 };
 
 // Estimates a plan in clocks: the longest of the busiest SM, memory and L2, plus a share of the
@@ -150,18 +151,18 @@ struct Fastest {
   }
 };
 
-// Calls f(splits) for the candidate numbers of pieces of a row of `most` tiles: one, as many as
-// give one block per SM, and as many as give one per resident block. others: blocks along the
-// other dimension of the grid.
+// Calls f(splits) for the numbers of splits of one dimension of the grid that are worth an
+// estimate: one, as many as give one block per SM, and as many as fill all resident blocks. tiles:
+// along this dimension. other_blocks: along the other one.
 template <class F>
-void each_split(const Card& card, int resident_blocks, int64_t others, int64_t most, F f) {
+void each_split(const Card& card, int resident_blocks, int64_t other_blocks, int64_t tiles, F f) {
   const int64_t sms = card.multiprocessors;
-  int64_t last = 0;
+  int64_t previous = 0;
   for (const int64_t blocks : {int64_t(1), sms, sms * resident_blocks}) {
-    const int64_t wanted = std::clamp<int64_t>(blocks / others, 1, most);
-    const int64_t splits = fewest_blocks(most, wanted);
-    if (splits != last) f(splits);
-    last = splits;
+    const int64_t wanted = std::clamp<int64_t>(blocks / other_blocks, 1, tiles);
+    const int64_t splits = fewest_blocks(tiles, wanted);
+    if (splits != previous) f(splits);
+    previous = splits;
   }
 }
 
@@ -190,7 +191,7 @@ inline Plan shrink(const Card& card, int64_t M, int64_t K, int64_t r, int elemen
         fastest.consider(card, costs, plan, splits);
       });
     }
-    if (rows == tall) break;  // the two heights may be the same
+    if (rows == tall) break;  // at rank 256, tall is SHRINK_LOW
   }
   return fastest.plan;
 }
@@ -244,7 +245,7 @@ inline Plan factor_grad(const Card& card, int64_t M, int64_t K, int64_t r, int e
         fastest.consider(card, costs, plan, splits);
       });
     }
-    if (cols == wide) break;  // the two widths may be the same
+    if (cols == wide) break;  // narrow and wide differ only at rank 64
   }
   return fastest.plan;
 }

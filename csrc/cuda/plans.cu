@@ -1,4 +1,5 @@
-// Implements plans.h.
+// Implements plans.h: parses LOTR_CUDA_PLAN, then replaces numbers of a plan of plan.h by those of
+// the text, and refuses a plan that the kernel cannot run.
 #include "plans.h"
 
 #include <charconv>
@@ -11,10 +12,24 @@
 namespace lotr::cuda {
 namespace {
 
-using Words = std::map<std::string, int64_t>;
-constexpr const char* NAMES[] = {"shrink",      "expand_add", "factor_grad",
+using Words = std::map<std::string, int64_t>;  // NAME=NUMBER of one kernel
+constexpr const char* NAMES[] = {"shrink",      "expand_add", "factor_grad",  // as in Kernel
                                  "shrink_grad", "fold_grad",  "row_core_grad"};
-constexpr size_t WITH_TILES = 4;  // kernels whose plan is a plan::Plan
+constexpr size_t TILED_KERNELS = 4;  // the first of them: their plan is a plan::Plan
+static_assert(size_t(Kernel::shrink_grad) + 1 == TILED_KERNELS);
+constexpr const char* ALL_LAUNCHES = "";  // in place of a kernel, for words without one
+
+// What the plan of a tiled kernel follows from.
+struct Shape {
+  int64_t M, N;  // of the large matrix
+  int32_t r;
+  int element;  // bytes
+  Card card;
+
+  auto key() const { return std::tuple(M, N, r, element, card.multiprocessors, card.shared); }
+};
+
+// ---- LOTR_CUDA_PLAN ----
 
 [[noreturn]] void refuse(const std::string& expected, const std::string& got) {
   throw std::invalid_argument("LOTR_CUDA_PLAN: expected " + expected + ", got " + got);
@@ -33,25 +48,26 @@ std::pair<std::string, int64_t> word_of(const std::string& text) {
 }
 
 bool has_tiles(const std::string& kernel) {
-  return std::find(NAMES, NAMES + WITH_TILES, kernel) != NAMES + WITH_TILES;
+  return std::find(NAMES, NAMES + TILED_KERNELS, kernel) != NAMES + TILED_KERNELS;
 }
 
-// Whether a kernel's plan has this number. The kernel "" stands for all launches.
+// Whether a kernel's plan has a number of this name.
 bool has_word(const std::string& kernel, const std::string& name) {
-  if (kernel.empty()) return name == "early";
+  if (kernel == ALL_LAUNCHES) return name == "early";
   if (!has_tiles(kernel)) return name == "splits";
   return name == "rows" || name == "cols" || name == "m_blocks" || name == "n_blocks";
 }
 
-// The words of each kernel. The words of "" belong to all launches.
+// The words of each kernel.
 std::map<std::string, Words> parse(const std::string& text) {
   std::map<std::string, Words> words_of;
   std::istringstream parts(text);
   for (std::string part; std::getline(parts, part, ';');) {
     std::istringstream words(part);
-    std::string kernel, word;
+    std::string kernel = ALL_LAUNCHES;
+    std::string word;
     while (words >> word) {
-      if (kernel.empty() && word.find('=') == std::string::npos) {
+      if (kernel == ALL_LAUNCHES && word.find('=') == std::string::npos) {
         if (std::find(std::begin(NAMES), std::end(NAMES), word) == std::end(NAMES))
           refuse("shrink, expand_add, factor_grad, shrink_grad, fold_grad or row_core_grad", word);
         kernel = word;
@@ -66,6 +82,7 @@ std::map<std::string, Words> parse(const std::string& text) {
   return words_of;
 }
 
+// The words of a kernel, which is a name or ALL_LAUNCHES.
 const Words& overrides(const std::string& kernel) {
   static const std::map<std::string, Words> all = [] {
     const char* text = std::getenv("LOTR_CUDA_PLAN");
@@ -76,63 +93,20 @@ const Words& overrides(const std::string& kernel) {
   return words == all.end() ? none : words->second;
 }
 
-// Replaces `value` by the word `name`, which is from 1 to most.
+// If the words have a number of this name, which must be from 1 to `limit`, it replaces `value`.
 template <class Integer>
-void replace(const Words& words, const char* name, Integer& value, int64_t most) {
+void replace(const Words& words, const char* name, Integer& value, int64_t limit) {
   const auto word = words.find(name);
   if (word == words.end()) return;
-  if (word->second < 1 || word->second > most)
-    refuse(std::string(name) + " from 1 to " + std::to_string(most), std::to_string(word->second));
+  if (word->second < 1 || word->second > limit)
+    refuse(std::string(name) + " from 1 to " + std::to_string(limit), std::to_string(word->second));
   value = Integer(word->second);
 }
 
-// Replaces the tile by another one that the kernel is compiled for.
-void replace_tile(const Words& words, Kernel kernel, int R, int element, int64_t M, int64_t N,
-                  plan::Plan& plan) {
-  if (!words.count("rows") && !words.count("cols")) return;
-  plan::Plan other = plan;
-  replace(words, "rows", other.rows, 1 << 20);
-  replace(words, "cols", other.cols, 1 << 20);
-  bool is_compiled = other.rows == plan.rows && other.cols == plan.cols;
-  if (kernel == Kernel::shrink && !words.count("cols")) {
-    is_compiled |= other.rows == kernels::SHRINK_LOW || other.rows == kernels::shrink_tall(R);
-    if (is_compiled) other.cols = kernels::shrink_cols(size_t(element), R, other.rows);
-  }
-  if (kernel == Kernel::factor_grad && !words.count("rows")) {
-    is_compiled |=
-        other.cols == kernels::factor_grad_narrow(R) || other.cols == kernels::factor_grad_wide(R);
-    if (is_compiled) other.rows = kernels::factor_grad_rows(size_t(element), R, other.cols);
-  }
-  if (!is_compiled)
-    refuse("a tile that the kernel is compiled for, as " + std::to_string(plan.rows) + " x " +
-               std::to_string(plan.cols),
-           std::to_string(other.rows) + " x " + std::to_string(other.cols));
-  plan = other;
-  plan.m_tiles = plan::ceil_div(M, plan.rows);
-  plan.n_tiles = plan::ceil_div(N, plan.cols);
-}
+// ---- the kernels with tiles ----
 
-// The most column tiles that a block can have; of shrink, row tiles.
-int64_t most_tiles(Kernel kernel, int R, int element, const plan::Plan& plan) {
-  switch (kernel) {
-    case Kernel::shrink:
-      return kernels::shrink_subs(R, plan.rows);
-    case Kernel::expand_add:
-      return kernels::expand_subs(size_t(element), R);
-    case Kernel::factor_grad:
-      return kernels::factor_grad_subs(R, plan.cols);
-    default:
-      return kernels::shrink_grad_subs(size_t(element), R);
-  }
-}
-
-plan::Split with_splits(const char* kernel, plan::Split plan, int64_t most) {
-  replace(overrides(kernel), "splits", plan.splits, most);
-  return plan;
-}
-
-plan::Plan default_plan(const Card& card, Kernel kernel, int64_t M, int64_t N, int32_t r,
-                        int element) {
+plan::Plan default_plan(Kernel kernel, const Shape& shape) {
+  const auto& [M, N, r, element, card] = shape;
   switch (kernel) {
     case Kernel::shrink:
       return plan::shrink(card, M, N, r, element);
@@ -145,52 +119,102 @@ plan::Plan default_plan(const Card& card, Kernel kernel, int64_t M, int64_t N, i
   }
 }
 
+// shrink is compiled for two heights of tiles, factor_grad for two widths. If the words give only
+// this extent of `tile`, sets the other one and returns true; false if there is no such tile.
+bool complete_tile(const Words& words, Kernel kernel, const Shape& shape, plan::Plan& tile) {
+  const int R = plan::padded_rank(shape.r);
+  const auto element = size_t(shape.element);
+  if (kernel == Kernel::shrink && !words.count("cols")) {
+    tile.cols = kernels::shrink_cols(element, R, tile.rows);
+    return tile.rows == kernels::SHRINK_LOW || tile.rows == kernels::shrink_tall(R);
+  }
+  if (kernel == Kernel::factor_grad && !words.count("rows")) {
+    tile.rows = kernels::factor_grad_rows(element, R, tile.cols);
+    return tile.cols == kernels::factor_grad_narrow(R) || tile.cols == kernels::factor_grad_wide(R);
+  }
+  return false;
+}
+
+// Replaces the plan's tile by another one that the kernel is compiled for.
+void replace_tile(const Words& words, Kernel kernel, const Shape& shape, plan::Plan& plan) {
+  plan::Plan other = plan;
+  replace(words, "rows", other.rows, 1 << 20);
+  replace(words, "cols", other.cols, 1 << 20);
+  if (other.rows == plan.rows && other.cols == plan.cols) return;
+  const std::string got = std::to_string(other.rows) + " x " + std::to_string(other.cols);
+  if (!complete_tile(words, kernel, shape, other))
+    refuse("a tile that the kernel is compiled for, as " + std::to_string(plan.rows) + " x " +
+               std::to_string(plan.cols),
+           got);
+  plan = other;
+  plan.m_tiles = plan::ceil_div(shape.M, plan.rows);
+  plan.n_tiles = plan::ceil_div(shape.N, plan.cols);
+}
+
+// How many tiles a block can have: column tiles, of shrink row tiles.
+int64_t max_tiles_of_block(Kernel kernel, const Shape& shape, const plan::Plan& plan) {
+  const int R = plan::padded_rank(shape.r);
+  const auto element = size_t(shape.element);
+  switch (kernel) {
+    case Kernel::shrink:
+      return kernels::shrink_subs(R, plan.rows);
+    case Kernel::expand_add:
+      return kernels::expand_subs(element, R);
+    case Kernel::factor_grad:
+      return kernels::factor_grad_subs(R, plan.cols);
+    default:
+      return kernels::shrink_grad_subs(element, R);
+  }
+}
+
 // The plan of plan.h with the words of LOTR_CUDA_PLAN.
-plan::Plan overridden_plan(const Call& call, Kernel kernel, int64_t M, int64_t N, int32_t r) {
-  const int element = element_size(call.type);
-  const int R = plan::padded_rank(r);
-  plan::Plan plan = default_plan(call.card, kernel, M, N, r, element);
+plan::Plan overridden_plan(Kernel kernel, const Shape& shape) {
+  plan::Plan plan = default_plan(kernel, shape);
   const Words& words = overrides(NAMES[int(kernel)]);
   if (words.empty()) return plan;
-  replace_tile(words, kernel, R, element, M, N, plan);
+  replace_tile(words, kernel, shape, plan);
   replace(words, "m_blocks", plan.m_blocks, plan.m_tiles);
   replace(words, "n_blocks", plan.n_blocks, plan.n_tiles);
-  const bool along_m = kernel == Kernel::shrink;
-  const int64_t tiles = along_m ? plan.m_tiles : plan.n_tiles;
-  const int64_t blocks = along_m ? plan.m_blocks : plan.n_blocks;
-  const int64_t most = most_tiles(kernel, R, element, plan);
-  if (plan::ceil_div(tiles, blocks) > most)
-    refuse("at least " + std::to_string(plan::ceil_div(tiles, most)) +
-               (along_m ? " m_blocks" : " n_blocks") + " of " + NAMES[int(kernel)],
+  // A block of shrink keeps sums of all its row tiles, a block of the others something of all its
+  // column tiles: sums, or rows of F.
+  const bool keeps_rows = kernel == Kernel::shrink;
+  const int64_t tiles = keeps_rows ? plan.m_tiles : plan.n_tiles;
+  const int64_t blocks = keeps_rows ? plan.m_blocks : plan.n_blocks;
+  const int64_t limit = max_tiles_of_block(kernel, shape, plan);
+  if (plan::ceil_div(tiles, blocks) > limit)
+    refuse("at least " + std::to_string(plan::ceil_div(tiles, limit)) +
+               (keeps_rows ? " m_blocks" : " n_blocks") + " of " + NAMES[int(kernel)],
            std::to_string(blocks));
+  return plan;
+}
+
+// ---- the kernels with splits ----
+
+plan::Split with_splits(const char* kernel, plan::Split plan, int64_t limit) {
+  replace(overrides(kernel), "splits", plan.splits, limit);
   return plan;
 }
 
 }  // namespace
 
 bool early_launches() {
-  const auto word = overrides("").find("early");
-  return word == overrides("").end() || word->second != 0;
+  const Words& words = overrides(ALL_LAUNCHES);
+  const auto word = words.find("early");
+  return word == words.end() || word->second != 0;
 }
 
 plan::Plan plan_of(const Call& call, Kernel kernel, int64_t M, int64_t N, int32_t r) {
-  // The last plan of each kernel is kept: a call plans twice, for its workspace and for its
-  // launches, and consecutive layers often have one shape.
-  struct Last {
-    int64_t M, N;
-    int32_t r, element;
-    Card card;
+  // Each kernel's latest plan is kept: a call plans twice, for its workspace and for its launches,
+  // and consecutive layers often have one shape.
+  struct Latest {
+    Shape shape;
     plan::Plan plan;
   };
-  static thread_local Last plans[WITH_TILES] = {};
-  Last& last = plans[int(kernel)];
-  const int element = element_size(call.type);
-  const auto key = [](int64_t m, int64_t n, int32_t rank, int32_t bytes, const Card& card) {
-    return std::tuple(m, n, rank, bytes, card.multiprocessors, card.shared);
-  };
-  if (key(last.M, last.N, last.r, last.element, last.card) != key(M, N, r, element, call.card))
-    last = {M, N, r, element, call.card, overridden_plan(call, kernel, M, N, r)};
-  return last.plan;
+  static thread_local Latest of_kernel[TILED_KERNELS] = {};
+  Latest& latest = of_kernel[int(kernel)];
+  const Shape shape{M, N, r, element_size(call.type), call.card};
+  if (latest.shape.key() != shape.key()) latest = {shape, overridden_plan(kernel, shape)};
+  return latest.plan;
 }
 
 plan::Split fold_grad_plan(const Call& call, int64_t N, int32_t r_in, int32_t r_out) {

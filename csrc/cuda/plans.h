@@ -25,8 +25,11 @@ plan::Split row_core_grad_plan(const Call& call, int64_t rows, int64_t cores, in
 // Whether launches may start early on cards that support it.
 bool early_launches();
 
-// A plan in one line: the words of LOTR_CUDA_PLAN, and the number of blocks. fold_grad: N rows of
-// B, M is not used. row_core_grad: M rows, N cores. Both: cores of r x r_out.
+// A plan in one line: the words of LOTR_CUDA_PLAN, and the number of blocks.
+//
+//   first four       large matrix [M, N], rank r; r_out is not used
+//   fold_grad        B [N, r_out], core [r, r_out]; M is not used
+//   row_core_grad    M rows, N cores [r, r_out]
 std::string plan_text(const Call& call, const std::string& kernel, int64_t M, int64_t N, int32_t r,
                       int32_t r_out);
 

@@ -161,8 +161,9 @@ struct RowIndex {
   int64_t rows, tokens, cores;
 };
 
-// h_i = scale a_t(i) G_c(i); and row_du_i = scale g_i G_c(i)^T, with the strides of a core
-// exchanged
+// h_i = scale a_t(i) G_c(i), where row i has token t(i) and core c(i). The backward pass computes
+// row_du_i = scale g_i G_c(i)^T as the same problem: a is g, h is row_du, and the strides of a core
+// are exchanged.
 struct RowCoreProblem {
   RowIndex index;
   Matrix a;             // [tokens, r_in]
@@ -182,11 +183,11 @@ struct RowEndsProblem {
   int64_t rows, bound;
 };
 
-// The places of the rows that have a key in common.
+// Rows sorted by a key, and where each key's rows are among them.
 struct Segments {
   const int64_t* order;  // [rows]: the row at each place, or null: place i has row i
-  const int32_t* ends;   // [keys + 1] of RowEndsProblem, or [keys] with from_zero
-  int32_t from_zero;     // 1: ends[key] is the end of a key; 0: ends[key + 1], because of key -1
+  const int32_t* ends;   // the place after the last row of each key
+  int32_t from_zero;     // 1: ends starts with key 0; 0: with key -1, as RowEndsProblem writes it
 };
 
 // dG_c = scale sum of u_t(i)^T g_i over the rows of c, in their order

@@ -19,10 +19,11 @@ dim3 blocks_of(int64_t elements) {
 }  // namespace
 
 void run(const Call& call, const RowCoreProblem& problem, Workspace& memory) {
-  if (problem.index.rows == 0 || memory.counts()) return;
+  if (problem.index.rows == 0 || memory.is_measuring()) return;
   auto p = params_of<RowCoreParams>(problem);
   p.rows_of_block = plan::rows_of_block(call.card, p.index.rows, p.r_out);
-  // The neighbors in memory of G^T are neighbors along the sum.
+  // Of a core as it is stored, neighbors in memory are neighbors along r_out. The backward pass
+  // exchanges the strides, and they become neighbors along the sum.
   const bool along_k = std::abs(p.cores.row) < std::abs(p.cores.col);
   const dim3 grid(unsigned(plan::ceil_div(p.index.rows, p.rows_of_block)),
                   unsigned(plan::ceil_div(p.r_out, kernels::SMALL_COLS)));
@@ -34,7 +35,7 @@ void run(const Call& call, const RowCoreProblem& problem, Workspace& memory) {
 }
 
 void run(const Call& call, const RowEndsProblem& p, Workspace& memory) {
-  if (!memory.counts())
+  if (!memory.is_measuring())
     launch<SmallTraits, kernels::row_ends>(call, blocks_of(p.bound + 1), p, "row_ends", 0);
 }
 
@@ -51,14 +52,14 @@ void run(const Call& call, const RowCoreGradProblem& problem, Workspace& memory)
     p.dcores_part = rows * p.dcores_row;
     p.dcores = memory.take<float>(plan.splits * p.dcores_part);
   }
-  if (memory.counts()) return;
+  if (memory.is_measuring()) return;
   launch<SmallTraits, kernels::row_core_grad>(call, dim3(unsigned(plan.tiles * plan.splits)), p,
                                               "row_core_grad");
   if (plan.splits > 1) sum_cores(call, p.dcores, problem.dcores, rows, p.r_out, p.splits);
 }
 
 void run(const Call& call, const SumRowsProblem& p, Workspace& memory) {
-  if (p.tokens == 0 || memory.counts()) return;
+  if (p.tokens == 0 || memory.is_measuring()) return;
   launch<SmallTraits, kernels::sum_rows>(call, blocks_of(p.tokens * p.r), p, "sum_rows", 0);
 }
 

@@ -56,7 +56,8 @@ endfunction()
 # Splits a list in two: architectures that are compiled, and nvcc's options for those that are
 # assembled from the PTX of a compiled one. The latter are "-real" entries for which the list has a
 # lower architecture on the same side of 9.0, the only version that the sources distinguish. PTX is
-# two thirds of the work; 80, 86 and 89 share one.
+# two thirds of the work. Of 80, 86-real, 89-real and 90a-real, 80 and 90a-real are compiled, and 86
+# and 89 are assembled from the PTX of 80.
 function(lotr_share_ptx compiled_result options_result archs)
   set(compiled)
   set(options)

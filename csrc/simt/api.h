@@ -40,20 +40,19 @@ struct Options {
   // Bytes of shared memory that a block may request: 101376 on sm_86 and 89, 166912 on sm_80.
   size_t shared_limit = 232448;
 };
-// Mutation without a compiler: barriers, warp synchronization, commits, waits and fences at this
-// line do nothing, as if the line were deleted. file: the end of its path, as "tile/reduce.cuh".
-// An empty file is no line.
+// For mutation tests: barriers, warp synchronization, commits, waits and fences at this line do
+// nothing, as if the line were deleted and the kernel compiled again.
 struct Skip {
-  std::string file;
+  std::string file;  // the end of its path, as "tile/load.cuh"; empty: nothing is skipped
   int line = 0;
 };
 void skip_synchronization(const Skip& at);
 
-// Every such call that has run since reset_counters.
+// The calls of one such place since reset_counters.
 struct SynchronizationSite {
   std::string op, file;
   int line;
-  uint64_t calls;  // of threads
+  uint64_t calls;  // each thread's call counts
 };
 std::vector<SynchronizationSite> synchronization_sites();
 

@@ -11,7 +11,8 @@ bool same(Site a, Site b) {
   return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file));
 }
 
-void expect(Barrier& b, int id, uint32_t threads, const char* op, Site site) {
+// The first thread at a barrier says for how many threads it is. The others must say the same.
+void agree_on_threads(Barrier& b, int id, uint32_t threads, const char* op, Site site) {
   if (!b.arrived) {
     b.site = site;
     b.op = op;
@@ -22,6 +23,7 @@ void expect(Barrier& b, int id, uint32_t threads, const char* op, Site site) {
   }
 }
 
+// Makes all threads ready that wait at the barrier.
 void open_barrier(Block& block, int id) {
   Barrier& b = block.barriers[id];
   b.arrived = 0;
@@ -38,13 +40,14 @@ void open_barrier(Block& block, int id) {
   progress();
 }
 
+// The running thread waits at barrier `id` of its block until `threads` threads have arrived.
 void meet(int id, uint32_t threads, const char* op, Site site) {
   Thread& t = enter(op, site);
   Block& block = *t.block;
   Barrier& b = block.barriers[id];
   // A barrier is for full warps: no lane may wait in a collective.
   if (t.warp->arrived) fail_diverged(t, t.warp->thread[__builtin_ctz(t.warp->arrived)]);
-  expect(b, id, threads, op, site);
+  agree_on_threads(b, id, threads, op, site);
   if (id == 0 && !same(b.site, site))
     fail("divergent barrier: thread %u reached %s at %s:%d while others wait at %s:%d", t.linear,
          op, site.file, site.line, b.site.file, b.site.line);
@@ -67,21 +70,23 @@ void check_named(int id, int threads, const char* op, Site site) {
          site.line, threads, self().block->thread_count);
 }
 
-struct Exchange {
-  uint64_t in, out;
-  int source;  // a lane, or negative: the lane keeps its value
+// A lane's operand of a shuffle.
+struct Shuffled {
+  uint64_t sent, received;
+  int source;  // the lane that sends, or negative: the lane keeps its value
 };
 
+// The leader of a shuffle. op: its name.
 void exchange(Warp& warp, uint32_t mask, void* op) {
   for (uint32_t lanes = mask; lanes; lanes &= lanes - 1) {
     const int lane = __builtin_ctz(lanes);
-    auto& value = *static_cast<Exchange*>(warp.thread[lane].operand);
-    value.out = value.in;
+    auto& value = *static_cast<Shuffled*>(warp.thread[lane].operand);
+    value.received = value.sent;
     if (value.source < 0) continue;
     if (!(mask >> value.source & 1))
       fail("%s: lane %d reads lane %d, which is not in mask %08x", static_cast<const char*>(op),
            lane, value.source, mask);
-    value.out = static_cast<Exchange*>(warp.thread[value.source].operand)->in;
+    value.received = static_cast<Shuffled*>(warp.thread[value.source].operand)->sent;
   }
 }
 
@@ -100,7 +105,7 @@ void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Le
          mask, mask & ~warp.alive);
   t.mask = mask;
   t.operand = operand;
-  // Lanes that have arrived were compared with each other then: one of them is enough.
+  // The lanes that have arrived agree with each other, so it is enough to compare with one of them.
   if (const uint32_t arrived = warp.arrived & mask) {
     const Thread& other = warp.thread[__builtin_ctz(arrived)];
     if (other.op != op || other.mask != mask || !same(other.site, site))
@@ -134,21 +139,21 @@ void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Le
 
 void sync_threads(Site site) {
   race::ExecutorScope scope;
-  if (left_out("__syncthreads", site)) return;
+  if (counted_and_skipped("__syncthreads", site)) return;
   meet(0, self().block->thread_count, "__syncthreads", site);
 }
 
 void barrier_sync(int id, int threads, Site site) {
   race::ExecutorScope scope;
   check_named(id, threads, "bar.sync", site);
-  if (left_out("bar.sync", site)) return;
+  if (counted_and_skipped("bar.sync", site)) return;
   meet(id, uint32_t(threads), "bar.sync", site);
 }
 
 void cluster_sync(Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("barrier.cluster", site);
-  if (left_out(t.op, site)) return;
+  if (counted_and_skipped(t.op, site)) return;
   Barrier& b = machine.cluster_barrier;
   race::Sync& sync = b.sync[b.generation % 2];
   race::release(sync);
@@ -169,7 +174,7 @@ void cluster_sync(Site site) {
 
 void sync_warp(uint32_t mask, Site site) {
   race::ExecutorScope scope;
-  if (left_out("__syncwarp", site)) return;
+  if (counted_and_skipped("__syncwarp", site)) return;
   warp_collective("__syncwarp", mask, site, nullptr, nullptr, nullptr, true);
 }
 
@@ -182,9 +187,9 @@ uint64_t shuffle_xor(uint32_t mask, uint64_t bits, int lanes, int width, Site si
   const int lane = int(self().lane);
   const int last = lane / width * width + width - 1;
   const int source = (lane ^ lanes) > last ? -1 : lane ^ lanes;
-  Exchange e{bits, bits, source};
-  warp_collective(op, mask, site, &e, exchange, const_cast<char*>(op), false);
-  return e.out;
+  Shuffled value{bits, bits, source};
+  warp_collective(op, mask, site, &value, exchange, const_cast<char*>(op), false);
+  return value.received;
 }
 
 }  // namespace lotr::simt

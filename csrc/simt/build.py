@@ -1,12 +1,14 @@
 """Builds the kernels' Python module and small test programs for the SIMT executor, in three modes.
 
 plain   the numbers and the counters
-asan    AddressSanitizer and UBSan: a module needs a separate process, see `environment`
+asan    AddressSanitizer and UBSan: a module needs a separate process, see `python_environment`
 race    the executor's race detector: kernels with -fsanitize=thread, linked without it
 
 Objects go to build-simt/<mode>. They are compiled again only if an included file, or the command,
-has changed. Two compilers run at a time. On the command line, `python csrc/simt/build.py [mode ..]`
-builds the module.
+has changed. Two compilers run at a time. `python csrc/simt/build.py [mode ..]` builds the module.
+
+Tests call `module` or `load` (the Python module), `program` or `run_program` (a file with a main),
+and `planted_module` (the module with a bug).
 """
 
 import contextlib
@@ -18,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -69,11 +71,11 @@ _COMMON = [
 
 
 class BuildError(RuntimeError):
-    """A compiler failed; the message is its own."""
+    """A compiler is missing or failed. The message has its command and its output."""
 
 
 def compiler() -> str:
-    """g++ where there is one: the sanitizers' run-time libraries are named as gcc names them."""
+    """Returns g++ if there is one: `_library` uses gcc's names of the sanitizers' libraries."""
     return "g++" if shutil.which("g++") else os.environ.get("CXX") or "c++"
 
 
@@ -123,15 +125,15 @@ def _run(command: list[str]) -> str:
         BuildError: If there is none, or it fails.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError as error:  # of the compiler: there is none
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:  # there is no such program
         raise BuildError(
             f"no C++ compiler: expected g++, or another that CXX names, got {command[0]!r}: "
             f"{error.strerror}. Install one, on Debian by apt-get install g++"
         ) from None
-    if done.returncode:
-        raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return done.stdout + done.stderr
+    if result.returncode:
+        raise BuildError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+    return result.stdout + result.stderr
 
 
 def nvcc(source: Path, output: Path, *options: str) -> str:
@@ -141,7 +143,7 @@ def nvcc(source: Path, output: Path, *options: str) -> str:
 
 
 class _Compilation(NamedTuple):
-    """An object file, its source, and the command that writes it, without the name of the file."""
+    """An object file, its source, and the command that writes it, without `-o output`."""
 
     output: Path
     source: Path
@@ -149,7 +151,7 @@ class _Compilation(NamedTuple):
 
 
 def _stale(output: Path, command: list[str]) -> bool:
-    """Whether the command changed, or a file that it read is newer than its output."""
+    """Returns whether the command changed, or a file that it read is newer than its output."""
     note = output.with_suffix(".cmd")
     depends = output.with_suffix(".d")
     if not output.exists() or not note.exists() or note.read_text() != "\n".join(command):
@@ -173,9 +175,10 @@ def make(output: Path, command: list[str]) -> bool:
     return True
 
 
-def _compile(
+def _compilation(
     mode: str, source: Path, has_kernels: bool, includes: list[Path], defines: list[str]
 ) -> _Compilation:
+    """Returns how to compile a source. Each set of defines has a separate object."""
     flags = _FLAGS[mode]
     key = hashlib.sha1("\n".join([str(source), *defines]).encode()).hexdigest()[:8]
     output = BUILD / mode / f"{source.stem}-{key}.o"
@@ -189,7 +192,7 @@ def _compile(
 
 @contextlib.contextmanager
 def locked(mode: str) -> Iterator[None]:
-    """One process at a time builds in this folder of build-simt."""
+    """Lets one process at a time build in this folder of build-simt."""
     folder = BUILD / mode
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
@@ -205,6 +208,14 @@ def _make_all(steps: list[_Compilation]) -> list[str]:
     return [str(step.output) for step in steps]
 
 
+def _objects(mode: str, sources: Iterable[Path], includes: list[Path]) -> list[str]:
+    """Compiles sources as code that contains kernels, and returns the objects."""
+    with locked(mode):
+        return _make_all(
+            [_compilation(mode, source, True, includes, []) for source in sorted(sources)]
+        )
+
+
 def _build(
     mode: str,
     sources: list[Path],
@@ -215,15 +226,21 @@ def _build(
 ) -> Path:
     """Compiles the sources and links them with the executor.
 
-    other_objects: Linked last, so that inline functions come from the mode's objects.
+    Args:
+        mode: One of MODES.
+        sources: The kernels and what calls them.
+        output: The file that is written.
+        link: Options of the linker.
+        defines: Options of the compiler. Those that begin with LOTR_SIMT_ are the executor's too.
+        other_objects: Linked last, so that inline functions come from the mode's objects.
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode}")
     of_executor = [define for define in defines if define.startswith("-DLOTR_SIMT_")]
     with locked(mode):
         executor = sorted(EXECUTOR.glob("*.cpp"))
-        steps = [_compile(mode, source, False, [], of_executor) for source in executor]
-        steps += [_compile(mode, source, True, [], defines) for source in sources]
+        steps = [_compilation(mode, source, False, [], of_executor) for source in executor]
+        steps += [_compilation(mode, source, True, [], defines) for source in sources]
         objects = [*_make_all(steps), *other_objects]
         output.with_suffix(".d").write_text("out: " + " ".join(objects))
         make(output, [compiler(), *link, *objects, *_FLAGS[mode].link])
@@ -231,7 +248,7 @@ def _build(
 
 
 def program(mode: str, source: Path, defines: tuple[str, ...] = ()) -> Path:
-    """An executable of one source file with a main(), the executor linked in."""
+    """Builds a program of one source file with a main(), linked with the executor."""
     name = "-".join([source.stem, *(d.removeprefix("-D").replace("=", "") for d in defines)])
     return _build(mode, [source], BUILD / mode / name, [], list(defines))
 
@@ -239,34 +256,36 @@ def program(mode: str, source: Path, defines: tuple[str, ...] = ()) -> Path:
 def module(mode: str = "plain", kind: str | None = None) -> Path:
     """Builds the Python module: csrc/simt/module and the launchers of csrc/cuda.
 
-    kind: The only element type that will run ("bf16"). The kernels of the other types are then from
-    the plain build, which saves compiling them.
+    Args:
+        mode: One of MODES.
+        kind: The only element type that will run ("bf16"). The kernels of the other types are then
+            from the plain build, which saves compiling them.
     """
     import pybind11
 
     includes = [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
-    with locked("bindings"):
-        sources = sorted((EXECUTOR / "module").glob("*.cpp"))
-        other_objects = _make_all(
-            [_compile("bindings", source, True, includes, []) for source in sources]
-        )
+    other_objects = _objects("bindings", (EXECUTOR / "module").glob("*.cpp"), includes)
     sources = sorted((CSRC / "cuda").rglob("*.cu"))
     name = MODULE
     if kind is not None and mode != "plain":
         name = f"{MODULE}-{kind}"
         others = {CSRC / "cuda" / f"kernels_{other}.cu" for other in KINDS if other != kind}
         sources = [source for source in sources if source not in others]
-        steps = [_compile("plain", source, True, [], []) for source in sorted(others)]
-        with locked("plain"):
-            other_objects += _make_all(steps)
+        other_objects += _objects("plain", others, [])
     output = BUILD / mode / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     return _build(mode, sources, output, ["-shared"], [], tuple(other_objects))
 
 
 def planted_module(mode: str, unit: str, file: str, text: str, instead: str, folder: Path) -> Path:
-    """Builds the module in `folder`, with a bug: in a copy of `file`, `instead` replaces `text`.
+    """Builds the module with a bug, and returns its path.
 
-    unit: The .cu of csrc/cuda that includes the file.
+    Args:
+        mode: One of MODES.
+        unit: The .cu of csrc/cuda that includes the file.
+        file: The file of csrc/cuda that has the bug.
+        text: A text that occurs once in the file.
+        instead: The text that replaces it in a copy.
+        folder: Where the copy and the module are written.
     """
     copy = folder / "cuda"
     shutil.copytree(CSRC / "cuda", copy)
@@ -274,7 +293,7 @@ def planted_module(mode: str, unit: str, file: str, text: str, instead: str, fol
     assert source.count(text) == 1, f"{file} has changed: {text}"
     (copy / file).write_text(source.replace(text, instead))
     correct = module(mode)
-    planted = _compile(mode, copy / unit, True, [], [])
+    planted = _compilation(mode, copy / unit, True, [], [])
     changed = str(folder / planted.output.name)
     _run([*planted.command, "-o", changed])
     objects = correct.with_suffix(".d").read_text().split()[1:]
@@ -346,10 +365,11 @@ def run_program(
 
 
 def python_environment(mode: str) -> dict[str, str]:
-    """The same for Python: AddressSanitizer must be there before Python starts."""
+    """Returns the variables for a Python process that loads the module of this mode."""
     env = environment(mode)
     if mode == "asan":
-        # With libstdc++, so that exceptions can be intercepted.
+        # AddressSanitizer must be loaded before Python starts; libstdc++ too, so that it can
+        # intercept exceptions.
         env["LD_PRELOAD"] = " ".join(map(_library, ("libasan.so", "libstdc++.so")))
     return env
 

@@ -1,5 +1,6 @@
-// Counts the traffic of a launch. Each lane logs its accesses. When the warp converges, the log
-// is split into instructions: the lanes' n-th accesses at one call site are one instruction.
+// Counts the traffic of a launch. Each lane logs its accesses. When the warp converges, flush_log
+// splits the logs into instructions: the lanes' n-th accesses at one call site are one instruction.
+// Each instruction then counts as one access of a warp to global or to shared memory.
 #include <algorithm>
 #include <cstdio>
 #include <stdexcept>
@@ -23,6 +24,7 @@ struct Array {
 std::vector<Array> arrays;  // by address
 Array unregistered;
 
+// The registered array that the address is in, or `unregistered`.
 Array& array_of(uintptr_t address) {
   static size_t latest = 0;
   if (latest < arrays.size() && address - arrays[latest].base < arrays[latest].bytes)
@@ -52,23 +54,25 @@ void add(Traffic& traffic, Space space, uint64_t bytes, uint64_t sectors) {
 void count_global_instruction(const Access* const* lanes, size_t count) {
   struct Touched {
     uintptr_t sector;
-    uint32_t bytes;  // bits
+    uint32_t byte_mask;  // one bit for each of its bytes
   } touched[32];
-  size_t n = 0;
+  size_t sectors = 0;
   for (size_t i = 0; i < count; ++i) {
     const Access& access = *lanes[i];
     const uintptr_t sector = access.address / SECTOR;
-    const uint32_t bits = ((uint32_t(1) << access.bytes) - 1) << access.address % SECTOR;
-    size_t at = n;
-    while (at > 0 && touched[at - 1].sector != sector) --at;
-    if (at > 0)
-      touched[at - 1].bytes |= bits;
+    const uint32_t bytes = ((uint32_t(1) << access.bytes) - 1) << access.address % SECTOR;
+    Touched* const end = touched + sectors;
+    Touched* const same =
+        std::find_if(touched, end, [&](const Touched& other) { return other.sector == sector; });
+    if (same == end)
+      touched[sectors++] = {sector, bytes};
     else
-      touched[n++] = {sector, bits};
+      same->byte_mask |= bytes;
   }
-  for (size_t i = 0; i < n; ++i)
-    add(array_of(touched[i].sector * SECTOR + __builtin_ctz(touched[i].bytes)).traffic,
-        lanes[0]->space, __builtin_popcount(touched[i].bytes), 1);
+  for (size_t i = 0; i < sectors; ++i) {
+    const uintptr_t first = touched[i].sector * SECTOR + __builtin_ctz(touched[i].byte_mask);
+    add(array_of(first).traffic, lanes[0]->space, __builtin_popcount(touched[i].byte_mask), 1);
+  }
 }
 
 // 32 banks of 4 bytes. A cycle transfers 128 bytes: a warp of 4-byte accesses, half a warp of
@@ -78,15 +82,16 @@ void count_shared_instruction(const Access* const* lanes, const int* lane_number
   const uint32_t bytes = lanes[0]->bytes;
   const int lanes_per_phase = bytes <= 4 ? 32 : 128 / int(bytes);
   for (int first = 0; first < 32; first += lanes_per_phase) {
-    uintptr_t words[32];
-    int in_bank[32] = {}, worst = 0;
-    size_t n = 0;
+    uintptr_t words[32];  // those that the phase accesses
+    size_t word_count = 0;
+    int words_in_bank[32] = {}, worst = 0;
     for (size_t i = 0; i < count; ++i) {
       if (lane_numbers[i] < first || lane_numbers[i] >= first + lanes_per_phase) continue;
       for (uintptr_t word = lanes[i]->address / 4; word * 4 < lanes[i]->address + bytes; ++word) {
-        if (std::find(words, words + n, word) != words + n) continue;
-        words[n++] = word;
-        worst = std::max(worst, ++in_bank[word % 32]);
+        uintptr_t* const end = words + word_count;
+        if (std::find(words, end, word) != end) continue;
+        words[word_count++] = word;
+        worst = std::max(worst, ++words_in_bank[word % 32]);
       }
     }
     if (worst) count_shared_phase(worst);
@@ -105,33 +110,37 @@ bool same_instruction(const Access& a, const Access& b) {
          (a.space != Space::shared || a.bytes == b.bytes);
 }
 
-// All lanes passed the same call sites: the usual case.
+// The usual case, in which all lanes passed the same call sites. Returns false, without counting
+// anything, if they did not.
 bool flush_in_step(Warp& warp) {
-  const Thread* members[32];
-  int numbers[32], count = 0;
+  const std::vector<Access>* logs[32];  // those that are not empty
+  int lane_numbers[32];
+  size_t count = 0;
   for (int lane = 0; lane < 32; ++lane)
     if (warp.present >> lane & 1 && !warp.thread[lane].log.empty()) {
-      numbers[count] = lane;
-      members[count++] = &warp.thread[lane];
+      lane_numbers[count] = lane;
+      logs[count++] = &warp.thread[lane].log;
     }
-  const std::vector<Access>& first = members[0]->log;
-  for (int i = 1; i < count; ++i) {
-    if (members[i]->log.size() != first.size()) return false;
+  const std::vector<Access>& first = *logs[0];
+  for (size_t i = 1; i < count; ++i) {
+    if (logs[i]->size() != first.size()) return false;
     for (size_t k = 0; k < first.size(); ++k)
-      if (!same_instruction(first[k], members[i]->log[k])) return false;
+      if (!same_instruction(first[k], (*logs[i])[k])) return false;
   }
   for (size_t k = 0; k < first.size(); ++k) {
     const Access* lanes[32];
-    for (int i = 0; i < count; ++i) lanes[i] = &members[i]->log[k];
-    count_instruction(lanes, numbers, size_t(count));
+    for (size_t i = 0; i < count; ++i) lanes[i] = &(*logs[i])[k];
+    count_instruction(lanes, lane_numbers, count);
   }
   return true;
 }
 
+// Any case: numbers each lane's accesses at each call site, then sorts them so that those of one
+// instruction are neighbors.
 void flush_diverged(Warp& warp) {
   struct Entry {
     const Access* access;
-    size_t time;  // of the lane's accesses at this call site: 0, 1, ..
+    size_t nth;  // of the lane's accesses at this call site: 0, 1, ..
     int lane;
   };
   std::vector<Entry> entries;
@@ -150,24 +159,24 @@ void flush_diverged(Warp& warp) {
   for (size_t i = 1; i < entries.size(); ++i)
     if (same_instruction(*entries[i - 1].access, *entries[i].access) &&
         entries[i - 1].lane == entries[i].lane)
-      entries[i].time = entries[i - 1].time + 1;
+      entries[i].nth = entries[i - 1].nth + 1;
   std::stable_sort(entries.begin(), entries.end(), [&](const Entry& a, const Entry& b) {
     const auto ka = key(*a.access);
     const auto kb = key(*b.access);
-    return ka != kb ? ka < kb : a.time < b.time;
+    return ka != kb ? ka < kb : a.nth < b.nth;
   });
   for (size_t i = 0; i < entries.size();) {
     const Access* lanes[32];
-    int numbers[32];
+    int lane_numbers[32];
     size_t count = 0;
     const Entry& head = entries[i];
-    for (; i < entries.size() && entries[i].time == head.time &&
+    for (; i < entries.size() && entries[i].nth == head.nth &&
            same_instruction(*entries[i].access, *head.access);
          ++i) {
       lanes[count] = entries[i].access;
-      numbers[count++] = entries[i].lane;
+      lane_numbers[count++] = entries[i].lane;
     }
-    count_instruction(lanes, numbers, count);
+    count_instruction(lanes, lane_numbers, count);
   }
 }
 
@@ -176,9 +185,9 @@ void flush_diverged(Warp& warp) {
 void record(Space space, const void* address, uint32_t bytes, Site site) {
   if (!machine.options.count_memory) return;
   Thread& t = self();
-  const uintptr_t at =
+  const uintptr_t place =
       space == Space::shared ? shared_offset(address) : reinterpret_cast<uintptr_t>(address);
-  t.log.push_back({at, site.file, site.line, bytes, space});
+  t.log.push_back({place, site.file, site.line, bytes, space});
   t.warp->logged = true;
 }
 

@@ -24,7 +24,7 @@ void check_early_end(const Thread& t) {
 void griddepcontrol_wait(Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("griddepcontrol.wait", site);
-  if (left_out(t.op, site)) return;
+  if (counted_and_skipped(t.op, site)) return;
   t.may_touch_global = true;
   maybe_preempt();
 }

@@ -1,3 +1,5 @@
+// Implements fiber.h. AddressSanitizer must be told of every switch, before and after it: announce
+// and arrived, which do nothing in other builds.
 #include "fiber.h"
 
 #include <sys/mman.h>
@@ -28,12 +30,14 @@ Fiber* previous = nullptr;  // the fiber before the latest switch
 const void* process_stack = nullptr;
 size_t process_stack_bytes = 0;
 
-void announce(Fiber& from, Fiber& to, bool for_good) {
+// is_last: `from` will not run again.
+void announce(Fiber& from, Fiber& to, bool is_last) {
   previous = &from;
   const void* bottom = to.stack ? to.stack : process_stack;
   const size_t bytes = to.stack ? to.stack_bytes : process_stack_bytes;
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &from.fake_stack, bottom, bytes);
+  __sanitizer_start_switch_fiber(is_last ? nullptr : &from.fake_stack, bottom, bytes);
 }
+// self: the fiber that runs again, or null for one that starts.
 void arrived(Fiber* self) {
   const void* bottom = nullptr;
   size_t bytes = 0;
@@ -108,7 +112,7 @@ void fiber_entered() {
 }
 
 void fiber_switch(Fiber& from, Fiber& to) {
-  announce(from, to, false);
+  announce(from, to, /*is_last=*/false);
 #if LOTR_SIMT_UCONTEXT
   swapcontext(&from.context, &to.context);
 #else
@@ -118,7 +122,7 @@ void fiber_switch(Fiber& from, Fiber& to) {
 }
 
 void fiber_leave(Fiber& from, Fiber& to) {
-  announce(from, to, true);
+  announce(from, to, /*is_last=*/true);
 #if LOTR_SIMT_UCONTEXT
   setcontext(&to.context);
 #else

@@ -42,7 +42,7 @@ void check_launch(const Launch& launch) {
 
 // Every block starts with shared memory full of NaN, so that a read before the first write is
 // visible.
-void give_shared_memory(Block& block, size_t i) {
+void give_shared_memory(Block& block) {
   const size_t bytes = machine.launch.smem;
   if (bytes != machine.shared_pool_bytes) {
     for (void* p : machine.shared_pool) free(p);
@@ -52,17 +52,54 @@ void give_shared_memory(Block& block, size_t i) {
   block.shared = nullptr;
   block.shared_bytes = bytes;
   if (!bytes) return;
-  while (machine.shared_pool.size() <= i) {
+  while (machine.shared_pool.size() <= block.rank) {
     void* p = nullptr;
     if (posix_memalign(&p, 1024, bytes)) throw std::bad_alloc();
     machine.shared_pool.push_back(p);
   }
-  block.shared = static_cast<unsigned char*>(machine.shared_pool[i]);
+  block.shared = static_cast<unsigned char*>(machine.shared_pool[block.rank]);
   unpoison(block.shared, bytes);
   memset(block.shared, 0xFF, bytes);
 }
 
-void start_block(Block& block, uint32_t number, uint3 index) {
+void start_warp(Block& block, uint32_t index) {
+  Warp& warp = block.warps[index];
+  warp = Warp{};
+  warp.thread = &block.threads[index * LANES];
+  warp.block = &block;
+  warp.index = index;
+  warp.number = machine.warps.size();
+  const uint32_t lanes = std::min<uint32_t>(LANES, block.thread_count - index * LANES);
+  warp.present = lanes == LANES ? ~0u : (1u << lanes) - 1;
+  warp.alive = warp.present;
+  machine.warps.push_back(&warp);
+  set_ready(warp, warp.present);
+}
+
+void start_thread(Block& block, uint32_t linear) {
+  const dim3 shape = machine.launch.block;
+  Thread& t = block.threads[linear];
+  t.index = uint3{linear % shape.x, linear / shape.x % shape.y, linear / shape.x / shape.y};
+  t.block = &block;
+  t.warp = &block.warps[linear / LANES];
+  t.lane = linear % LANES;
+  t.linear = linear;
+  t.id = block.rank * block.thread_count + linear;
+  t.state = State::ready;
+  t.op = "its start";
+  t.site = Site{machine.launch.name, 0};
+  t.copies.clear();
+  t.stores.clear();
+  t.products.clear();
+  t.products_issued = 0;
+  t.unfenced_words.clear();
+  t.wgmma_fenced = false;
+  t.may_touch_global = !machine.launch.early;
+  t.log.clear();
+  fiber_prepare(t.fiber, machine.stacks.stack(t.id), machine.stacks.bytes(), run_thread);
+}
+
+void start_block(Block& block, uint32_t rank, uint3 index) {
   const dim3 shape = machine.launch.block;
   const uint32_t threads = shape.x * shape.y * shape.z;
   const uint32_t warps = (threads + LANES - 1) / LANES;
@@ -73,46 +110,15 @@ void start_block(Block& block, uint32_t number, uint3 index) {
   }
   block.index = index;
   block.let_next = false;
-  block.rank = number;
+  block.rank = rank;
   block.threads_left = threads;
   block.copies_in_flight = 0;
   for (Barrier& b : block.barriers) b = Barrier{};
   block.products.clear();
-  block.unfenced.clear();
-  give_shared_memory(block, number);
-  for (uint32_t w = 0; w < warps; ++w) {
-    Warp& warp = block.warps[w];
-    warp = Warp{};
-    warp.thread = &block.threads[w * LANES];
-    warp.block = &block;
-    warp.index = w;
-    warp.number = machine.warps.size();
-    const uint32_t lanes = std::min<uint32_t>(LANES, threads - w * LANES);
-    warp.present = warp.alive = lanes == LANES ? ~0u : (1u << lanes) - 1;
-    machine.warps.push_back(&warp);
-    set_ready(warp, warp.present);
-  }
-  for (uint32_t i = 0; i < threads; ++i) {
-    Thread& t = block.threads[i];
-    t.index = uint3{i % shape.x, i / shape.x % shape.y, i / shape.x / shape.y};
-    t.block = &block;
-    t.warp = &block.warps[i / LANES];
-    t.lane = i % LANES;
-    t.linear = i;
-    t.id = number * threads + i;
-    t.state = State::ready;
-    t.op = "its start";
-    t.site = Site{machine.launch.name, 0};
-    t.copies.clear();
-    t.stores.clear();
-    t.unfenced.clear();
-    t.products.clear();
-    t.products_issued = 0;
-    t.wgmma_fenced = false;
-    t.may_touch_global = !machine.launch.early;
-    t.log.clear();
-    fiber_prepare(t.fiber, machine.stacks.stack(t.id), machine.stacks.bytes(), run_thread);
-  }
+  block.unfenced_by.clear();
+  give_shared_memory(block);
+  for (uint32_t w = 0; w < warps; ++w) start_warp(block, w);
+  for (uint32_t i = 0; i < threads; ++i) start_thread(block, i);
 }
 
 void run_cluster(uint3 corner) {
@@ -145,8 +151,8 @@ void run_cluster(uint3 corner) {
   race::leave_kernel();
 }
 
-// The i-th cluster of n to run. Random: i -> (a i + b) mod n with a coprime to n, so that no list
-// is needed.
+// order[i] is the i-th cluster to run, of `count`. The random order is (start + step i) mod count:
+// with a step coprime to count it reaches every cluster once, and needs no list.
 struct ClusterOrder {
   uint64_t count, step = 1, start = 0;
   bool reverse;

@@ -9,14 +9,15 @@ namespace {
 
 // Stored in the 8 bytes of an mbarrier, so that overwriting it is noticed.
 constexpr char MARK[] = "mbarrier";
-// The most arrivals, and the most bytes, that a phase waits for.
-constexpr int64_t MOST_PENDING = (1 << 20) - 1;
+// The most arrivals, and the most bytes, that a phase can wait for.
+constexpr int64_t MAX_PENDING = (1 << 20) - 1;
 
+// One arrival of the running thread.
 void arrive(MemoryBarrier& b, Site site) {
-  if (!b.pending)
+  if (!b.pending_arrivals)
     fail("%s at %s:%d: more arrivals than the mbarrier expects (%u)", self().op, site.file,
-         site.line, b.expected);
-  --b.pending;
+         site.line, b.expected_arrivals);
+  --b.pending_arrivals;
   complete_if_done(b);
 }
 
@@ -36,9 +37,9 @@ MemoryBarrier& memory_barrier(const void* barrier, Site site) {
 }
 
 void complete_if_done(MemoryBarrier& b) {
-  if (b.pending || b.bytes) return;
+  if (b.pending_arrivals || b.pending_bytes) return;
   ++b.phase;
-  b.pending = b.expected;
+  b.pending_arrivals = b.expected_arrivals;
   progress();
   for (Thread* t : b.waiting)
     if (t->state == State::spinning) set_ready(*t->warp, 1u << t->lane);
@@ -46,7 +47,7 @@ void complete_if_done(MemoryBarrier& b) {
 }
 
 void check_fenced(const MemoryBarrier& b, Site site) {
-  if (b.unfenced)
+  if (b.initializer)
     fail("%s at %s:%d: no fence.mbarrier_init after the mbarrier's mbarrier.init", self().op,
          site.file, site.line);
 }
@@ -69,43 +70,42 @@ void mbarrier_init(void* barrier, uint32_t arrivals, Site site) {
   race::ExecutorScope scope;
   Block& block = *enter("mbarrier.init", site).block;
   check_shared(barrier, 8, 8, self().op, site);
-  if (!arrivals || arrivals > MOST_PENDING)
+  if (!arrivals || arrivals > MAX_PENDING)
     fail("mbarrier.init at %s:%d: %u arrivals, expected 1 to 2^20 - 1", site.file, site.line,
          arrivals);
   memcpy(barrier, MARK, 8);
-  if (block.unfenced.empty())
-    block.unfenced.assign(block.shared_bytes / 4 + 1, 0);  // it may start bulk copies
+  if (block.unfenced_by.empty()) block.unfenced_by.assign(block.shared_bytes / 4 + 1, 0);
   MemoryBarrier b;
-  b.expected = b.pending = arrivals;
-  b.unfenced = &self();
+  b.expected_arrivals = b.pending_arrivals = arrivals;
+  b.initializer = &self();
   machine.memory_barriers[barrier] = b;
 }
 
 void fence_mbarrier_init(Site site) {
   race::ExecutorScope scope;
   const Thread& t = enter("fence.mbarrier_init", site);
-  if (left_out(t.op, site)) return;
+  if (counted_and_skipped(t.op, site)) return;
   for (auto& [place, b] : machine.memory_barriers)
-    if (b.unfenced == &t) b.unfenced = nullptr;
+    if (b.initializer == &t) b.initializer = nullptr;
 }
 
 void mbarrier_arrive(void* barrier, uint32_t bytes, Site site) {
   race::ExecutorScope scope;
   enter(bytes ? "mbarrier.arrive.expect_tx" : "mbarrier.arrive", site);
-  if (left_out(self().op, site)) return;
+  if (counted_and_skipped(self().op, site)) return;
   MemoryBarrier& b = memory_barrier(barrier, site);
   race::release(b.sync);
-  b.bytes += bytes;
-  if (b.bytes > MOST_PENDING)
+  b.pending_bytes += bytes;
+  if (b.pending_bytes > MAX_PENDING)
     fail("%s at %s:%d: %lld bytes are announced, expected at most 2^20 - 1", self().op, site.file,
-         site.line, (long long)b.bytes);
+         site.line, (long long)b.pending_bytes);
   arrive(b, site);
 }
 
 void mbarrier_arrive_cluster(void* barrier, uint32_t rank, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("mbarrier.arrive.cluster", site);
-  if (left_out(t.op, site)) return;
+  if (counted_and_skipped(t.op, site)) return;
   check_shared(barrier, 8, 8, t.op, site);
   Block& block = block_of_cluster(rank, site);
   MemoryBarrier& b = memory_barrier(block.shared + shared_offset(barrier), site);
@@ -117,7 +117,7 @@ void mbarrier_arrive_cluster(void* barrier, uint32_t rank, Site site) {
 void mbarrier_wait(void* barrier, uint32_t parity, Site site) {
   race::ExecutorScope scope;
   enter("mbarrier.try_wait", site);
-  if (left_out(self().op, site)) return;
+  if (counted_and_skipped(self().op, site)) return;
   for (;;) {
     MemoryBarrier& b = memory_barrier(barrier, site);
     if ((b.phase & 1) != (parity & 1)) break;

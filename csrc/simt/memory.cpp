@@ -11,19 +11,19 @@
 namespace lotr::simt {
 namespace {
 
+// The offset in the block's shared memory; huge for memory before it.
+uintptr_t offset(const void* p) {
+  return uintptr_t(static_cast<const unsigned char*>(p) - self().block->shared);
+}
+
 void check_global(const void* p, uint32_t bytes, const char* op, Site site) {
   if (reinterpret_cast<uintptr_t>(p) % bytes)
     fail("%s at %s:%d: global address %s is not aligned to %u bytes", op, site.file, site.line,
          global_name(reinterpret_cast<uintptr_t>(p)).c_str(), bytes);
   check_early(op, site);
   const Block& block = *self().block;
-  if (static_cast<const unsigned char*>(p) - block.shared >= 0 &&
-      static_cast<const unsigned char*>(p) - block.shared < std::ptrdiff_t(block.shared_bytes))
+  if (offset(p) < block.shared_bytes)
     fail("%s at %s:%d: a global access to shared memory", op, site.file, site.line);
-}
-
-uintptr_t offset(const void* p) {
-  return uintptr_t(static_cast<const unsigned char*>(p) - self().block->shared);
 }
 
 // With a constant size, memcpy is one instruction, which AddressSanitizer instruments.
@@ -147,8 +147,8 @@ void cp_async(void* shared, const void* global, uint32_t bytes, int src_bytes, S
   check_global(global, bytes, t.op, site);
   const uint32_t source = uint32_t(src_bytes);
   if (source) {
-    alignas(16) unsigned char seen[16];
-    move(seen, global, source);  // so that a bad address fails here and not at the wait
+    alignas(16) unsigned char discarded[16];
+    move(discarded, global, source);  // so that a bad address fails here and not at the wait
     record(Space::global_read, global, source, site);
   }
   record(Space::shared, shared, bytes, site);
@@ -156,26 +156,27 @@ void cp_async(void* shared, const void* global, uint32_t bytes, int src_bytes, S
   unpoison(shared, bytes);
   touch_fill(shared, 0xFF, bytes);
   poison(shared, bytes);
-  t.copies.push_back({shared, global, bytes, source, false});
+  t.copies.push_back({/*ends_group=*/false, shared, global, bytes, source});
   maybe_preempt();
 }
 
 void cp_async_commit(Site site) {
   race::ExecutorScope scope;
-  if (left_out("cp.async.commit_group", site)) return;
-  enter("cp.async.commit_group", site).copies.push_back({nullptr, nullptr, 0, 0, true});
+  if (counted_and_skipped("cp.async.commit_group", site)) return;
+  AsyncCopy end;
+  end.ends_group = true;
+  enter("cp.async.commit_group", site).copies.push_back(end);
 }
 
 void cp_async_wait(int keep, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("cp.async.wait_group", site);
-  if (left_out(t.op, site)) return;
+  if (counted_and_skipped(t.op, site)) return;
   ++totals.async_waits;
-  const size_t landing =
-      covered_by_wait(t.copies, keep, [](const AsyncCopy& copy) { return copy.commit; });
+  const size_t landing = covered_by_wait(t.copies, keep);
   for (size_t i = 0; i < landing; ++i) {
     const AsyncCopy& copy = t.copies[i];
-    if (copy.commit) continue;
+    if (copy.ends_group) continue;
     unpoison(copy.to, copy.bytes);
     if (copy.source_bytes) touch_copy(copy.to, copy.from, copy.source_bytes);
     if (copy.source_bytes < copy.bytes)

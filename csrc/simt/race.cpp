@@ -1,3 +1,6 @@
+// Implements race.h. Each granule of memory has a cell with its latest accesses. An access is a
+// race if the thread's clocks do not show that an earlier one of another thread, of which at least
+// one writes, has happened before: `check`.
 #include "race.h"
 
 #if LOTR_SIMT_RACE
@@ -8,7 +11,9 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <memory>
+#include <tuple>
 #include <unordered_map>
 
 #include "state.h"
@@ -19,7 +24,8 @@ bool kernel_code = false;
 
 namespace {
 
-constexpr int MOST_REPORTS = 4, READERS = 4;
+constexpr int MAX_REPORTS = 4;    // of a launch
+constexpr int READERS = 4;        // reads that a cell keeps
 constexpr uintptr_t GRANULE = 2;  // bytes: the smallest element of a kernel
 constexpr uintptr_t PAGE = 4096;
 
@@ -30,7 +36,9 @@ struct Place {
   Site site;
 };
 
-struct Event {
+using PlaceKey = std::tuple<void*, const char*, const char*, int>;
+
+struct Event {         // an access
   uint32_t clock = 0;  // of the thread, 0: nothing has happened here
   uint32_t thread = 0;
   uint32_t cluster = 0;  // its number in the launch
@@ -45,15 +53,16 @@ struct Cell {  // the latest accesses to a granule of memory
 using Page = std::unique_ptr<Cell[]>;
 
 struct Detector {
-  std::unordered_map<uintptr_t, Page> pages;
-  uintptr_t latest_page = 0;
-  Cell* latest = nullptr;
+  std::unordered_map<uintptr_t, Page> pages;  // global memory
+  uintptr_t latest_page = 0;  // a cache of one entry of pages: its number, its cells
+  Cell* latest_cells = nullptr;
   std::vector<Cell> shared;  // of the cluster's blocks, one after the other
-  uint32_t threads = 0, cluster = 0;
-  std::vector<uint32_t> clocks;  // [t][u]: the latest time of u that t has seen
+
+  uint32_t threads = 0, cluster = 0;  // threads of the cluster that runs, and its number
+  std::vector<uint32_t> clocks;       // [t][u]: the latest time of u that t has seen
 
   std::vector<Place> places;
-  std::unordered_map<uint64_t, uint32_t> place_numbers;
+  std::map<PlaceKey, uint32_t> place_numbers;
   std::vector<std::string> reports;
 } detector;
 
@@ -65,15 +74,12 @@ void join(uint32_t* to, const uint32_t* from) {
   for (uint32_t i = 0, n = detector.threads; i < n; ++i) to[i] = std::max(to[i], from[i]);
 }
 
+// The number of a place: of the instruction at pc, or, if that is null, of the running thread's op.
 uint32_t place_number(void* pc) {
   const Thread& t = self();
   const Place place = pc ? Place{pc, nullptr, {"", 0}} : Place{nullptr, t.op, t.site};
-  const uint64_t key = pc ? reinterpret_cast<uint64_t>(pc)
-                          : (reinterpret_cast<uint64_t>(place.op) * 31 +
-                             reinterpret_cast<uint64_t>(place.site.file)) *
-                                    8191 +
-                                uint64_t(place.site.line);
-  static uint64_t latest_key = 0;
+  const PlaceKey key{place.pc, place.op, place.site.file, place.site.line};
+  static PlaceKey latest_key;
   static uint32_t latest = 0;
   if (key == latest_key && !detector.places.empty()) return latest;
   const auto [entry, is_new] =
@@ -84,8 +90,8 @@ uint32_t place_number(void* pc) {
   return latest;
 }
 
-// Base name and line of the innermost source at pc that is not the executor's, the wrappers' or
-// CUDA's.
+// The file's name and line of the instruction at pc. Functions are inlined into each other there:
+// it is the innermost line that is not in the executor, the wrappers or CUDA's headers.
 std::string line_of(void* pc) {
   Dl_info info;
   if (!dladdr(pc, &info)) return "?";
@@ -137,23 +143,26 @@ std::string block_of(const Event& event) {
          std::to_string(at.z) + ")";
 }
 
-void add_report(const char* kind, uintptr_t address, const Event& before, bool wrote,
-                uint32_t place, Use use) {
+// Reports that the running thread's access `use` at `place` is not ordered after `before`.
+void add_report(uintptr_t address, Use use, uint32_t place, const Event& before, Use use_before) {
   const Thread& t = self();
   const std::ptrdiff_t shared = shared_place(address);
   const std::string where =
       shared >= 0
           ? "shared memory, offset " + std::to_string(shared % std::ptrdiff_t(machine.launch.smem))
           : "global memory " + global_name(address);
-  const char* now = use == Use::write ? "writes" : "reads";
+  const bool writes = use == Use::write;
+  const bool wrote = use_before == Use::write;
+  const char* kind = writes ? "write after write" : "read after write";
+  if (!wrote) kind = "write after read";
   char text[1200];
   snprintf(
       text, sizeof text,
       "data race (%s) on %s: block (%u,%u,%u) thread %u %s at %s; thread %u of %s had %s at %s; "
       "nothing orders the two",
-      kind, where.c_str(), t.block->index.x, t.block->index.y, t.block->index.z, t.linear, now,
-      describe(place).c_str(), before.thread % t.block->thread_count, block_of(before).c_str(),
-      wrote ? "written" : "read", describe(before.place).c_str());
+      kind, where.c_str(), t.block->index.x, t.block->index.y, t.block->index.z, t.linear,
+      writes ? "writes" : "reads", describe(place).c_str(), before.thread % t.block->thread_count,
+      block_of(before).c_str(), wrote ? "written" : "read", describe(before.place).c_str());
   detector.reports.push_back(text);
 }
 
@@ -164,30 +173,33 @@ bool ordered(const Event& before, uint32_t me, const uint32_t* clocks) {
          (before.thread == me || clocks[before.thread] >= before.clock);
 }
 
-Cell* cell_of(uintptr_t address) {
+Cell& cell_of(uintptr_t address) {
   const std::ptrdiff_t shared = shared_place(address);
   if (shared >= 0) {
     Cell& cell = detector.shared[size_t(shared) / GRANULE];
-    if (cell.write.cluster != detector.cluster) cell.write = Event{};  // of other blocks' memory
-    uint32_t kept = 0;
-    for (uint32_t i = 0; i < cell.read_count; ++i)
-      if (cell.reads[i].cluster == detector.cluster) cell.reads[kept++] = cell.reads[i];
-    cell.read_count = kept;
-    return &cell;
+    // Accesses of an earlier cluster were to its blocks' memory: they are forgotten.
+    const auto is_earlier = [](const Event& e) { return e.cluster != detector.cluster; };
+    if (is_earlier(cell.write)) cell.write = Event{};
+    Event* const end = std::remove_if(cell.reads, cell.reads + cell.read_count, is_earlier);
+    cell.read_count = uint32_t(end - cell.reads);
+    return cell;
   }
   const uintptr_t page = address / PAGE;
-  if (!detector.latest || detector.latest_page != page) {
+  if (!detector.latest_cells || detector.latest_page != page) {
     Page& cells = detector.pages[page];
     if (!cells) cells.reset(new Cell[PAGE / GRANULE]);
     detector.latest_page = page;
-    detector.latest = cells.get();
+    detector.latest_cells = cells.get();
   }
-  return detector.latest + address % PAGE / GRANULE;
+  return detector.latest_cells[address % PAGE / GRANULE];
 }
 
+// Adds a read to the cell. It replaces a read that happened before it, which needs no check: a
+// write that is ordered after this one is ordered after that one too. If the cell is full, it
+// replaces a random one.
 void note_read(Cell& cell, const Event& now, uint32_t me, const uint32_t* clocks) {
   for (uint32_t i = 0; i < cell.read_count; ++i)
-    if (ordered(cell.reads[i], me, clocks)) {  // implied by this one
+    if (ordered(cell.reads[i], me, clocks)) {
       cell.reads[i] = now;
       return;
     }
@@ -196,29 +208,23 @@ void note_read(Cell& cell, const Event& now, uint32_t me, const uint32_t* clocks
   cell.reads[i] = now;
 }
 
-void judge(uintptr_t address, size_t bytes, Use use, void* pc) {
-  if (int(detector.reports.size()) >= MOST_REPORTS || !bytes) return;
+// Checks an access of the running thread, and adds it to the cells that it touches.
+void check(uintptr_t address, size_t bytes, Use use, void* pc) {
+  if (int(detector.reports.size()) >= MAX_REPORTS || !bytes) return;
   const uint32_t me = self().id;
   const uint32_t* clocks = clocks_of(me);
   const uint32_t place = place_number(pc);
-  const bool writes = use == Use::write;
   const Event now{clocks[me], me, detector.cluster, place};
   for (uintptr_t a = address / GRANULE * GRANULE; a < address + bytes; a += GRANULE) {
-    Cell& cell = *cell_of(a);
-    if (!ordered(cell.write, me, clocks)) {
-      add_report(writes ? "write after write" : "read after write", a, cell.write, true, place,
-                 use);
-      return;
-    }
-    if (!writes) {
+    Cell& cell = cell_of(a);
+    if (!ordered(cell.write, me, clocks)) return add_report(a, use, place, cell.write, Use::write);
+    if (use == Use::read) {
       note_read(cell, now, me, clocks);
       continue;
     }
     for (uint32_t i = 0; i < cell.read_count; ++i)
-      if (!ordered(cell.reads[i], me, clocks)) {
-        add_report("write after read", a, cell.reads[i], false, place, use);
-        return;
-      }
+      if (!ordered(cell.reads[i], me, clocks))
+        return add_report(a, use, place, cell.reads[i], Use::read);
     cell.write = now;
     cell.read_count = 0;
   }
@@ -253,7 +259,7 @@ bool is_builtin(uintptr_t p) {
 
 void begin_launch() {
   detector.pages.clear();
-  detector.latest = nullptr;
+  detector.latest_cells = nullptr;
   detector.shared.clear();
   detector.reports.clear();
   detector.cluster = 0;
@@ -280,7 +286,7 @@ void acquire(const Sync& sync) {
 }
 
 void access(const void* p, size_t bytes, Use use) {
-  judge(reinterpret_cast<uintptr_t>(p), bytes, use, nullptr);
+  check(reinterpret_cast<uintptr_t>(p), bytes, use, nullptr);
 }
 
 void access_by_code(uintptr_t p, size_t bytes, Use use, void* pc) {
@@ -288,7 +294,7 @@ void access_by_code(uintptr_t p, size_t bytes, Use use, void* pc) {
   if (machine.stacks.contains(reinterpret_cast<void*>(p)) || on_process_stack(p) || is_builtin(p))
     return;
   count_unwrapped(p, bytes);
-  judge(p, bytes, use, pc);
+  check(p, bytes, use, pc);
 }
 
 std::string report() {

@@ -25,7 +25,8 @@ int nth(uint64_t bits, size_t n) {
   return __builtin_ctzll(bits);
 }
 
-// The place of every running thread, one line per place, for the message of a deadlock.
+// Where the threads are, for the message of a deadlock: one line for each block and place, with the
+// number of its threads.
 std::string whereabouts() {
   const auto same = [](const Thread& a, const Thread& b) {
     if ((a.state == State::exited) != (b.state == State::exited)) return false;
@@ -129,7 +130,8 @@ Thread* choose_thread() {
       run_engine();
       continue;
     }
-    // Every polling thread polls once more. If nothing has changed after that, this is a deadlock.
+    // Every polling thread polls once more. progress() resets the count if one of them can go on;
+    // if none can, this is a deadlock.
     if (machine.idle_rounds++ < 2) {
       wake_spinners();
       if (choose_warp()) continue;
@@ -151,7 +153,7 @@ void run_thread() {
   }
   if (!exception.empty()) fail("exception in a kernel: %s", exception.c_str());
   for (const AsyncCopy& copy : t.copies)
-    if (!copy.commit)
+    if (!copy.ends_group)
       fail("thread exits with cp.async in flight (latest: %s at %s:%d)", t.op, t.site.file,
            t.site.line);
   if (!t.products.empty()) fail("thread exits with wgmma in flight");

@@ -23,7 +23,7 @@ bool ends_with(const char* text, const std::string& end) {
 
 }  // namespace
 
-bool left_out(const char* op, Site site) {
+bool counted_and_skipped(const char* op, Site site) {
   static Calls* latest = nullptr;
   static Site where{nullptr, 0};
   const bool is_latest = where.line == site.line && where.file == site.file && !sites.empty();

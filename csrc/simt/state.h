@@ -15,35 +15,43 @@
 
 namespace lotr::simt {
 
-enum class State : uint8_t { ready, in_warp, at_barrier, at_cluster_barrier, spinning, exited };
-
 struct Block;
 struct Warp;
 
+// ---- what a thread has in flight ----
+//
+// The thread keeps a list of each kind, in the order of issue. A commit adds an entry that ends a
+// group; a wait removes the oldest groups (covered_by_wait, below).
+
 struct AsyncCopy {
-  void* to;
-  const void* from;
-  uint32_t bytes, source_bytes;
-  bool commit;  // the end of a group instead of a copy
+  bool ends_group = false;  // instead of a copy
+  void* to = nullptr;
+  const void* from = nullptr;
+  uint32_t bytes = 0, source_bytes = 0;
 };
 
-// A bulk copy from shared to global memory; without a tile: the end of a group.
+// A bulk copy from shared to global memory.
 struct BulkStore {
-  const unsigned char* tile;
-  size_t bytes;
+  bool ends_group = false;  // instead of a copy
+  const unsigned char* tile = nullptr;
+  size_t bytes = 0;
   std::shared_ptr<bool> landed;
 };
 
 struct WarpgroupProduct {
-  float* d;
-  uint64_t a, b;  // descriptors
-  int n;
-  bool overwrite, is_bf16, b_mn_major;
-  bool commit;      // the end of a group instead of a product
-  uint64_t number;  // counts the thread's products: equal in all threads of the warpgroup
+  bool ends_group = false;  // instead of a product
+  float* d = nullptr;
+  uint64_t a = 0, b = 0;  // descriptors
+  int n = 0;
+  bool accumulate = true, is_bf16 = false, b_mn_major = false;
+  uint64_t number = 0;  // counts the thread's products: equal in all threads of the warpgroup
   // The accumulators before the product, unless an earlier product in flight has them.
   std::vector<float> held;
 };
+
+// ---- threads, warps, blocks ----
+
+enum class State : uint8_t { ready, in_warp, at_barrier, at_cluster_barrier, spinning, exited };
 
 enum class Space : uint8_t { global_read, global_write, shared };
 struct Access {
@@ -55,27 +63,30 @@ struct Access {
 };
 
 struct Thread {
+  // Its place:
   Fiber fiber;
   uint3 index{};  // threadIdx
   Block* block = nullptr;
   Warp* warp = nullptr;
   uint32_t lane = 0, linear = 0;  // in the warp, in the block
   uint32_t id = 0;                // among all that run now
+  // What it does:
   State state = State::ready;
-  const char* op = "";  // the operation in which it waits, or its last one, and the place
-  Site site{"", 0};
-  uint32_t mask = 0;        // of the warp collective it is in
-  int barrier = 0;          // the barrier it waits at
-  void* operand = nullptr;  // of the warp collective
+  const char* op = "";  // the operation in which it waits, or its latest one
+  Site site{"", 0};     // of op
+  int barrier = 0;      // the block's barrier at which it waits
+  uint32_t mask = 0;    // of the warp collective in which it waits
+  void* operand = nullptr;
+  // What it has in flight:
   std::vector<AsyncCopy> copies;
   std::vector<BulkStore> stores;
-  // Words of shared memory that it has written since its last fence.proxy.async.
-  std::vector<uint32_t> unfenced;
   std::vector<WarpgroupProduct> products;
   uint64_t products_issued = 0;
+  // What the checks and counters need:
+  std::vector<uint32_t> unfenced_words;  // of shared memory, stored since its fence.proxy.async
   bool wgmma_fenced = false;
   bool may_touch_global = true;  // false in an early launch, until griddepcontrol.wait
-  std::vector<Access> log;
+  std::vector<Access> log;       // since the warp last converged
 };
 
 struct Warp {
@@ -98,34 +109,37 @@ struct Barrier {
 };
 
 struct MemoryBarrier {  // an mbarrier
-  uint32_t expected = 0, pending = 0;
-  int64_t bytes = 0;
+  uint32_t expected_arrivals = 0;
+  uint32_t pending_arrivals = 0;  // of this phase, as pending_bytes
+  int64_t pending_bytes = 0;      // negative if bytes arrive before they are announced
   uint64_t phase = 0;
   race::Sync sync;
-  const Thread* unfenced = nullptr;  // what initialized it, until its fence.mbarrier_init
-  std::vector<Thread*> waiting;      // threads to wake when the phase completes
+  const Thread* initializer = nullptr;  // until it calls fence.mbarrier_init
+  std::vector<Thread*> waiting;         // threads to wake when the phase completes
 };
 
-// Operands of a warpgroup's product in flight, as a thread last read them at its wait.
+// Operands of a warpgroup's product in flight, as the latest thread read them at its wait.
 struct DecodedProduct {
-  std::vector<unsigned char> raw_a[4], raw_b;
-  std::vector<float> a[4], b;  // a: of each warp, [16][16]; b: [n][16]
-  int users = 0;               // threads that have taken their part
+  std::vector<unsigned char> raw_a[4], raw_b;  // the bytes from which a and b were decoded
+  std::vector<float> a[4], b;                  // a: of each warp, [16][16]; b: [n][16]
+  int users = 0;                               // threads that have computed their elements
 };
 
 struct Block {
-  uint3 index{};                                    // blockIdx
-  uint32_t rank = 0, thread_count = 0;              // rank in its cluster
-  uint32_t threads_left = 0, copies_in_flight = 0;  // copies: bulk ones, to its shared memory
+  uint3 index{};      // blockIdx
+  uint32_t rank = 0;  // in its cluster
+  uint32_t thread_count = 0, threads_left = 0;
+  uint32_t copies_in_flight = 0;  // bulk copies, to or from its shared memory
   unsigned char* shared = nullptr;
-  // For each word of shared memory: 1 + the thread with an unfenced store, or 0.
-  std::vector<uint16_t> unfenced;
   size_t shared_bytes = 0;
+  // For each word of shared memory: 1 + the thread whose store is not yet fenced, or 0. Empty until
+  // the block initializes an mbarrier: a kernel without mbarriers has no bulk copies.
+  std::vector<uint16_t> unfenced_by;
   Barrier barriers[16];
   bool let_next = false;  // has called griddepcontrol.launch_dependents
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  std::unordered_map<uint64_t, DecodedProduct> products;
+  std::unordered_map<uint64_t, DecodedProduct> products;  // by number and warpgroup
 };
 
 struct Machine {
@@ -146,7 +160,7 @@ struct Machine {
   size_t shared_pool_bytes = 0;
 
   uint64_t random = 1;
-  int idle_rounds = 0;  // rounds without progress in which only polling threads were left
+  int idle_rounds = 0;  // rounds since the latest progress in which every thread only polled
   std::string error;
 
   // Bulk copies, which are completed when no thread is ready, or at random.
@@ -191,12 +205,12 @@ void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Le
                      void* context, bool orders_memory);
 
 // How many of a thread's operations, from the oldest on, a wait covers that leaves `keep` groups in
-// flight. ends_group(operation): whether it stands for the end of a group.
-template <class Operation, class EndsGroup>
-size_t covered_by_wait(const std::vector<Operation>& operations, int keep, EndsGroup ends_group) {
+// flight.
+template <class Operation>
+size_t covered_by_wait(const std::vector<Operation>& operations, int keep) {
   int groups = 0;
   for (size_t i = operations.size(); i-- > 0;)
-    if (ends_group(operations[i]) && ++groups > keep) return i + 1;
+    if (operations[i].ends_group && ++groups > keep) return i + 1;
   return 0;
 }
 
@@ -213,8 +227,9 @@ void check_early(const char* op, Site site);  // before the running thread acces
 void check_early_end(const Thread& thread);   // before it ends
 
 // ---- sites.cpp ----
-// Counts the call. True: skip_synchronization names this place.
-bool left_out(const char* op, Site site);
+// Counts a call that synchronizes. Returns true if skip_synchronization names its place: the caller
+// then does nothing.
+bool counted_and_skipped(const char* op, Site site);
 void forget_sites();
 
 // ---- tma.cpp ----

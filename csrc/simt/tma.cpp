@@ -1,9 +1,9 @@
 // sm_90: bulk copies (TMA) of boxes between matrices and swizzled tiles in shared memory.
 //
-// A copy lands when no thread can continue, or at a random time. A tile that is being filled is
-// NaN until then. A tile that is being stored is read then, or at the latest when the wait for its
-// group returns: so a tile that is overwritten too early is visible in the matrix, which is NaN
-// until then.
+// Starting a copy fills its destination with NaN and puts its landing into machine.engine, which
+// runs when no thread can continue, or at a random time. Only the landing reads the source and
+// writes the destination. So two mistakes are visible: reading a tile before the wait reads NaN,
+// and overwriting a tile whose store has not landed changes what the matrix receives.
 #include <algorithm>
 #include <cstring>
 
@@ -21,18 +21,49 @@ size_t swizzled(size_t offset) {
   return offset ^ (offset >> 7 & 7) << 4;
 }
 
-// f(offset in the tile, address in the matrix, bytes) for the part of each row of the box inside
-// the matrix.
-template <class F>
-void each_row(const TensorMap& map, int col, int row, F f) {
-  const int64_t first = std::max(col, 0);
-  const int64_t last = std::min<int64_t>(col + COLS, map.cols);
-  for (int64_t r = std::max(row, 0); r < std::min<int64_t>(int64_t(row) + map.box_rows, map.rows);
-       ++r)
-    if (first < last)
-      f(size_t(r - row) * ROW + size_t(first - col) * 2,
-        const_cast<unsigned char*>(map.base) + (size_t(r) * map.row_stride + size_t(first)) * 2,
-        size_t(last - first) * 2);
+// A box of a matrix: the one whose first element is (col, row), which may be outside the matrix.
+struct Box {
+  TensorMap map;
+  int col, row;
+
+  size_t bytes() const { return map.box_rows * ROW; }
+  // f(offset in the tile, address in the matrix, bytes) for the part of each row inside the matrix.
+  template <class F>
+  void each_row(F f) const {
+    const int64_t first_col = std::max(col, 0);
+    const int64_t end_col = std::min<int64_t>(col + COLS, map.cols);
+    const int64_t end_row = std::min<int64_t>(int64_t(row) + map.box_rows, map.rows);
+    if (first_col >= end_col) return;
+    for (int64_t r = std::max(row, 0); r < end_row; ++r) {
+      const size_t element = size_t(r) * map.row_stride + size_t(first_col);
+      f(size_t(r - row) * ROW + size_t(first_col - col) * 2,
+        const_cast<unsigned char*>(map.base) + element * 2, size_t(end_col - first_col) * 2);
+    }
+  }
+};
+
+// The end of a load: fills the tile at `offset` of the block, and counts its bytes at the mbarrier.
+void land_load(const Box& box, Block& block, size_t offset, size_t barrier_offset) {
+  unsigned char* const shared = block.shared;
+  unpoison(shared + offset, box.bytes());
+  memset(shared + offset, 0, box.bytes());  // zeros outside the matrix
+  box.each_row([&](size_t at, const unsigned char* from, size_t part) {
+    for (size_t i = 0; i < part; i += 2) memcpy(shared + swizzled(offset + at + i), from + i, 2);
+  });
+  --block.copies_in_flight;
+  MemoryBarrier& barrier = machine.memory_barriers.at(shared + barrier_offset);
+  barrier.pending_bytes -= int64_t(box.bytes());
+  complete_if_done(barrier);
+}
+
+// The end of a store: writes the tile at `offset` of the thread's block to the matrix.
+void land_store(const Box& box, Thread& t, size_t offset) {
+  const unsigned char* const shared = t.block->shared;
+  box.each_row([&](size_t at, unsigned char* to, size_t part) {
+    for (size_t i = 0; i < part; i += 2) memcpy(to + i, shared + swizzled(offset + at + i), 2);
+  });
+  --t.block->copies_in_flight;
+  if (t.state == State::spinning) set_ready(*t.warp, 1u << t.lane);
 }
 
 void check_tile(const void* tile, const TensorMap& map, Site site) {
@@ -64,7 +95,7 @@ void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* bar
                  uint32_t blocks, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("cp.async.bulk.tensor", site);
-  const size_t bytes = map.box_rows * ROW;
+  const Box box{map, col, row};
   const size_t offset = shared_offset(shared);
   check_tile(shared, map, site);
   check_shared(barrier, 8, 8, t.op, site);
@@ -73,93 +104,82 @@ void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* bar
          machine.blocks.size());
   const size_t barrier_offset = shared_offset(barrier);
   // Counted once: one read serves all blocks.
-  each_row(map, col, row, [](size_t, const void* from, size_t part) {
+  box.each_row([](size_t, const void* from, size_t part) {
     count_global(Space::global_read, reinterpret_cast<uintptr_t>(from), part);
   });
   ++totals.bulk_copies;
   for (uint32_t rank = 0; rank < machine.blocks.size(); ++rank) {
     if (!(blocks >> rank & 1)) continue;
     Block& block = block_of_cluster(rank, site);
-    totals.bulk_bytes += bytes;
+    totals.bulk_bytes += box.bytes();
     unsigned char* tile = block.shared + offset;
-    unpoison(tile, bytes);
-    touch_fill(tile, 0xFF, bytes);
-    MemoryBarrier& counts = memory_barrier(block.shared + barrier_offset, site);
-    check_fenced(counts, site);
-    race::release(counts.sync);  // orders this write before a thread that waits there
-    poison(tile, bytes);
+    unpoison(tile, box.bytes());
+    touch_fill(tile, 0xFF, box.bytes());
+    MemoryBarrier& counted_at = memory_barrier(block.shared + barrier_offset, site);
+    check_fenced(counted_at, site);
+    race::release(counted_at.sync);  // orders this write before a thread that waits there
+    poison(tile, box.bytes());
     ++block.copies_in_flight;
-    // captured by value: the issuing thread may have exited when the copy lands
-    machine.engine.push_back([&block, offset, bytes, map, col, row, barrier_offset] {
-      unpoison(block.shared + offset, bytes);
-      memset(block.shared + offset, 0, bytes);  // zeros outside the matrix
-      each_row(map, col, row, [&](size_t at, const unsigned char* from, size_t part) {
-        for (size_t i = 0; i < part; i += 2)
-          memcpy(block.shared + swizzled(offset + at + i), from + i, 2);
-      });
-      --block.copies_in_flight;
-      MemoryBarrier& b = machine.memory_barriers.at(block.shared + barrier_offset);
-      b.bytes -= int64_t(bytes);
-      complete_if_done(b);
-    });
+    // The box by value: the thread may have exited when the copy lands.
+    machine.engine.push_back(
+        [&block, box, offset, barrier_offset] { land_load(box, block, offset, barrier_offset); });
   }
 }
 
 void note_store(const void* p, uint32_t bytes) {
   Thread& t = self();
   Block& block = *t.block;
-  if (block.unfenced.empty()) return;
+  if (block.unfenced_by.empty()) return;
   for (uint32_t word = shared_offset(p) / 4; word * 4 < shared_offset(p) + bytes; ++word) {
-    block.unfenced[word] = uint16_t(t.linear + 1);
-    t.unfenced.push_back(word);
+    block.unfenced_by[word] = uint16_t(t.linear + 1);
+    t.unfenced_words.push_back(word);
   }
 }
 
 void fence_proxy_async(Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("fence.proxy.async", site);
-  if (left_out(t.op, site)) return;
-  for (const uint32_t word : t.unfenced)
-    if (t.block->unfenced[word] == t.linear + 1) t.block->unfenced[word] = 0;
-  t.unfenced.clear();
+  if (counted_and_skipped(t.op, site)) return;
+  for (const uint32_t word : t.unfenced_words)
+    if (t.block->unfenced_by[word] == t.linear + 1) t.block->unfenced_by[word] = 0;
+  t.unfenced_words.clear();
 }
 
 void tma_store_2d(const TensorMap& map, int col, int row, const void* shared, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("cp.async.bulk.tensor", site);
   Block& block = *t.block;
-  const size_t bytes = map.box_rows * ROW;
+  const Box box{map, col, row};
   const size_t offset = shared_offset(shared);
   check_tile(shared, map, site);
-  for (size_t word = offset / 4; word < (offset + bytes) / 4 && !block.unfenced.empty(); ++word)
-    if (block.unfenced[word])
+  const size_t end = block.unfenced_by.empty() ? 0 : offset + box.bytes();
+  for (size_t word = offset / 4; word < end / 4; ++word)
+    if (block.unfenced_by[word])
       fail(
           "%s at %s:%d: thread %u has not called fence.proxy.async since its store to shared "
           "offset %zu",
-          t.op, site.file, site.line, block.unfenced[word] - 1u, word * 4);
+          t.op, site.file, site.line, block.unfenced_by[word] - 1u, word * 4);
   if (block.let_next)
     fail(
         "%s at %s:%d: a store after griddepcontrol.launch_dependents: the next kernel may have "
         "started",
         t.op, site.file, site.line);
-  touch_read(shared, bytes);
-  each_row(map, col, row, [](size_t, unsigned char* to, size_t part) {
+  touch_read(shared, box.bytes());
+  box.each_row([](size_t, unsigned char* to, size_t part) {
     count_global(Space::global_write, reinterpret_cast<uintptr_t>(to), part);
     touch_fill(to, 0xFF, part);
   });
   ++totals.bulk_copies;
-  totals.bulk_bytes += bytes;
+  totals.bulk_bytes += box.bytes();
   ++block.copies_in_flight;
-  auto landed = std::make_shared<bool>(false);
-  t.stores.push_back({static_cast<const unsigned char*>(shared), bytes, landed});
-  machine.engine.push_back([&t, &block, landed, offset, map, col, row] {
-    each_row(map, col, row, [&](size_t at, unsigned char* to, size_t part) {
-      for (size_t i = 0; i < part; i += 2)
-        memcpy(to + i, block.shared + swizzled(offset + at + i), 2);
-    });
+  BulkStore store;
+  store.tile = static_cast<const unsigned char*>(shared);
+  store.bytes = box.bytes();
+  store.landed = std::make_shared<bool>(false);
+  t.stores.push_back(store);
+  machine.engine.push_back([&t, box, offset, landed = store.landed] {
+    land_store(box, t, offset);
     *landed = true;
-    --block.copies_in_flight;
-    if (t.state == State::spinning) set_ready(*t.warp, 1u << t.lane);
   });
   maybe_preempt();
 }
@@ -167,22 +187,26 @@ void tma_store_2d(const TensorMap& map, int col, int row, const void* shared, Si
 void bulk_commit(Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("cp.async.bulk.commit_group", site);
-  if (!left_out(t.op, site)) t.stores.push_back({nullptr, 0, nullptr});
+  if (counted_and_skipped(t.op, site)) return;
+  BulkStore end;
+  end.ends_group = true;
+  t.stores.push_back(end);
 }
 
 void bulk_wait(int keep, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("cp.async.bulk.wait_group", site);
-  if (left_out(t.op, site)) return;
-  const size_t done =
-      covered_by_wait(t.stores, keep, [](const BulkStore& store) { return !store.tile; });
-  for (size_t i = 0; i < done; ++i) {
-    if (!t.stores[i].tile) continue;
-    while (!*t.stores[i].landed) wait_here(State::spinning, "cp.async.bulk.wait_group", site);
-    // A thread's store that this wait does not precede is a race.
-    touch_read(t.stores[i].tile, t.stores[i].bytes);
+  if (counted_and_skipped(t.op, site)) return;
+  const size_t landing = covered_by_wait(t.stores, keep);
+  for (size_t i = 0; i < landing; ++i) {
+    const BulkStore& store = t.stores[i];
+    if (store.ends_group) continue;
+    while (!*store.landed) wait_here(State::spinning, "cp.async.bulk.wait_group", site);
+    // For the race detector, the copy reads its tile until now: another thread's store into the
+    // tile must come after this wait.
+    touch_read(store.tile, store.bytes);
   }
-  t.stores.erase(t.stores.begin(), t.stores.begin() + std::ptrdiff_t(done));
+  t.stores.erase(t.stores.begin(), t.stores.begin() + std::ptrdiff_t(landing));
   progress();
   maybe_preempt();
 }

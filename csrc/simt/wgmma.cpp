@@ -24,13 +24,16 @@ constexpr int WARPGROUP = 128, K = 16;
 constexpr uint32_t ROW = 128;                 // bytes of a swizzled row
 constexpr uint64_t SWIZZLE_OF_128_BYTES = 1;  // bits 62 and 63 of a descriptor
 
+// An operand in shared memory, as its descriptor describes it: 8 rows (K-major) or 8 k (MN-major)
+// of 128 bytes are a group.
 struct Operand {
-  // Bytes; group: from 8 rows (K-major) or 8 k (MN-major) to the next 8.
-  uint32_t start, leading, group_stride;
+  uint32_t start;         // bytes
+  uint32_t panel_stride;  // bytes from 64 rows to the next 64, if MN-major
+  uint32_t group_stride;  // bytes from a group to the next one
   bool mn_major;
   Operand(uint64_t descriptor, bool mn_major)
       : start(uint32_t(descriptor & 0x3fff) << 4),
-        leading(uint32_t(descriptor >> 16 & 0x3fff) << 4),
+        panel_stride(uint32_t(descriptor >> 16 & 0x3fff) << 4),
         group_stride(uint32_t(descriptor >> 32 & 0x3fff) << 4),
         mn_major(mn_major) {}
 
@@ -38,17 +41,18 @@ struct Operand {
   const unsigned char* chunk(int row, int k) const {
     uint32_t offset = start;
     const uint32_t i = uint32_t(row);
-    const uint32_t width = ROW / 2;
-    if (mn_major)  // `width` rows are side by side, the next `width` are `leading` bytes further on
-      offset += i / width * leading + i % width * 2 + uint32_t(k / 8) * group_stride +
+    const uint32_t width = ROW / 2;  // elements
+    if (mn_major)
+      offset += i / width * panel_stride + i % width * 2 + uint32_t(k / 8) * group_stride +
                 uint32_t(k % 8) * ROW;
     else
       offset += i / 8 * group_stride + i % 8 * ROW + uint32_t(k) * 2;
-    offset ^= (offset >> 7 & 7) << 4;
+    offset ^= (offset >> 7 & 7) << 4;  // the swizzle
     const unsigned char* p = self().block->shared + offset;
     check_shared(p, 16, 16, self().op, self().site);
     return p;
   }
+  // f(row, k) for each chunk of `rows` rows: chunks first, first + step, ..
   template <class F>
   void each_chunk(int rows, int first, int step, F f) const {
     const int along_k = mn_major ? 1 : 8;  // elements of a chunk
@@ -57,7 +61,8 @@ struct Operand {
     for (int i = first; i < rows / along_rows * per_row; i += step)
       f(i / per_row * along_rows, i % per_row * along_k);
   }
-  // value = [rows][16], unless the bytes are still equal to `raw`.
+  // Sets value to the rows [rows][16] as floats, and raw to their bytes. If the bytes still equal
+  // raw, value is up to date.
   void decode(int first_row, int rows, bool is_bf16, std::vector<unsigned char>& raw,
               std::vector<float>& value) const {
     bool is_unchanged = !raw.empty();
@@ -85,13 +90,14 @@ struct Operand {
   }
 };
 
+// The key of the product in Block::products: the same in all threads of the warpgroup.
 uint64_t key_of(const Thread& t, const WarpgroupProduct& w) {
   return w.number * 8 + t.linear / WARPGROUP;
 }
 
 // The operands at the thread's wait, decoded again only if they have changed since another thread's
-// wait. For the race detector each lane of a warp performs a 32nd of the reads, so that a warp may
-// release a stage after a warp collective that follows the wait.
+// wait. For the race detector each lane of a warp performs a 32nd of the reads: a warp that
+// releases the stage after a __syncwarp has then read it as a whole.
 DecodedProduct& operands(const Thread& t, const WarpgroupProduct& w) {
   DecodedProduct& decoded = t.block->products[key_of(t, w)];
   const uint32_t warp = t.linear % WARPGROUP / 32;
@@ -106,6 +112,19 @@ DecodedProduct& operands(const Thread& t, const WarpgroupProduct& w) {
   return decoded;
 }
 
+// Makes the accumulators of the thread's product `index` NaN. It holds their values, unless an
+// earlier product in flight adds to the same accumulators and holds them already.
+void hide_accumulators(Thread& t, size_t index) {
+  WarpgroupProduct& product = t.products[index];
+  const bool are_held =
+      std::any_of(t.products.begin(), t.products.begin() + std::ptrdiff_t(index),
+                  [&](const WarpgroupProduct& earlier) { return earlier.d == product.d; });
+  const size_t count = size_t(product.n / 2);
+  if (!are_held) product.held.assign(product.d, product.d + count);
+  memset(product.d, 0xFF, count * sizeof(float));
+}
+
+// Adds the thread's elements of the product to its accumulators.
 void multiply(Thread& t, const WarpgroupProduct& w) {
   const int row = int(t.lane) / 4;
   const int col = int(t.lane) % 4 * 2;
@@ -116,7 +135,7 @@ void multiply(Thread& t, const WarpgroupProduct& w) {
       const float* B = decoded.b.data() + (j * 8 + col + e) * K;
       for (int h = 0; h < 2; ++h) {
         float& d = w.d[j * 4 + h * 2 + e];
-        float sum = w.overwrite ? 0.f : d;
+        float sum = w.accumulate ? d : 0.f;
         for (int k = 0; k < K; ++k) sum += A[8 * h * K + k] * B[k];
         d = sum;
       }
@@ -128,7 +147,7 @@ void multiply(Thread& t, const WarpgroupProduct& w) {
 
 void wgmma_fence(Site site) {
   race::ExecutorScope scope;
-  if (left_out("wgmma.fence", site)) return;
+  if (counted_and_skipped("wgmma.fence", site)) return;
   enter("wgmma.fence", site).wgmma_fenced = true;
 }
 
@@ -156,49 +175,44 @@ void wgmma(float* d, int n, uint64_t a, uint64_t b, bool mn_major, bool accumula
         site.file, site.line, n);
   warp_collective("wgmma.mma_async", ~0u, site, nullptr, nullptr, nullptr, false);
   if (t.linear % WARPGROUP == 0) ++totals.wgmma;
-  const bool continues = std::any_of(t.products.begin(), t.products.end(),
-                                     [&](const WarpgroupProduct& other) { return other.d == d; });
-  WarpgroupProduct product{d, a, b, n, !accumulate, is_bf16, mn_major, false, t.products_issued++,
-                           {}};
-  if (!continues) product.held.assign(d, d + n / 2);
-  memset(d, 0xFF, size_t(n / 2) * sizeof(float));
-  t.products.push_back(std::move(product));
+  WarpgroupProduct product;
+  product.d = d;
+  product.a = a;
+  product.b = b;
+  product.n = n;
+  product.accumulate = accumulate;
+  product.is_bf16 = is_bf16;
+  product.b_mn_major = mn_major;
+  product.number = t.products_issued++;
+  t.products.push_back(product);
+  hide_accumulators(t, t.products.size() - 1);
 }
 
 void wgmma_commit(Site site) {
   race::ExecutorScope scope;
-  if (left_out("wgmma.commit_group", site)) return;
+  if (counted_and_skipped("wgmma.commit_group", site)) return;
   WarpgroupProduct end{};
-  end.commit = true;
+  end.ends_group = true;
   enter("wgmma.commit_group", site).products.push_back(end);
 }
 
 void wgmma_wait(int keep, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("wgmma.wait_group", site);
-  if (left_out(t.op, site)) return;
-  const size_t done = covered_by_wait(
-      t.products, keep, [](const WarpgroupProduct& product) { return product.commit; });
+  if (counted_and_skipped(t.op, site)) return;
+  const size_t done = covered_by_wait(t.products, keep);
   warp_collective(t.op, ~0u, site, nullptr, nullptr, nullptr, false);
   for (size_t i = 0; i < done; ++i) {
     const WarpgroupProduct& product = t.products[i];
-    if (product.commit) continue;
+    if (product.ends_group) continue;
     if (!product.held.empty())
       memcpy(product.d, product.held.data(), product.held.size() * sizeof(float));
     multiply(t, product);
   }
   t.products.erase(t.products.begin(), t.products.begin() + std::ptrdiff_t(done));
-  // Accumulators that a product in flight continues with are hidden again: the first such product
-  // holds the values, and d is NaN.
-  for (size_t i = 0; i < t.products.size() && done; ++i) {
-    WarpgroupProduct& product = t.products[i];
-    const bool first =
-        std::none_of(t.products.begin(), t.products.begin() + std::ptrdiff_t(i),
-                     [&](const WarpgroupProduct& other) { return other.d == product.d; });
-    if (product.commit || !first || !product.held.empty()) continue;
-    product.held.assign(product.d, product.d + product.n / 2);
-    memset(product.d, 0xFF, size_t(product.n / 2) * sizeof(float));
-  }
+  // A product that stays in flight may add to accumulators that are now computed.
+  for (size_t i = 0; i < t.products.size(); ++i)
+    if (!t.products[i].ends_group && t.products[i].held.empty()) hide_accumulators(t, i);
   t.wgmma_fenced = false;
   maybe_preempt();
 }

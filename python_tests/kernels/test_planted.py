@@ -98,7 +98,9 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
             "in flight|: u: ",
             "shrink",
         ),
-        "A_stays": Bug("    a.slot = tile::stage_after<STAGES>(a.slot);\n", "", ": u: ", "shrink"),
+        "A_stays": Bug(
+            "    place.slot = tile::stage_after<STAGES>(place.slot);\n", "", ": u: ", "shrink"
+        ),
         "parts_of_all_blocks_in_one_place": Bug(
             "(split * p.M + m0) * p.parts_row", "m0 * p.parts_row", ": u: ", "shrink"
         ),
@@ -122,11 +124,11 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
         "strips_of_other_blocks": Bug(
             "int(gridDim.y) * Traits::WARPS;", "Traits::WARPS;", Y, "expand_add"
         ),
-        "u_stays": Bug("    a.u = tile::stage_after<STAGES>(a.u);\n", "", Y, "expand_add"),
+        "u_stays": Bug("    place.u = tile::stage_after<STAGES>(place.u);\n", "", Y, "expand_add"),
         "columns_in_order": Bug("c / 2 * CHUNK + 2 * j + c % 2;", "8 * j + c;", Y, "expand_add"),
-        "ragged_columns_are_full": Bug(" && a.n < full_n;", ";", f"{Y}|{BEYOND}", "expand_add"),
+        "ragged_columns_are_full": Bug(" && place.n < full_n;", ";", f"{Y}|{BEYOND}", "expand_add"),
         "strides_of_start_for_y": Bug(
-            "LaneSteps::of(p.y, p.M,", "LaneSteps::of(p.start, p.M,", f"{Y}|{BEYOND}", "expand_from"
+            "of<Traits>(p.y, p.M,", "of<Traits>(p.start, p.M,", f"{Y}|{BEYOND}", "expand_from"
         ),
         "bias_of_the_first_tile": Bug(
             "&sm.bias[now.n * COLS + c / 2", "&sm.bias[c / 2", Y, "expand_fresh"
@@ -142,7 +144,7 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
             "left < width ? left : width;", "width;", f": D: |{BEYOND}", "factor_grad"
         ),
         "rows_of_v_stay": Bug(
-            "    p.slot = tile::stage_after<STAGES>(p.slot);\n", "", ": D: ", "factor_grad"
+            "    place.slot = tile::stage_after<STAGES>(place.slot);\n", "", ": D: ", "factor_grad"
         ),
     },
     ("kernels_bf16.cu", "kernels/shrink_grad.cuh"): {

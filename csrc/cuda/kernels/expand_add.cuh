@@ -120,16 +120,18 @@ LOTR_DEVICE void load_strip(Tile& tile, const Matrix& u, int64_t row0, int64_t r
   }
 }
 
-// How a lane walks a matrix [M, N]. Strides in elements: from chunk to chunk of a lane 8 rows down
-// or a group to the right; from tile to tile; from the last tile of a strip to the first of the
-// next.
+// How a lane walks a matrix [M, N], in elements. Of a tile the lane has 2 GROUPS chunks: chunk c is
+// c % 2 steps down and c / 2 steps to the right of its first one.
 struct LaneSteps {
-  int64_t down, right, to_tile, to_strip;
-  int full_strips;  // strips of 16-byte chunks entirely inside the matrix
-  bool by_chunks;   // 16 bytes at a time
+  int64_t down;      // 8 rows
+  int64_t right;     // a group of columns
+  int64_t to_tile;   // to the next tile of the strip
+  int64_t to_strip;  // from past the last tile of a strip to the first one of the next strip
+  int full_strips;   // strips of 16-byte chunks entirely inside the matrix
+  bool by_chunks;    // 16 bytes at a time
 
   template <class Traits>
-  static LOTR_DEVICE LaneSteps of(const Matrix& m, int64_t M, int n_tiles, int strip_step, Traits) {
+  static LOTR_DEVICE LaneSteps of(const Matrix& m, int64_t M, int n_tiles, int strip_step) {
     const bool by_chunks = m.access == Access::vector;
     const int64_t to_tile = Traits::COLS * m.col;
     return {8 * m.row,
@@ -145,6 +147,9 @@ struct LaneSteps {
   }
 };
 
+// In this order: where a lane is and how it advances; the copies, which run STAGES - 1 tiles ahead;
+// F and the bias; the loop over the warp's tiles, each of which is a product, a mask, a sum with
+// the start or bias, and a store.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
     expand_add(const ExpandParams p) {
@@ -164,32 +169,33 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
   const int strips = int((p.M + STRIP - 1) / STRIP);
   const int strip_step = int(gridDim.y) * Traits::WARPS;
   const int full_n = int((p.N - n_begin) / COLS);  // column tiles entirely inside the matrix
-  const LaneSteps start_steps = LaneSteps::of(p.start, p.M, n_tiles, strip_step, Traits{});
-  const LaneSteps y_steps = LaneSteps::of(p.y, p.M, n_tiles, strip_step, Traits{});
+  const LaneSteps start_steps = LaneSteps::of<Traits>(p.start, p.M, n_tiles, strip_step);
+  const LaneSteps y_steps = LaneSteps::of<Traits>(p.y, p.M, n_tiles, strip_step);
   const int row_of_lane = lane / 4;
   const int col_of_lane = lane % 4 * CHUNK;
 
   struct Place {
-    int strip, n, stage, u;  // u: the stage that holds the strip's u
-    T* first;                // the lane's first chunk
+    int strip, n;  // n: the column tile
+    int stage, u;  // of the tile, and of the strip's u
+    T* first;      // the lane's first chunk
   };
-  const auto advance = [&](Place& a, const LaneSteps& steps) {
-    a.stage = tile::stage_after<STAGES>(a.stage);
-    a.first += steps.to_tile;
-    if (++a.n < n_tiles) return;
-    a.n = 0;
-    a.strip -= strip_step;
-    a.first += steps.to_strip;
-    a.u = tile::stage_after<STAGES>(a.u);
+  const auto advance = [&](Place& place, const LaneSteps& steps) {
+    place.stage = tile::stage_after<STAGES>(place.stage);
+    place.first += steps.to_tile;
+    if (++place.n < n_tiles) return;
+    place.n = 0;
+    place.strip -= strip_step;
+    place.first += steps.to_strip;
+    place.u = tile::stage_after<STAGES>(place.u);
   };
-  const auto inside = [&](const Place& a, const LaneSteps& steps) {
-    return a.strip < steps.full_strips && a.n < full_n;
+  const auto inside = [&](const Place& place, const LaneSteps& steps) {
+    return place.strip < steps.full_strips && place.n < full_n;
   };
   // Elements of the lane's chunk c that are inside the matrix.
-  const auto valid_of = [&](const Place& a, int c) {
-    return tile::valid_elements<CHUNK>(int64_t(a.strip) * STRIP + row_of_lane + c % 2 * 8, p.M,
-                                       n_begin + int64_t(a.n) * COLS + c / 2 * GROUP + col_of_lane,
-                                       p.N);
+  const auto valid_of = [&](const Place& place, int c) {
+    return tile::valid_elements<CHUNK>(
+        int64_t(place.strip) * STRIP + row_of_lane + c % 2 * 8, p.M,
+        n_begin + int64_t(place.n) * COLS + c / 2 * GROUP + col_of_lane, p.N);
   };
 
   const int strip0 = strips - 1 - (int(blockIdx.y) * Traits::WARPS + warp);
@@ -200,18 +206,19 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
   };
   Place ahead = begin(p.start);
 
-  const auto fetch_start = [&](const Place& a) {
-    auto& to = stages[a.stage].y;
-    if (inside(a, start_steps)) {
+  const auto fetch_start = [&](const Place& place) {
+    auto& to = stages[place.stage].y;
+    // Inside, neighbors are contiguous, so a group is GROUP elements: a constant, unlike `right`.
+    if (inside(place, start_steps)) {
 #pragma unroll
       for (int c = 0; c < 2 * GROUPS; ++c)
-        ptx::cp_async16(&to[c][lane], a.first + c % 2 * start_steps.down + c / 2 * GROUP);
+        ptx::cp_async16(&to[c][lane], place.first + c % 2 * start_steps.down + c / 2 * GROUP);
       return;
     }
 #pragma unroll 1
     for (int c = 0; c < 2 * GROUPS; ++c) {
-      const T* chunk = start_steps.chunk(a.first, c);
-      const int valid = valid_of(a, c);
+      const T* chunk = start_steps.chunk(place.first, c);
+      const int valid = valid_of(place, c);
       if (start_steps.by_chunks) {
         ptx::cp_async16(&to[c][lane], valid ? chunk : static_cast<const T*>(p.start.data),
                         valid * int(sizeof(T)));
@@ -254,7 +261,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
       };
       if constexpr (decltype(dropout)::value) {
         const uint64_t seed = uint64_t(ptx::load(p.dropout.seed));
-        uint32_t keep = 0;  // bits of the lane's chunks
+        uint32_t keep = 0;  // one bit for each element of the lane's chunks, in their order
         static_assert(2 * GROUPS * CHUNK <= 32);
 #pragma unroll 1
         for (int c = 0; c < 2 * GROUPS; ++c) {

@@ -23,16 +23,16 @@ struct Walk {
         n_begin(tile::begin_of(n, n_block)),
         m_tiles(tile::count_of(m, m_block)),
         n_tiles(tile::count_of(n, n_block)) {}
-  LOTR_DEVICE bool holds(const Place& p) const { return p.m < m_tiles; }
+  LOTR_DEVICE bool holds(const Place& place) const { return place.m < m_tiles; }
   // the tile's place in the matrix
-  LOTR_DEVICE int row(const Place& p) const { return m_begin + p.m; }
-  LOTR_DEVICE int col(const Place& p) const { return n_begin + p.n; }
-  LOTR_DEVICE void advance(Place& p) const {
-    p.stage = tile::stage_after<STAGES>(p.stage);
-    if (++p.n < n_tiles) return;
-    p.n = 0;
-    ++p.m;
-    p.slot = tile::stage_after<STAGES>(p.slot);
+  LOTR_DEVICE int row(const Place& place) const { return m_begin + place.m; }
+  LOTR_DEVICE int col(const Place& place) const { return n_begin + place.n; }
+  LOTR_DEVICE void advance(Place& place) const {
+    place.stage = tile::stage_after<STAGES>(place.stage);
+    if (++place.n < n_tiles) return;
+    place.n = 0;
+    ++place.m;
+    place.slot = tile::stage_after<STAGES>(place.slot);
   }
 };
 

@@ -37,7 +37,7 @@ struct RowCoreTraits {
 };
 constexpr int NONE = -1, MISSING = -2;
 
-// The first place of `sorted` with a value above `value`.
+// The first place of `sorted` with a value above `value`, or `count`.
 template <class T>
 LOTR_DEVICE int64_t place_above(const T* sorted, int64_t count, int64_t value) {
   int64_t low = 0;
@@ -119,7 +119,7 @@ static __global__ void __launch_bounds__(SmallTraits::THREADS) row_ends(const Ro
   ptx::griddepcontrol_launch_dependents();
 }
 
-// The places [begin, end) of a key.
+// Sets begin and end to the places [begin, end) of a key.
 LOTR_DEVICE void segment(const Segments& s, int64_t key, int64_t& begin, int64_t& end) {
   const int64_t last = s.from_zero ? key : key + 1;
   begin = last > 0 ? ptx::load(s.ends + last - 1) : 0;

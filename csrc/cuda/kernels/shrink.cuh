@@ -75,12 +75,12 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
   struct Place {
     int m = 0, step = 0, stage = 0, slot = 0;  // stage of x, slot of A
   };
-  const auto advance = [&](Place& a) {
-    a.stage = tile::stage_after<STAGES>(a.stage);
-    if (++a.m < m_tiles) return;
-    a.m = 0;
-    ++a.step;
-    a.slot = tile::stage_after<STAGES>(a.slot);
+  const auto advance = [&](Place& place) {
+    place.stage = tile::stage_after<STAGES>(place.stage);
+    if (++place.m < m_tiles) return;
+    place.m = 0;
+    ++place.step;
+    place.slot = tile::stage_after<STAGES>(place.slot);
   };
   Place ahead;
   const auto fetch = [&] {

@@ -16,7 +16,8 @@ struct SmallTraits {
   };
 };
 
-using tile::Order;  // chosen so that neighboring threads read neighbors in memory
+// Of operands in global memory: chosen so that neighboring threads read neighbors in memory.
+using tile::Order;
 
 // d[i] += sum over k < K of a(row, k) b(k, col) for this thread's column and rows. Operands past
 // the end read as zero.
@@ -53,7 +54,7 @@ LOTR_DEVICE void small_product(float (&d)[SmallTraits::PER_THREAD], SmallTraits:
   }
 }
 
-// Calls f(i, row, col) for the outputs of this thread.
+// Calls f(i, row, col) for the outputs d[i] of this thread.
 template <class F>
 LOTR_DEVICE void each_output(F f) {
   using Traits = SmallTraits;

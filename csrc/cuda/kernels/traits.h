@@ -1,4 +1,12 @@
 // Constants that follow from a rank and an element type, for the kernels and for the planner.
+//
+// In every kernel:
+//
+//   R            the rank that the kernel is compiled for; ranks past r are zeros
+//   ROWS, COLS   of a tile of the large matrix
+//   SUBS         the most tiles of a block that share what it keeps: `subs` here
+//   STAGES       tiles in shared memory, of which all but one are in flight
+//   MI, NJ       a warp's accumulators of one tile: MI x NJ products of 16 x 8
 #pragma once
 #include <cstddef>
 
@@ -27,9 +35,9 @@ constexpr int stages_that_fit(size_t stage, size_t resident, int at_most,
   return fit < at_most ? fit : at_most;
 }
 
-// How many of a block's eight warps divide the rank; the others divide rows (shrink) or columns
-// (sums down the columns). One if the rank is short and the tile is long enough for all eight, so
-// that each part of x is read once from shared memory.
+// A block's eight warps are a grid: this many along the rank, the rest along the rows (shrink) or
+// columns (rectangle.cuh) of the tile, `length` of them. One along the rank, if the rank is short
+// and the tile is long enough for all eight: then each part of x is read once from shared memory.
 constexpr int warps_along_rank(int R, int length) {
   return R <= 32 && length >= 128 ? 1 : 2;
 }
@@ -41,17 +49,18 @@ constexpr int rows_of_16_kb(size_t element, int cols) {
 
 // ---- shrink ----
 
-// Tall row tiles, of which a block may have several, so that A is read once for all of them: 32
-// accumulators per thread if two blocks are to fit, else 64.
+// Rows of a tile: low or tall. At rank 256 both are the same.
+constexpr int SHRINK_LOW = 64;
 constexpr int shrink_tall(int R) {
-  return R <= 128 ? 128 : 64;
+  return R <= 128 ? 128 : SHRINK_LOW;
 }
+// A block may have several tall tiles, so that A is read once for all of them: 32 accumulators per
+// thread if two blocks are to fit, else 64.
 constexpr int shrink_subs(int R, int rows) {
   if (rows != shrink_tall(R)) return 1;
   if (R == 16) return 4;
   return R == 32 ? 2 : 1;
 }
-constexpr int SHRINK_LOW = 64;
 // Columns of x in a stage: at most 16 KB of x, and at most 16 KB of A.
 constexpr int shrink_cols(size_t element, int R, int rows) {
   const int longest = rows > R ? rows : R;
@@ -65,16 +74,16 @@ constexpr int SMALL_ROWS = 32, SMALL_COLS = 16;
 
 // ---- factor_grad ----
 
-// Column tiles, with sums in registers. They are complete 128-byte lines of x, and wide if two
-// blocks are to fit, so that a warp has the full rank or reads each part of v for more columns. At
-// ranks 16 and 64 they may be narrow, for matrices of few columns. A block may have several: 32
-// accumulators per thread if two blocks are to fit, else 64.
+// Columns of a tile, which are complete 128-byte lines of x. A wide tile reads each part of v for
+// more columns. At rank 64 there is also a narrow one, for matrices of few columns.
 constexpr int factor_grad_wide(int R) {
   return R == 32 || R == 64 ? 128 : 64;
 }
 constexpr int factor_grad_narrow(int R) {
   return R == 64 ? 64 : factor_grad_wide(R);
 }
+// Column tiles of a block, with sums in registers: 32 accumulators per thread if two blocks are to
+// fit, else 64.
 constexpr int factor_grad_subs(int R, int cols) {
   const int accumulators = blocks_of_one_product(R) == 2 ? 32 : 64;  // of each of 256 threads
   const int ranks = R < 32 ? 32 : R;

@@ -89,7 +89,7 @@ LOTR_DEVICE T from_float(float x) {
     return __float2half_rn(x);
 }
 
-// Two neighbors, aligned as a word if they form one.
+// Converts two neighbors. Those of a half type are aligned to 4 bytes: one 32-bit word.
 LOTR_DEVICE void to_floats(const float* from, float& a, float& b) {
   a = from[0];
   b = from[1];
@@ -104,7 +104,7 @@ LOTR_DEVICE void to_floats(const __half* from, float& a, float& b) {
   a = __half2float(from[0]);
   b = __half2float(from[1]);
 }
-// Rounded by one instruction.
+// Rounds two neighbors, by one instruction.
 LOTR_DEVICE void from_floats(float* to, float a, float b) {
   to[0] = a;
   to[1] = b;
@@ -120,7 +120,7 @@ LOTR_DEVICE void from_floats(__half* to, float a, float b) {
   to[1] = pair.y;
 }
 
-// Keeps a value in a register. Without it the compiler computes the value again in every
+// Returns the value, and keeps it in a register: the compiler would compute it again in every
 // iteration.
 LOTR_DEVICE int held(int value) {
 #ifdef __CUDACC__

@@ -12,8 +12,9 @@
 namespace lotr::cuda {
 namespace {
 
-// Coordinates of a bulk copy are 32-bit, and the last tiles' coordinates pass the extent.
-constexpr int64_t MOST = int64_t(1) << 30;  // rows and columns
+// The most rows and columns. Coordinates of a bulk copy are 32-bit, and those of the last tiles
+// pass the extent.
+constexpr int64_t MAX_EXTENT = int64_t(1) << 30;
 
 // f(the traits of the problem's instance).
 template <class F>
@@ -32,18 +33,20 @@ std::string refuse(const char* name, const Matrix& m, int64_t rows, int64_t cols
   const std::string what = std::string(name) + ": expected ";
   if (m.col != 1) return what + "a column stride of 1, got " + std::to_string(m.col);
   if (reinterpret_cast<uintptr_t>(m.data) % 16) return what + "an address divisible by 16";
-  if (rows > 1 && (m.row % 8 || m.row < cols || m.row > MOST))
+  if (rows > 1 && (m.row % 8 || m.row < cols || m.row > MAX_EXTENT))
     return what + "a row stride that is a multiple of 8 and at least " + std::to_string(cols) +
            ", got " + std::to_string(m.row);
   return {};
 }
 
+// The same for one extent of the problem.
 std::string refuse_extent(const char* name, int64_t least, int64_t extent) {
-  if (extent >= least && extent <= MOST) return {};
+  if (extent >= least && extent <= MAX_EXTENT) return {};
   return std::string(name) + ": expected " + std::to_string(least) + " to 2^30, got " +
          std::to_string(extent);
 }
 
+// The same for all extents and matrices of the problem: the first reason.
 std::string refuse_layout(const GemmLotr& problem) {
   const std::string extents[] = {refuse_extent("M", 0, problem.M), refuse_extent("N", 1, problem.N),
                                  refuse_extent("K", 1, problem.K)};
@@ -62,6 +65,7 @@ std::string refuse_layout(const GemmLotr& problem) {
   return {};
 }
 
+// A launch of `pairs` clusters.
 template <class Traits>
 ptx::LaunchArgs launch_args(const Call& call, int64_t pairs) {
   ptx::LaunchArgs args{dim3(unsigned(pairs * Traits::PAIR)), dim3(Traits::THREADS),
@@ -116,6 +120,7 @@ ptx::TensorMap tensor_map(const Matrix& m, int64_t rows, int64_t cols, int box_r
   return entry.map;
 }
 
+// Launches one instance for a problem that gemm_lotr_refusal accepts.
 template <class Traits>
 void run(const Call& call, const GemmLotr& problem) {
   using T = typename Traits::T;

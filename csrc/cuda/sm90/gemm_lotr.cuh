@@ -227,13 +227,14 @@ struct Multiplier {
   }
 
  private:
-  // The stage of the next step, when all of it has landed.
+  // Waits until the stage of the next step has landed.
   LOTR_DEVICE const Stage& next() {
     ptx::mbarrier_wait(&s.full[place.stage], place.parity);
     return s.stage[place.stage];
   }
 
-  // Called by a full warp. Arrives at both blocks' producers, because each of them writes here.
+  // Called by all lanes of a warp that has read the stage. Tells the producers of both blocks,
+  // because both fill it.
   LOTR_DEVICE void release(int stage) {
     __syncwarp();  // all lanes have finished their reads
     const uint32_t lane = threadIdx.x % 32;

@@ -1,5 +1,5 @@
 // Device primitives that only sm_90a has: tensor maps, mbarriers, tiled bulk copies (TMA) in both
-// directions, clusters. The products are in wgmma.cuh. ../ptx/base.cuh explains how wrappers
+// directions, clusters. The products are in wgmma.cuh. ../ptx/sm80.cuh explains how wrappers
 // work.
 //
 // In the executor a tile that a bulk copy fills is NaN until the mbarrier's phase completes, and a

@@ -5,8 +5,8 @@
 
 namespace lotr::tile {
 
-// T: the type of u. u_at(row, rank): an element of the block's u, rounded to T. The block's rows
-// start at row0.
+// The block has `rows` rows from row0 on. u_at(row, rank): an element of its u, rounded to T, the
+// type of u.
 template <class T, int THREADS, class U>
 LOTR_DEVICE void apply_core(const CoreProduct& p, int64_t row0, int rows, int r, U u_at) {
   for (int index = threadIdx.x; index < rows * p.r_core; index += THREADS) {

@@ -97,9 +97,10 @@ struct Exact {
   }
 };
 
-// d[MI][NJ] += A[i0 + i_step * mi ..][.. K_TOTAL] B[.. K_TOTAL][j0 ..]
-// The columns are processed in groups of at most 32 registers of fragments. The loop of a float32
-// product (P::K = 4) is not unrolled.
+// d[mi][nj] += A[i0 + i_step * mi ..][k] B[k][j0 + 8 * nj ..], 16 x 8 sums over k < K_TOTAL.
+//
+// The columns are processed in groups of at most 32 registers of fragments. The loop over k is
+// unrolled for the half types; for float32 (P::K = 4) UNROLL is 1.
 template <class P, int K_TOTAL, Order OF_A, Order OF_B, int MI, int NJ, class TileA, class TileB>
 LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_step, TileB& B,
                               int j0) {
@@ -122,7 +123,8 @@ LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_ste
   }
 }
 
-// The fragments of a right operand [K_TOTAL, 8 NJ] in registers, for several products.
+// The fragments of a right operand [K_TOTAL, 8 NJ], loaded once and kept in registers for several
+// products.
 template <class P, int K_TOTAL, int NJ>
 struct Right {
   static constexpr int STEPS = K_TOTAL / P::K, REGISTERS = STEPS * NJ * P::B_REGS;
@@ -135,6 +137,7 @@ struct Right {
   }
 };
 
+// The same product with a right operand in registers.
 template <Order OF_A, class P, int K_TOTAL, int MI, int NJ, class TileA>
 LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_step,
                               const Right<P, K_TOTAL, NJ>& B) {

@@ -1,3 +1,4 @@
+// Implements arguments.h.
 #include "arguments.h"
 
 #include <sstream>
@@ -63,7 +64,7 @@ void Arguments::expect_shape(const char* name, const std::vector<int64_t>& shape
   if (got != shape) fail(name, text(shape), text(got));
 }
 
-void Arguments::count_for(const char* name) const {
+void Arguments::register_traffic(const char* name) const {
   const py::array& a = array(name);
   if (!options().count_memory || a.size() == 0) return;
   size_t bytes = size_t(a.itemsize());
@@ -78,7 +79,7 @@ int64_t Arguments::stride(const char* name, int dim) const {
 Matrix Arguments::input(const char* name, DType as, int64_t rows, int64_t cols) const {
   if (!has(name)) return {};
   expect_shape(name, {rows, cols});
-  count_for(name);
+  register_traffic(name);
   const int64_t row = stride(name, 0);
   const int64_t col = stride(name, 1);
   void* const data = const_cast<void*>(array(name).data());
@@ -98,7 +99,7 @@ FloatSum Arguments::sum(const char* name, int64_t rows, int64_t cols, bool add) 
 Arguments::Stack Arguments::stack(const char* name, int64_t count, int64_t rows,
                                   int64_t cols) const {
   expect_shape(name, {count, rows, cols});
-  count_for(name);
+  register_traffic(name);
   void* const data = const_cast<void*>(array(name).data());
   return {{data, stride(name, 1), stride(name, 2), Access::element}, stride(name, 0)};
 }
@@ -107,7 +108,7 @@ const void* Arguments::vector(const char* name, DType as, int64_t size) const {
   if (!has(name)) return nullptr;
   if (type(name) != as) fail(name, "the element type of the output", py::str(array(name).dtype()));
   expect_shape(name, {size});
-  count_for(name);
+  register_traffic(name);
   return array(name).data();
 }
 
@@ -115,7 +116,7 @@ float* Arguments::floats(const char* name, std::vector<int64_t> shape) const {
   if (!has(name)) return nullptr;
   if (type(name) != DType::float32) fail(name, "float32", py::str(array(name).dtype()));
   expect_shape(name, shape);
-  count_for(name);
+  register_traffic(name);
   return static_cast<float*>(const_cast<void*>(array(name).data()));
 }
 

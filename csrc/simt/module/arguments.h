@@ -33,10 +33,10 @@ class Arguments {
   FloatSum sum(const char* name, int64_t rows, int64_t cols, bool add) const;
   const void* vector(const char* name, DType as, int64_t size) const;  // [size]
   float* floats(const char* name, std::vector<int64_t> shape) const;   // contiguous
-  // Matrices [count, rows, cols] of any type; next: the stride from one to the next.
+  // Matrices [count, rows, cols] of any type: the first one, and the stride from one to the next.
   struct Stack {
-    Matrix matrix;
-    int64_t next;
+    Matrix first;
+    int64_t stride;
   };
   Stack stack(const char* name, int64_t count, int64_t rows, int64_t cols) const;
   int64_t stride(const char* name, int dim) const;  // in elements, 0 for an absent array
@@ -48,7 +48,7 @@ class Arguments {
     if (a.itemsize() != sizeof(T) || a.dtype().kind() != 'i' || a.ndim() != 1 ||
         (a.size() > 1 && a.strides(0) != py::ssize_t(sizeof(T))))
       fail(name, "contiguous int" + std::to_string(8 * sizeof(T)), py::str(a.dtype()));
-    count_for(name);
+    register_traffic(name);
     return static_cast<const T*>(a.data());
   }
   Dropout dropout() const;  // of the number p and the array seed
@@ -56,7 +56,7 @@ class Arguments {
  private:
   const py::array& array(const char* name) const;
   void expect_shape(const char* name, const std::vector<int64_t>& shape) const;
-  void count_for(const char* name) const;  // registers the array, so that its traffic is counted
+  void register_traffic(const char* name) const;  // so that the array's traffic is counted
   [[noreturn]] void fail(const char* name, const std::string& expected,
                          const std::string& got) const;
 
@@ -65,8 +65,8 @@ class Arguments {
   std::map<std::string, double> numbers_;
 };
 
-// A kernel that Python can run. arrays: names, those in brackets are optional. numbers: names
-// with their defaults.
+// A kernel that Python can run. arrays: names, those after a bracket are optional, as in
+// "x A u [ seed ]". numbers: names with their defaults, as in "p=0 scale=1".
 struct Kernel {
   const char *name, *arrays, *numbers;
   void (*run)(const Arguments& args);

@@ -192,47 +192,59 @@ RowIndex index_of(const Arguments& args, int64_t rows) {
           cores};
 }
 
-// A matrix with its type and extents.
-Matrix matrix(const Arguments& args, const char* name) {
-  return args.input(name, args.type(name), args.extent(name, 0), args.extent(name, 1));
+struct TypedMatrix {
+  Matrix matrix;
+  DType type;
+};
+TypedMatrix typed_matrix(const Arguments& args, const char* name) {
+  const DType type = args.type(name);
+  return {args.input(name, type, args.extent(name, 0), args.extent(name, 1)), type};
 }
 
-// h = scale a G by rows; transposed: a G^T.
-void product(const Arguments& args, const RowIndex& index, Matrix a, DType a_type, Matrix h,
-             DType h_type, bool transposed, float missing) {
+// h_i = scale a_t(i) G_c(i).
+RowCoreProblem row_core_problem(const Arguments& args, const RowIndex& index, const TypedMatrix& a,
+                                const TypedMatrix& h) {
   const Arguments::Stack cores = args.stack("cores", args.extent("cores", 0),
                                             args.extent("cores", 1), args.extent("cores", 2));
   RowCoreProblem problem{};
   problem.index = index;
-  problem.a = a;
-  problem.cores = cores.matrix;
-  problem.core_stride = cores.next;
+  problem.a = a.matrix;
+  problem.cores = cores.first;
+  problem.core_stride = cores.stride;
+  problem.h = h.matrix;
+  problem.a_type = a.type;
+  problem.core_type = args.type("cores");
+  problem.h_type = h.type;
   problem.r_in = rank(args, "cores", 1);
   problem.r_out = rank(args, "cores", 2);
-  if (transposed) {
-    std::swap(problem.cores.row, problem.cores.col);
-    std::swap(problem.r_in, problem.r_out);
-  }
-  problem.h = h;
-  problem.a_type = a_type;
-  problem.core_type = args.type("cores");
-  problem.h_type = h_type;
   problem.scale = float(args.number("scale"));
-  problem.missing = missing;
-  launch(args.type("u"), problem);
+  problem.missing = std::numeric_limits<float>::quiet_NaN();
+  return problem;
+}
+
+// row_du_i = scale g_i G_c(i)^T, 0 for a row without a core. Row i reads row i of g, not a token's.
+RowCoreProblem row_core_grad_problem(const Arguments& args, RowIndex index,
+                                     const TypedMatrix& row_du) {
+  index.token = nullptr;
+  index.tokens = index.rows;
+  RowCoreProblem problem = row_core_problem(args, index, typed_matrix(args, "g"), row_du);
+  std::swap(problem.cores.row, problem.cores.col);
+  std::swap(problem.r_in, problem.r_out);
+  problem.missing = 0.f;
+  return problem;
 }
 
 void row_core(const Arguments& args) {
-  product(args, index_of(args, args.extent("h", 0)), matrix(args, "u"), args.type("u"),
-          matrix(args, "h"), args.type("h"), /*transposed=*/false,
-          /*missing=*/std::numeric_limits<float>::quiet_NaN());
+  const RowIndex index = index_of(args, args.extent("h", 0));
+  launch(args.type("u"),
+         row_core_problem(args, index, typed_matrix(args, "u"), typed_matrix(args, "h")));
 }
 
-// Rows sorted by a key, and the ends of the rows of each key.
-struct Sorted {
+// Rows sorted by a key, and the ends of the rows of each key, which the kernel row_ends computes.
+struct SortedRows {
   Memory order, keys, ends;
 
-  Sorted(const cuda::Call& call, const int64_t* key, int64_t rows, int64_t bound)
+  SortedRows(const cuda::Call& call, const int64_t* key, int64_t rows, int64_t bound)
       : order(nullptr, size_t(rows) * 8),
         keys(nullptr, size_t(rows) * 8),
         ends(nullptr, size_t(bound + 1) * 4) {
@@ -245,48 +257,42 @@ struct Sorted {
   Segments segments() { return {order.as<int64_t>(), ends.as<int32_t>(), /*from_zero=*/0}; }
 };
 
-// du, the sum over the rows of each token.
-void sum_over_rows(const Arguments& args, const cuda::Call& call, const RowIndex& of_g,
-                   int64_t rows, Matrix g) {
+// du_t, the sum of row_du over the rows of each token.
+void sum_over_rows(const Arguments& args, const cuda::Call& call, const RowIndex& index) {
   const int64_t r_in = args.extent("cores", 1);
-  const int64_t tokens = args.extent("u", 0);
-  Sorted by_token(call, args.integers<int64_t>("tokens"), rows, tokens);
-  Memory row_du(nullptr, size_t(rows * r_in) * 4);
-  product(args, of_g, g, args.type("g"), {row_du.as<float>(), r_in, 1, Access::element},
-          DType::float32, /*transposed=*/true, /*missing=*/0.f);
+  SortedRows by_token(call, index.token, index.rows, index.tokens);
+  Memory row_du(nullptr, size_t(index.rows * r_in) * 4);
+  const Matrix row_du_matrix{row_du.as<float>(), r_in, 1, Access::element};
+  launch(call, row_core_grad_problem(args, index, {row_du_matrix, DType::float32}));
+  const TypedMatrix du = typed_matrix(args, "du");
   SumRowsProblem problem{};
   problem.of_token = by_token.segments();
   problem.row_du = row_du.as<float>();
-  problem.tokens = tokens;
+  problem.du = du.matrix;
+  problem.du_type = du.type;
+  problem.tokens = index.tokens;
   problem.r = int32_t(r_in);
-  problem.du = matrix(args, "du");
-  problem.du_type = args.type("du");
   launch(call, problem);
 }
 
+// Without tokens, row i is token i, and row_du is du.
 void row_core_backward(const Arguments& args) {
   const cuda::Call call = call_of(args.type("u"));
-  const int64_t rows = args.extent("g", 0);
-  const RowIndex index = index_of(args, rows);
-  RowIndex of_g = index;  // row i reads row i of g, not a token's
-  of_g.token = nullptr;
-  of_g.tokens = rows;
-  const Matrix g = matrix(args, "g");
-  if (args.has("tokens"))
-    sum_over_rows(args, call, of_g, rows, g);
+  const RowIndex index = index_of(args, args.extent("g", 0));
+  if (index.token)
+    sum_over_rows(args, call, index);
   else
-    product(args, of_g, g, args.type("g"), matrix(args, "du"), args.type("du"),
-            /*transposed=*/true, /*missing=*/0.f);
-  std::optional<Sorted> by_index;
-  if (index.core) by_index.emplace(call, index.core, rows, index.cores);
+    launch(call, row_core_grad_problem(args, index, typed_matrix(args, "du")));
+  std::optional<SortedRows> by_core;
+  if (index.core) by_core.emplace(call, index.core, index.rows, index.cores);
+  const TypedMatrix u = typed_matrix(args, "u");
   RowCoreGradProblem problem{};
-  problem.of_core =
-      by_index ? by_index->segments() : Segments{nullptr, index.ends, /*from_zero=*/1};
+  problem.of_core = by_core ? by_core->segments() : Segments{nullptr, index.ends, /*from_zero=*/1};
   problem.token = index.token;
-  problem.u = matrix(args, "u");
-  problem.g = g;
-  problem.type = args.type("u");
-  problem.rows = rows;
+  problem.u = u.matrix;
+  problem.g = typed_matrix(args, "g").matrix;
+  problem.type = u.type;
+  problem.rows = index.rows;
   problem.tokens = index.tokens;
   problem.cores = index.cores;
   problem.r_in = rank(args, "cores", 1);

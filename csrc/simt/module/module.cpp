@@ -28,19 +28,21 @@ void run(const std::string& name, const py::dict& arrays, const py::dict& number
 
 py::dict counters_dict() {
   using namespace pybind11::literals;
+  const auto triple = [](const unsigned (&extent)[3]) {
+    return py::make_tuple(extent[0], extent[1], extent[2]);
+  };
   const Counters c = counters();
   py::dict arrays;
-  for (const Traffic& t : c.arrays)
-    arrays[py::str(t.name)] =
-        py::dict("size"_a = t.size, "read_bytes"_a = t.read_bytes,
-                 "read_sectors"_a = t.read_sectors, "written_bytes"_a = t.written_bytes,
-                 "written_sectors"_a = t.written_sectors, "unwrapped"_a = t.unwrapped);
+  for (const Traffic& array : c.arrays)
+    arrays[py::str(array.name)] =
+        py::dict("size"_a = array.size, "read_bytes"_a = array.read_bytes,
+                 "read_sectors"_a = array.read_sectors, "written_bytes"_a = array.written_bytes,
+                 "written_sectors"_a = array.written_sectors, "unwrapped"_a = array.unwrapped);
   py::list launches;
-  for (const LaunchRecord& l : c.launches)
-    launches.append(py::dict("name"_a = l.name, "shared_bytes"_a = l.shared_bytes,
-                             "early"_a = l.early, "let_next"_a = l.let_next,
-                             "grid"_a = py::make_tuple(l.grid[0], l.grid[1], l.grid[2]),
-                             "block"_a = py::make_tuple(l.block[0], l.block[1], l.block[2])));
+  for (const LaunchRecord& launch : c.launches)
+    launches.append(py::dict("name"_a = launch.name, "shared_bytes"_a = launch.shared_bytes,
+                             "early"_a = launch.early, "let_next"_a = launch.let_next,
+                             "grid"_a = triple(launch.grid), "block"_a = triple(launch.block)));
   return py::dict(
       "blocks"_a = c.blocks, "threads"_a = c.threads, "switches"_a = c.switches,
       "barriers"_a = c.barriers, "warp_collectives"_a = c.warp_collectives, "mma"_a = c.mma,
@@ -52,13 +54,13 @@ py::dict counters_dict() {
 
 void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, bool count_memory,
                     bool sm90) {
-  Options o;
-  o.order = order_of("order", order);
-  o.seed = seed;
-  o.preempt = preempt;
-  o.count_memory = count_memory;
-  o.shared_limit = sm90 ? SHARED_LIMIT_SM90 : SHARED_LIMIT;
-  set_options(o);
+  Options options;
+  options.order = order_of("order", order);
+  options.seed = seed;
+  options.preempt = preempt;
+  options.count_memory = count_memory;
+  options.shared_limit = sm90 ? SHARED_LIMIT_SM90 : SHARED_LIMIT;
+  set_options(options);
 }
 
 void set_device(int multiprocessors, bool early) {
@@ -75,8 +77,8 @@ std::string plan_text_of(const std::string& op, int64_t M, int64_t N, int32_t r,
 // The places where threads synchronize. test_builds.py skips each of them.
 py::list synchronization_sites_py() {
   py::list sites;
-  for (const SynchronizationSite& s : synchronization_sites())
-    sites.append(py::make_tuple(s.op, s.file, s.line, s.calls));
+  for (const SynchronizationSite& site : synchronization_sites())
+    sites.append(py::make_tuple(site.op, site.file, site.line, site.calls));
   return sites;
 }
 
