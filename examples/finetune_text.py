@@ -98,13 +98,19 @@ def check_saved_adapter(model: nn.Module, ids: list[list[int]], folder: Path) ->
     assert torch.equal(predict(merged, ids).argmax(1), predict(model, ids).argmax(1))
 
 
-def show(runs: list[dict], held_out: int, path: Path) -> None:
-    """Prints the table, with 95 % intervals over the held-out texts, and draws the losses."""
-    lines = {}
+def report(runs: list[dict], held_out: int, path: Path) -> None:
+    """Prints a row per method, with means over the seeds, and draws the training losses.
+
+    Args:
+        runs: What `run` returned for each seed and method.
+        held_out: The number of held-out texts. The 95 % interval of the accuracy is over them.
+        path: The picture.
+    """
     print(
         f"{'method':12} {'trained parameters':>18} {'accuracy':>24} {'s per step':>11} "
         f"{'peak memory':>12}"
     )
+    curves = {}
     for name in dict.fromkeys(run["method"] for run in runs):
         runs_of_method = [run for run in runs if run["method"] == name]
         mean = statistics.fmean(run["accuracy"] for run in runs_of_method)
@@ -118,8 +124,8 @@ def show(runs: list[dict], held_out: int, path: Path) -> None:
         parameters = runs_of_method[0]["trained parameters"]
         print(f"{name:12} {parameters:18,} {interval:>24} {seconds:11.3f} {peak:8,.0f} MiB")
         losses = torch.tensor([run["losses"] for run in runs_of_method]).mean(0).tolist()
-        lines[f"{name}: {interval}"] = dict(enumerate(running_mean(losses, 15)))
-    draw(path, lines, xlabel="step", ylabel="training loss (mean of 15 steps)")
+        curves[f"{name}: {interval}"] = dict(enumerate(running_mean(losses, 15)))
+    draw(path, curves, xlabel="step", ylabel="training loss (mean of 15 steps)")
 
 
 def main(words: list[str] | None = None) -> None:
@@ -143,7 +149,7 @@ def main(words: list[str] | None = None) -> None:
                 runs.append(pool.submit(run, method, seed, options).result())
     table = json.dumps({"options": vars(options), "runs": runs}, indent=1, default=str)
     (options.out / "table.json").write_text(table)
-    show(runs, options.held_out, options.out / "curves.png")
+    report(runs, options.held_out, options.out / "curves.png")
     print(f"curves.png, table.json and the adapters are in {options.out}")
 
 

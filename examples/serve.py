@@ -32,10 +32,10 @@ NOT_LEARNED = -100  # cross_entropy ignores this label
 
 
 def text_parts(task: str, lines: list[str], generator: random.Random) -> list[tuple[str, bool]]:
-    """Makes a text of a task, in parts.
+    """Makes an example of a task.
 
     Returns:
-        Pairs (text, is_learned) of each part. A prompt is not learned.
+        Its parts, as pairs (text, is_learned). A prompt is not learned.
     """
     if task == "larger":
         parts = []

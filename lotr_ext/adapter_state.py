@@ -185,8 +185,15 @@ class AdapterState:
             # gigabytes.
             with torch.device("meta"):
                 cores = FORMS[config.core]([place_of(name) for name in self.layers], config.rank)
-            expected = _shapes(cores.state_dict(prefix="lotr_cores."))
-        actual = _shapes({k: t for k, t in self.tensors.items() if k.startswith("lotr_cores.")})
+            expected = {
+                name: list(tensor.shape)
+                for name, tensor in cores.state_dict(prefix="lotr_cores.").items()
+            }
+        actual = {
+            name: list(tensor.shape)
+            for name, tensor in self.tensors.items()
+            if name.startswith("lotr_cores.")
+        }
         if actual != expected:
             raise ValueError(
                 f"lotr_cores: expected {expected} for core {config.core!r} and rank "
@@ -258,10 +265,6 @@ def _document_of(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     with errors_of(str(path)):
         return json.loads(text), tensors
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _what_is_at(directory: Path) -> str:

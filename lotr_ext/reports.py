@@ -120,8 +120,7 @@ def _shortened(names: Sequence[str], most: int) -> str:
     """Lists at most so many names. If there are more, the last entry counts the rest."""
     if len(names) <= most:
         return ", ".join(names)
-    shown = most - 1
-    return ", ".join([*names[:shown], f"{len(names) - shown} more"])
+    return ", ".join([*names[: most - 1], f"{len(names) - most + 1} more"])
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:

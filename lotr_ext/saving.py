@@ -132,20 +132,8 @@ def adapter_of(model: nn.Module, gather: Gather = expect_full) -> AdapterState:
     )
 
 
-def tied_to_saved(model: nn.Module) -> tuple[str, ...]:
-    """Returns the names of parameters that share memory with one of modules_to_save."""
-    tied = tied_names(model)  # by module
-    inside = [module for saved in saved_in(model).values() for module in saved.modules()]
-    return tuple(sorted({name for module in inside for name in tied.get(module, ())}))
-
-
-def start_keys(name: str, entry: LayerEntry) -> tuple[str, str, str]:
-    """Returns the names, in a file, of the A, B and core with which init "svd" started a layer."""
-    return start_key(entry.A), start_key(entry.B), f"{name}.start_core"
-
-
 def _entries_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[str, LayerEntry]:
-    """Returns what a file says of each layer. The module that registers a factor names it."""
+    """Returns the entry of each layer. A factor is named after the module that registers it."""
     names = {m: name for name, m in model.named_modules() if isinstance(m, LoTRFactor)}
     return {
         name: LayerEntry(
@@ -160,14 +148,14 @@ def _entries_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[str, 
 
 
 def stored_tensors(model: nn.Module, entries: Mapping[str, LayerEntry]) -> dict[str, Tensor]:
-    """Returns the model's tensors that a save copies into a file, and a load out of it, by name.
+    """Returns the tensors of a model that a save reads and a load overwrites, by name.
 
-    They may be sharded. Absent are cores that a module computes, and starts: a file has both, but a
-    load does not copy them into a tensor of the model.
+    They may be sharded. Starts and computed cores are absent: a file has them, too, but a load does
+    not copy them into a tensor of the model.
 
     Args:
         model: An adapted model.
-        entries: The names of A and B of each layer. A file may have others than the model.
+        entries: The names of A and B of each layer, in which a file may differ from the model.
     """
     tensors: dict[str, object] = {}
     modules: dict[str, nn.Module] = {}  # their state dicts are stored
@@ -183,8 +171,7 @@ def stored_tensors(model: nn.Module, entries: Mapping[str, LayerEntry]) -> dict[
     modules |= saved_in(model)
     for name, module in modules.items():
         tensors |= module.state_dict(prefix=f"{name}.", keep_vars=True)
-    # A tensor with several names, because it is tied, keeps the first. A state dict may also have
-    # extra state, which is not a tensor.
+    # A tied tensor keeps only its first name. A state dict may also have extra state, no tensor.
     first_names: dict[Tensor, str] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor):
@@ -204,6 +191,18 @@ def _full_core(layer: LoTRLayer, gather: Gather) -> Tensor:
         return source()
 
 
+def start_keys(name: str, entry: LayerEntry) -> tuple[str, str, str]:
+    """Returns the names, in a file, of the A, B and core with which init "svd" started a layer."""
+    return start_key(entry.A), start_key(entry.B), f"{name}.start_core"
+
+
+def tied_to_saved(model: nn.Module) -> tuple[str, ...]:
+    """Returns the names of parameters that share memory with one of modules_to_save."""
+    tied = tied_names(model)  # by module
+    inside = [module for saved in saved_in(model).values() for module in saved.modules()]
+    return tuple(sorted({name for module in inside for name in tied.get(module, ())}))
+
+
 # ---- wrappers, and what is not saved -------------------------------------------------------------
 
 
@@ -220,7 +219,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, bool]:
         imported_class("deepspeed.runtime.engine", "DeepSpeedEngine"),
     )
     while hasattr(model, "_orig_mod") or isinstance(model, wrappers):
-        # First, because the wrapper of torch.compile also has a `module` if what it wraps has one.
+        # torch.compile's wrapper also has `module` if the wrapped model has, so it comes first.
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         else:

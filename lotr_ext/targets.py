@@ -100,6 +100,9 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     inside_saved = {child for module in saved.values() for child in module.modules()}
     targets, left_out = _linear_targets(model, config, inside_saved)
     targets += _expert_targets(model, config, inside_saved)
+    # "all-linear" selects no parameters, but whoever adapts a mixture should learn of its experts.
+    if config.everything and not config.target_parameters:
+        left_out |= _unnamed_experts(model)
     if not targets:
         reasons = [f"{names[0]!r}: {reason}" for reason, names in left_out.items()]
         raise ValueError(
@@ -286,10 +289,6 @@ def _linear_targets(
     targets = []
     left_out: dict[str, list[str]] = {}
     for module, names in names_of_modules(model).items():
-        has_experts = any(expert_obstacle(module, p) is None for p in module._parameters)
-        # "all-linear" selects no parameters, but whoever adapts a mixture should learn of these.
-        if config.everything and not config.target_parameters and has_experts:
-            left_out.setdefault(_UNNAMED_EXPERTS, []).append(names[0])
         if not _is_selected(module, names, config):
             continue
         obstacle = linear_obstacle(model, module, names, tied)
@@ -456,6 +455,16 @@ def _expert_targets(
             group = group_of(layer_name, module, sizes, config.group_by)
             targets.append(Target((layer_name,), module, sizes, group, parameter))
     return targets
+
+
+def _unnamed_experts(model: nn.Module) -> dict[str, list[str]]:
+    """Returns the modules with experts that could be adapted, as `Selection.left_out`."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if any(expert_obstacle(module, parameter) is None for parameter in module._parameters)
+    ]
+    return {_UNNAMED_EXPERTS: names} if names else {}
 
 
 def parameter_name(layer_name: str) -> str:

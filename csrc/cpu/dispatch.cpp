@@ -59,7 +59,7 @@ const Set& set() {
   return *chosen;
 }
 
-// The dtype that fold multiplies in: what all operands have, else that of sums (fold_as).
+// The dtype that fold multiplies in: what all operands share, or the dtype of sums (fold_as).
 DType fold_dtype(const TensorView& F, const TensorView& B, const TensorView& core) {
   const bool alike = B.dtype == F.dtype && core.dtype == F.dtype;
   return alike || F.dtype == DType::float64 ? F.dtype : DType::float32;

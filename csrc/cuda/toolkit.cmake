@@ -1,10 +1,14 @@
 # Functions for CMakeLists.txt: which architectures to compile for, and whether nvcc's CUDA fits
 # torch's.
 
-# Expands LOTR_ARCHS. It is CMake's list; or all, for a wheel; or AUTO: the cards of this machine
-# that the kernels and nvcc support, else 80 and 90a. The code of a card also runs on later minor
-# versions (100 on 103), and the PTX of the entry without "-real" runs on later cards. It is 90a and
-# not 90, because 90 has no wgmma.
+# Expands LOTR_ARCHS to CMake's list of architectures:
+#
+#   a list   itself
+#   all      for a wheel: every architecture that nvcc supports
+#   AUTO     the cards of this machine that the kernels and nvcc support, else 80 and 90a
+#
+# The code of a card also runs on later minor versions (100 on 103), and the PTX of the entry without
+# "-real" runs on later cards. It is 90a and not 90, because 90 has no wgmma.
 function(lotr_archs result wanted nvcc_version)
   if(nvcc_version VERSION_LESS 12.8)
     set(all 80 86-real 89-real 90a-real)
@@ -26,7 +30,7 @@ function(lotr_archs result wanted nvcc_version)
 endfunction()
 
 # Lists the architectures of this machine's cards. The list is empty if nvcc does not support one of
-# them.
+# them: lotr_archs then takes 80, whose PTX the driver can compile for all of them.
 function(lotr_cards result nvcc_version)
   set(archs)
   find_program(LOTR_NVIDIA_SMI nvidia-smi)
@@ -53,11 +57,15 @@ function(lotr_cards result nvcc_version)
   set(${result} "${archs}" PARENT_SCOPE)
 endfunction()
 
-# Splits a list in two: architectures that are compiled, and nvcc's options for those that are
-# assembled from the PTX of a compiled one. The latter are "-real" entries for which the list has a
-# lower architecture on the same side of 9.0, the only version that the sources distinguish. PTX is
-# two thirds of the work. Of 80, 86-real, 89-real and 90a-real, 80 and 90a-real are compiled, and 86
-# and 89 are assembled from the PTX of 80.
+# Compiles each PTX once, because PTX is two thirds of the work. Splits a list of architectures into
+# those that are compiled, and nvcc's options for those that are assembled from the PTX of one of
+# them. For 80;86-real;89-real;90a-real:
+#
+#   compiled_result   80;90a-real
+#   options_result    --generate-code=arch=compute_80,code=[sm_86], and the same for sm_89
+#
+# A "-real" entry is assembled from the lowest other architecture of the list that is below it and
+# on the same side of 9.0, the only version that the sources distinguish.
 function(lotr_share_ptx compiled_result options_result archs)
   set(compiled)
   set(options)
@@ -67,10 +75,10 @@ function(lotr_share_ptx compiled_result options_result archs)
       set(number ${CMAKE_MATCH_1})
       foreach(other IN LISTS archs)
         if(other MATCHES "^([0-9]+)(-real)?$")
-          set(lower ${CMAKE_MATCH_1})
-          if(lower LESS number AND (number LESS 90 OR lower GREATER_EQUAL 100)
-             AND (NOT base OR lower LESS base))
-            set(base ${lower})
+          set(candidate ${CMAKE_MATCH_1})
+          if(candidate LESS number AND (number LESS 90 OR candidate GREATER_EQUAL 100)
+             AND (NOT base OR candidate LESS base))
+            set(base ${candidate})
           endif()
         endif()
       endforeach()
@@ -98,8 +106,8 @@ function(lotr_torch_cuda result torch_folder)
   set(${result} "${version}" PARENT_SCOPE)
 endfunction()
 
-# Explains a difference between the major versions. It is not an error, because the module contains
-# a CUDA runtime: only the driver must support both.
+# Explains a difference between the major versions. It is not an error: the module contains a CUDA
+# runtime, so only the driver must support both.
 function(lotr_compare_cuda nvcc_version torch_version)
   string(REGEX MATCH "^[0-9]+" nvcc_major "${nvcc_version}")
   string(REGEX MATCH "^[0-9]+" torch_major "${torch_version}")

@@ -151,7 +151,7 @@ constexpr bool WRITTEN = true;
 // Only M and rows may be zero.
 class Sizes {
  public:
-  // dtype: the operator's, which is that of its activations. dtype_name: the argument that has it.
+  // dtype: the operator's, shared by all activations. dtype_name: the argument that has it.
   Sizes(const Check& check, const char* dtype_name, ScalarType dtype,
         std::initializer_list<Rule> rules) {
     check_memory(check, rules);
