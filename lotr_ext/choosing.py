@@ -1,10 +1,9 @@
 """rank_for: the recipe of docs/choosing.md for one model.
 
-    parameters of the adapter     form                                      size in the recipe
-    below LoRA of rank 0.1        dense cores, one pair per shape           a tenth of LoRA of rank 1
-    below LoRA of rank 2          diagonal cores, one pair per shape        LoRA of rank 1
-    more                          dense cores, one pair per shape and       LoRA of rank 4
-                                  block
+    parameters of the adapter    form                                     size in the recipe
+    below LoRA of rank 0.1       dense cores, one pair per shape          a tenth of LoRA, rank 1
+    below LoRA of rank 2         diagonal cores, one pair per shape       LoRA of rank 1
+    more                         dense cores, one pair per shape, block   LoRA of rank 4
 
 The rank is the largest one with at most this number of parameters.
 """

@@ -5,7 +5,7 @@
 // are consecutive, as the rows of an expert are, and a copy otherwise. A group of a few rows, as
 // with many tasks, is multiplied with the core in place. A long group is divided every kRowsOfGroup
 // rows from its first one, and each sum runs in the order of its rows, so the number of threads
-// changes no bit.
+// changes no bit. (kRowsOfGroup may: compilers fuse multiply and add for some block sizes only.)
 #pragma once
 
 #include "cpu/core_products.h"

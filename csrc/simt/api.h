@@ -58,7 +58,7 @@ std::vector<SynchronizationSite> synchronization_sites();
 
 void set_options(const Options& options);  // throws std::invalid_argument
 const Options& options();
-// The same options, with those of LOTR_SIMT_ORDER, LOTR_SIMT_SEED and LOTR_SIMT_PREEMPT, where the
+// The same options, replaced by LOTR_SIMT_ORDER, LOTR_SIMT_SEED and LOTR_SIMT_PREEMPT where the
 // environment has them.
 Options options_from_environment(Options options = {});
 

@@ -135,8 +135,7 @@ bool flush_in_step(Warp& warp) {
   return true;
 }
 
-// Any case: numbers each lane's accesses at each call site, then sorts them so that those of one
-// instruction are neighbors.
+// Any case: numbers each lane's accesses at each call site, then sorts them by instruction.
 void flush_diverged(Warp& warp) {
   struct Entry {
     const Access* access;

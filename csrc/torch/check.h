@@ -303,7 +303,7 @@ struct RowArgs {
 enum class Strategy : int64_t { two_pass = 0, beta = 1, fused = 2 };
 
 // The arguments of layer_forward, layer_forward_few_tokens and layer_forward_projected. All three
-// have those of the constructor; the others are absent unless an operator sets them.
+// have the constructor's arguments; the others are absent unless an operator sets them.
 struct ForwardArgs {
   Arg x, weight, bias, A{"A"}, u{"u"}, B, core, seed{"seed"};
 
@@ -327,7 +327,7 @@ struct ForwardArgs {
 };
 
 // The arguments of layer_backward_, layer_backward_few_tokens_ and layer_backward_projected_. All
-// three have those of the constructor; the others are absent unless an operator sets them.
+// three have the constructor's arguments; the others are absent unless an operator sets them.
 struct BackwardArgs {
   Arg g, weight, x{"x"}, u, A{"A"}, F{"F"}, B, core, du{"du"}, dx{"dx"}, dA{"dA"}, dB, seed{"seed"};
 

@@ -12,8 +12,8 @@
 namespace lotr::cuda {
 namespace {
 
-// The most rows and columns. Coordinates of a bulk copy are 32-bit, and those of the last tiles
-// pass the extent.
+// The most rows and columns. Coordinates of a bulk copy are 32-bit, and the last tiles extend past
+// the matrix.
 constexpr int64_t MAX_EXTENT = int64_t(1) << 30;
 
 // f(the traits of the problem's instance).
