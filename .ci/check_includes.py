@@ -22,8 +22,8 @@ KERNELS_AND_BELOW = (
     "cuda/tile",
     "cuda/kernels",
 )
-# The layers, and which other layers each may include. The order matters: a file belongs to the first
-# layer with which its path starts.
+# The layers, and which other layers each may include. A file belongs to the first layer with which
+# its path starts, so the order matters.
 LAYERS = {
     "tensor_view.h": (),
     "cuda/problem.h": ("tensor_view.h",),
