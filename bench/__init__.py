@@ -11,7 +11,7 @@ python -m bench.bytes      bytes that the CUDA kernels move, counted without a G
 python -m bench.accuracy   held-out loss against trained parameters, with intervals (hours)
 python -m bench.transfer   the same for a new task that trains only its cores (hours)
 python -m bench.plot       pictures of the recorded results
-python -m bench.smoke      every operator in every form against float64, each in a process
+python -m bench.smoke      every operator in every form against float64, in processes that may crash
 python -m bench.gpu        on a machine with a GPU: all of it within a time (make gpu)
 python -m bench.summary    the page about a run of bench.gpu
 

@@ -25,8 +25,8 @@ A row of bench/results/accuracy.jsonl is a run:
     accuracy           the share of held-out items, or tokens, that were right
     items              the held-out losses as means of up to 250 groups, half precision in base64
     seconds, machine, commit
-    lr_run             only of commits before the default scaling had the constant 0.4: the rate of
-                       the run. lr is 0.4 lr_run then, because the path under AdamW is the same.
+    lr_run             only of commits whose default scaling lacked the constant 0.4: the rate that
+                       the run used. Today lr = 0.4 lr_run takes the same path under AdamW.
 
 Not here: the tasks, the methods, and how a model is trained (problems.py).
 """

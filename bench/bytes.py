@@ -150,7 +150,7 @@ def count(executor: ModuleType, kernel: Kernel, multiprocessors: int) -> dict[st
             least_bytes     every operand once, but twice if it is added to
             large_times     how often the large matrix moves
             dram_bytes      the least, but the large matrix as often as it moves
-            sectors_used    the share that is used of the bytes in 32-byte sectors
+            sectors_used    the share of the bytes of all touched 32-byte sectors that is used
             bank_conflicts  wavefronts per access to shared memory, 1 without conflicts
             launches        how many the kernel takes
     """
@@ -165,7 +165,7 @@ def count(executor: ModuleType, kernel: Kernel, multiprocessors: int) -> dict[st
     executor.reset_counters()
     executor.run(name, arrays)
     counters = executor.counters()
-    executor.set_options()
+    executor.set_options()  # all at their defaults again: nothing is counted
     counted = pd.DataFrame(counters["arrays"]).T
     moved = counted["read_bytes"] + counted["written_bytes"]
     sectors = (counted["read_sectors"] + counted["written_sectors"]).sum()

@@ -31,8 +31,8 @@ RESULTS = ROOT / "bench" / "results"
 # Results of --quick: a few rounds must not replace what docs show.
 QUICK = ROOT / "demo_results" / "bench"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# The name of each rival in tables and pictures. A rival that is a variant of another one has that
-# one's name and what VARIANTS has for its ending.
+# The name of each rival in tables and pictures. A variant, such as "lotr_ext-core", has the name of
+# its base rival and the words of its ending in VARIANTS.
 NAMES = {
     "frozen": "frozen",
     "lora-eager": "LoRA eager",
@@ -211,6 +211,7 @@ def replace_rows(path: Path, rows: list[dict[str, Any]], key: Sequence[str]) -> 
 NOT_FACTS = {
     *("rival", "stage", "seconds", "over", "over_low", "over_high"),
     *("machine", "date", "commit", "load", "torch", "peft", "transformers", "clock", "rounds"),
+    # gpu and interval: in rows of older versions.
     *("gpu", "sm_mhz", "memory_mhz", "gpu_celsius", "gpu_watts", "interval"),
 }
 

@@ -5,10 +5,10 @@ bench.transfer the text of the task is the target, and donors are texts that no 
 `fixed_pairs` makes an orthonormal pair for each layer from one of these sources:
 
     random                     without any text
-    svd, own, donors, known    as the r leading directions of matrices [n, k]: those that hold most
-                               of their squared norm, on the left for B and on the right for A. The
-                               matrices are the base model's weights, the gradient of the target,
-                               of six donors, or of the target and the donors
+    svd, own, donors, known    as the r leading singular vectors of matrices [n, k]: left ones for
+                               B, right ones for A. The matrices are the base model's weights, the
+                               gradient of the target, of six donors, or of the target and the
+                               donors
     loras, mixed               by training on the donors: a LoRA for each, which loras_to_bank
                                makes a bank of, or one adapter with a task for each
 
@@ -162,7 +162,10 @@ def layers_of(model: nn.Module) -> dict[str, nn.Linear]:
 
 def base_weights(name: str) -> dict[str, Tensor]:
     """Returns the adapted weights of the base model of a target or a donor."""
-    return {layer: m.weight.detach() for layer, m in layers_of(problem(name).base).items()}
+    return {
+        layer_name: layer.weight.detach()
+        for layer_name, layer in layers_of(problem(name).base).items()
+    }
 
 
 def gradients(name: str) -> dict[str, Tensor]:
@@ -170,15 +173,22 @@ def gradients(name: str) -> dict[str, Tensor]:
 
     def make() -> dict[str, Tensor]:
         model = problem(name).model(0).requires_grad_(False)
-        weights = {n: layer.weight.requires_grad_(True) for n, layer in layers_of(model).items()}
-        sums = {layer: torch.zeros(weight.shape) for layer, weight in weights.items()}
+        weights = {
+            layer_name: layer.weight.requires_grad_(True)
+            for layer_name, layer in layers_of(model).items()
+        }
+        sums = {layer_name: torch.zeros(weight.shape) for layer_name, weight in weights.items()}
         batches = problem(name).batches(12345)  # a seed that no run has
         for _ in range(GRADIENT_BATCHES):
             loss = problem(name).loss(model, next(batches))
-            for layer, gradient in zip(sums, torch.autograd.grad(loss, list(weights.values()))):
-                sums[layer] += gradient.float()
+            for layer_name, gradient in zip(
+                sums, torch.autograd.grad(loss, list(weights.values()))
+            ):
+                sums[layer_name] += gradient.float()
         norm = sum(float(gradient.square().sum()) for gradient in sums.values()) ** 0.5
-        return {layer: (GRADIENT_NORM / norm * sums[layer]).half() for layer in sums}
+        return {
+            layer_name: (GRADIENT_NORM / norm * total).half() for layer_name, total in sums.items()
+        }
 
     return cached(f"gradient-{name}-{GRADIENT_BATCHES}", make)
 
@@ -239,7 +249,7 @@ def random_pairs(shapes: Shapes, group_by: str, ranks: tuple[int, int], seed: in
     generator = torch.Generator().manual_seed(1000 + seed)
 
     def make(names: list[str], side: int) -> Tensor:
-        rank = ranks[0 if side == A_SIDE else 1]
+        rank = {A_SIDE: ranks[0], B_SIDE: ranks[1]}[side]
         columns = torch.randn(shapes[names[0]][side], rank, generator=generator)
         return at_rank(torch.linalg.qr(columns).Q, rank)
 
@@ -349,7 +359,7 @@ def fixed_pairs(
 def captured(pairs: Pairs, target: str) -> float:
     """Returns the share of the squared norm of a target's gradient that the pairs capture.
 
-    Of a gradient g [n, k] they capture B^T g A, which is the gradient of a core.
+    Of a gradient dW [n, k] they capture B^T dW A, which is the gradient of a core.
     """
     of_target = gradients(target)
     parts = [B.T @ of_target[name].float() @ A for name, (A, B) in pairs.items()]

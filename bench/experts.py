@@ -88,10 +88,10 @@ class GroupedLoRA(nn.Module):
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         m, top = index.shape
         # The rows are sorted by expert: a grouped product takes rows ends[e - 1] to ends[e] for
-        # expert e.
-        experts = torch.arange(1, self.experts.num_experts + 1, device=x.device)
+        # expert e. The next expert begins at ends[e].
+        next_expert = torch.arange(1, self.experts.num_experts + 1, device=x.device)
         expert_of_row, order = torch.sort(index.reshape(-1))
-        ends = torch.searchsorted(expert_of_row, experts, out_int32=True)
+        ends = torch.searchsorted(expert_of_row, next_expert, out_int32=True)
         gate, up = self._linear("gate_up_proj", x[order // top], ends).chunk(2, -1)
         y = self._linear("down_proj", self.experts.act_fn(gate) * up, ends)
         y = y * weights.reshape(-1)[order].unsqueeze(-1)

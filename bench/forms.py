@@ -30,8 +30,8 @@ class Form(NamedTuple):
                    random   at random, another one for each seed
                    svd      the leading directions of the base model's weights
                    own      the leading directions of the target's gradient
-                   donors   the same of the donors' gradients
-                   known    the same of the target's and the donors' gradients
+                   donors   the leading directions of the donors' gradients
+                   known    those of the target's and the donors' gradients together
                    loras    by loras_to_bank, from a LoRA of each donor
                    mixed    by training on all donors in turn
                trained: the pair is trained with the cores, from a random start.

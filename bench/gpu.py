@@ -70,7 +70,7 @@ class Part(NamedTuple):
 
     Attributes:
         name: Its name for --parts, and the name of its log.
-        weight: It may take this part of the time that is left, over the sum of the weights of all
+        weight: Its share of the time that is left is its weight over the sum of the weights of all
             parts that have not run.
         command: What it runs.
         needs: Programs and packages without which it is skipped.
@@ -99,7 +99,7 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
         *("--shapes", "4096x4x4096x16,4096x16x4096x16,4096x64x4096x16"),
         *("--wirings", "chained", "--rivals", "lotr-eager,lotr_ext"),
     )
-    models = {"needs": ("transformers",), "uses": ("peft",)}
+    needs_transformers = {"needs": ("transformers",), "uses": ("peft",)}
     return [
         build_part(options),
         Part("info", 0.5, (*PYTHON, "lotr_ext.info")),
@@ -115,12 +115,12 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
         test_part("gpu_layers"),
         test_part("device"),
         sanitizer_part("memcheck", options),
-        bench_part("model", 4.0, options, "--rounds", "7", **models),
+        bench_part("model", 4.0, options, "--rounds", "7", **needs_transformers),
         bench_part("host", 1.5, options, "--clock", "wall", uses=("peft",)),
         Part("profile", 1.0, (*PROFILE, *profiled_shape), needs=("ncu",)),
         bench_part("host", 1.0, options, *shared)._replace(name="shared"),
-        bench_part("experts", 1.0, options, **models),
-        bench_part("tasks", 1.0, options, **models),
+        bench_part("experts", 1.0, options, **needs_transformers),
+        bench_part("tasks", 1.0, options, **needs_transformers),
         sanitizer_part("racecheck", options),
     ]
 

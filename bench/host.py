@@ -22,7 +22,7 @@ from .program import Program
 from .rivals import STACKED, WIRINGS, check_stack, random_tokens, stack, stack_values
 from .timing import Group, Step, memory_changes, training
 
-# Of y, dx and the gradients, through all layers: at least five times what correct sums have.
+# Of y, dx and the gradients, through all layers: at least five times the error of correct sums.
 TOLERANCE = {"fp32": 2e-5, "bf16": 0.2, "fp16": 5e-2}
 DIMENSIONS = ("m", "layers", "k", "r")
 

@@ -46,12 +46,12 @@ def expand_add(y: Tensor, u: Tensor, F: Tensor) -> Results:
 
 
 def factor_grad(D: Tensor, x: Tensor, v: Tensor) -> Results:
-    lotr.shrink_backward_(v, None, x, None, D)
+    lotr.shrink_backward_(du=v, dx=None, x=x, A=None, dA=D)
     return (D,)
 
 
 def shrink_grad(g: Tensor, F: Tensor, u: Tensor, Q: Tensor) -> Results:
-    _, du, _ = lotr.layer_backward_rows_(g, None, u, F, None, Q, True, True)
+    _, du, _ = lotr.layer_backward_rows_(g, None, h=u, B=F, dx=None, dB=Q, need_h=True, need_B=True)
     return du, Q
 
 
@@ -73,7 +73,7 @@ class Kernel(NamedTuple):
 
 KERNELS = {
     "gemm_lotr": Kernel(
-        ours=lambda x, W, u, F: (lotr.layer_forward_rows(x, W, None, u, F, FUSED),),
+        ours=lambda x, W, u, F: (lotr.layer_forward_rows(x, W, None, h=u, B=F, strategy=FUSED),),
         operands={"x": "mn", "W": "nn", "u": "mr", "F": "nr"},
         formula=lambda x, W, u, F: ((x @ W.T).addmm_(u, F.T),),
         more={
@@ -107,7 +107,9 @@ KERNELS = {
         formula=lambda B, core: ((B * SCALING) @ core.T,),
     ),
     "row_core": Kernel(
-        ours=lambda u, cores, index: (lotr.row_core(u, cores, index, None, None, SCALING),),
+        ours=lambda u, cores, index: (
+            lotr.row_core(u, cores, index, offs=None, tokens=None, scaling=SCALING),
+        ),
         operands={"u": "mr", "cores": "nrr", "index": "m"},
         formula=lambda u, cores, index: (
             SCALING * torch.bmm(u.unsqueeze(1), cores[index]).squeeze(1),

@@ -233,7 +233,7 @@ def lotr_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def in_three_lines(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Returns a forward for an adapted layer in torch operations, as the original computes it."""
+    """Returns a forward for an adapted layer in torch operations, as README writes it."""
     factors = factors_of(layer)
 
     def forward(x: Tensor) -> Tensor:
@@ -265,7 +265,8 @@ def adapted_model(method: str, base: nn.Module, targets: list[str], rank: int) -
     # "lotr-eager", or lotr_ext and its variants.
     settings = {
         "core": {"train": ("core",)},
-        "eager": {"adapter_dtype": square_weight(base).dtype},  # the original cannot mix dtypes
+        # A plain product cannot mix dtypes, so adapters in plain torch have the model's.
+        "eager": {"adapter_dtype": square_weight(base).dtype},
     }.get(variant, {})
     apply_lotr(model, LoTRConfig(rank=rank, scaling=1.0, target_modules=targets, **settings))
     if variant == "eager":
@@ -320,10 +321,10 @@ def gradient_error(model: nn.Module, case: Case, loss_of: Callable[[nn.Module], 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
     base = base_model(case["model"], dtype_of(case), options.device)
-    rows = case["batch"], case["sequence"]
+    shape = (case["batch"], case["sequence"])
     generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(0, base.config.vocab_size, rows, generator=generator).to(options.device)
-    target = torch.randn(*rows, base.config.hidden_size, generator=generator).to(options.device)
+    ids = torch.randint(0, base.config.vocab_size, shape, generator=generator).to(options.device)
+    target = torch.randn(*shape, base.config.hidden_size, generator=generator).to(options.device)
 
     def loss_of(model: nn.Module) -> Tensor:
         if MODELS[case["model"]].family == "causal-lm":

@@ -53,7 +53,8 @@ class Method(NamedTuple):
         family: "lotr", "lora", "vera", or what is fully trained: "base" (nothing), "head", "norm",
             "full" (all adapted layers).
         ranks: Those that run. A method without ranks for a kind of task does not run on it.
-        rates: Where the search for the learning rate begins, for LoTR before the factor 0.4.
+        rates: Where the search for the learning rate begins. For LoTR, accuracy.LOTR_RATE
+            multiplies it.
         settings: Arguments of LoTRConfig or of PEFT's configuration.
         from_gradient: Whether A and B start in the directions of the gradient.
     """
@@ -416,6 +417,7 @@ class RatedTexts(Problem):
             chunk = sorted([next(indices) for _ in range(20 * size)], key=lambda i: len(ids[i]))
             batches = [chunk[i : i + size] for i in range(0, 20 * size, size)]
             rng.shuffle(batches)
+            # Reversed like the batches of the recorded runs, which this repeats.
             for batch in reversed(batches):
                 yield ids[batch], labels[batch]
 
@@ -514,7 +516,8 @@ def adapt(model: nn.Module, task: Task, method: str, rank: int) -> nn.Module:
         if family == "lora":
             config = LoraConfig(r=rank, lora_alpha=2 * rank, **common)
         return get_peft_model(model, config)
-    # Without an adapter: the modules of this name are fully trained.
+    # Without an adapter: "full" and "norm" train modules of this name and a new head, "head" and
+    # "base" only a new head.
     trained = {"full": task.layers, "norm": task.norms}.get(family, "head")
     for name, module in model.named_modules():
         is_trained = re.fullmatch(trained, name) is not None or name == "head"

@@ -86,7 +86,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": Path,
         "help": "another built checkout, whose lotr_ext runs in turns with ours",
     },
-    "from": {"type": int, "default": 1, "dest": "first", "help": "start with this case"},
+    "from": {
+        "type": int,
+        "default": 1,
+        "dest": "first",
+        "help": "start with this case (not with --against)",
+    },
     "require-kernels": {
         "action": "store_true",
         "help": "exit with status 1 if PyTorch's products would run in place of our kernels",
@@ -177,8 +182,8 @@ class Program:
         options.clock = options.clock or usual_clock
         if options.clock not in ("wall", usual_clock):
             parser.error(
-                f"clock: expected wall or {usual_clock} on {options.device} with these threads, "
-                f"got {options.clock}"
+                f"clock: expected {' or '.join(dict.fromkeys(('wall', usual_clock)))} "
+                f"on {options.device} with these threads, got {options.clock}"
             )
         if self.dimensions and options.shapes is None:
             options.shapes = sizes(*self.dimensions)(self.shapes[options.device])
@@ -192,10 +197,10 @@ class Program:
         return options
 
     def all_cases(self, options: argparse.Namespace) -> list[Case]:
-        shapes = self.cases(options)[:1] if options.quick else self.cases(options)
+        cases = self.cases(options)[:1] if options.quick else self.cases(options)
         return [
-            {**shape, "dtype": dtype, **threads}
-            for dtype, threads, shape in itertools.product(options.dtypes, options.threads, shapes)
+            {**case, "dtype": dtype, **threads}
+            for dtype, threads, case in itertools.product(options.dtypes, options.threads, cases)
         ]
 
     def main(self, argv: Sequence[str] | None = None) -> int:
@@ -272,9 +277,10 @@ class Measurement:
             rows = itertools.chain.from_iterable(self.rows.values())
             self.program.tables(pd.DataFrame(rows), list(cases[0]))
         print(
-            f"\npython -m bench.{self.program.name} {' '.join(self.options.words)}\n"
-            "{machine}, {clock} seconds, {date}, {commit}\n".format(**self.provenance)
-            + f"results in {self.path}"
+            f"\npython -m bench.{self.program.name} {' '.join(self.options.words)}",
+            "{machine}, {clock} seconds, {date}, {commit}".format(**self.provenance),
+            f"results in {self.path}",
+            sep="\n",
         )
         return self.status
 
@@ -405,10 +411,10 @@ def compare(program: Program, cases: Sequence[Case], options: argparse.Namespace
             for rival, reason in worker.ask({"case": case}).items():
                 print(f"not measured: {side}, {named(rival)}: {reason}", file=sys.stderr)
         times: dict[str, list[Times]] = {"new": [], "old": []}
-        for number in range(options.rounds):
+        for round_number in range(options.rounds):
             # In random order, so that no side always runs second.
-            for side in random.Random(number).sample(list(workers), 2):
-                times[side].append(workers[side].ask({"round": number}))
+            for side in random.Random(round_number).sample(list(workers), 2):
+                times[side].append(workers[side].ask({"round": round_number}))
         show(title, comparison(times["new"], times["old"], program.floor))
     for worker in workers.values():
         worker.close()

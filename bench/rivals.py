@@ -252,7 +252,9 @@ def fused_reason(weight: Tensor, rank: int) -> str | None:
 def with_strategy(
     strategy: str, call: Callable[..., Tensor], weight: Tensor, rank: int
 ) -> Callable[..., Tensor]:
-    """Returns a function that runs `call` with a strategy, also in its backward.
+    """Returns a function that runs `call` with a strategy.
+
+    Its backward has the same strategy, which the autograd node of the forward stores.
 
     Args:
         strategy: One of STRATEGIES.
@@ -442,7 +444,8 @@ def stack(rival: str, tensors: list[Tensors], wiring: str) -> Chain:
 def gradients(model: nn.Module) -> Tensor:
     """Returns the gradients of a LoTR stack in one vector: of the cores, then of A and B.
 
-    That is the order of their sizes. The order in which modules have them differs between rivals.
+    They are sorted by size, because the order in which modules have them differs between rivals.
+    Tensors of one size keep their order: cores by layer, A before B.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.cat([p.grad.flatten() for p in sorted(trained, key=torch.numel)])

@@ -5,9 +5,10 @@
     python -m bench.smoke --in-process --shapes 2   without processes, for compute-sanitizer
 
 The forms are the entries of the tests' table of operators (python_tests/test_operators.py): each
-runs all strategies, fresh and given sums, and memory with NaN around every operand. "dropout" runs
-an entry with dropout, "fused" with the fused strategy in place of beta. A form runs in bf16 first,
-then in the other dtypes, also with float32 factors. An outcome is printed as soon as it is known:
+runs all strategies, sums that the operator allocates and sums that the caller passes, and memory
+with NaN around every operand. "dropout" runs an entry with dropout, "fused" with the fused strategy
+in place of beta. A form runs in bf16 first, then in the other dtypes, also with float32 factors. An
+outcome is printed as soon as it is known:
 
     passed     all numbers are right, and a second run has the same bits
     skipped    the device cannot run the form; the reason follows

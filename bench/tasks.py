@@ -150,7 +150,7 @@ def check_moved(cores: list[nn.Parameter], batch: Batch) -> None:
     Raises:
         ArithmeticError: Unless exactly the tasks of the batch have one.
     """
-    # A core is [tasks, ..]: has the gradient of a task any number, in any layer?
+    # A core is [tasks, ..]. A task has a gradient if its part is not zero in some layer.
     has_gradient = torch.stack([core.grad.flatten(1).any(1) for core in cores]).any(0)
     moved = has_gradient.nonzero().flatten()
     if not torch.equal(moved, batch.tasks.unique()):

@@ -1,8 +1,8 @@
 """Times rivals in interleaved rounds.
 
-Every rival runs once per round, in random order, so that drift and other load affect all alike. A
-time is the median over rounds. A ratio is the median of per-round ratios, with a 95 % interval by a
-paired bootstrap over rounds.
+Every rival is measured once per round, in random order, so that drift and other load affect all
+alike. A time is the median over rounds. A ratio is the median of per-round ratios, with a 95 %
+interval by a paired bootstrap over rounds.
 """
 
 import contextlib
@@ -130,8 +130,8 @@ class Clock:
         if self.is_cuda:
             properties = torch.cuda.get_device_properties(0)
             size = max(FLUSH_BYTES, 4 * getattr(properties, "L2_cache_size", 0))
-            self._flushed = torch.zeros(size // 4, device=device)
-            self._flushed_sum = torch.zeros((), device=device)
+            self._flush_buffer = torch.zeros(size // 4, device=device)
+            self._flush_sum = torch.zeros((), device=device)
 
     def seconds(self, step: Step, repeats: int = 1) -> dict[str, float]:
         """Returns the seconds of each stage, and their sum as "step" if there are several stages.
@@ -145,7 +145,7 @@ class Clock:
     def _run(self, step: Step) -> list[float]:
         step.prepare()
         if self.is_cuda:
-            torch.sum(self._flushed, 0, out=self._flushed_sum)
+            torch.sum(self._flush_buffer, 0, out=self._flush_sum)
         if self.kind == "events":
             # The GPU sleeps while the CPU queues the stages. The name is private, but without it
             # the launches of a short stage would be timed, not its kernels.
@@ -282,7 +282,7 @@ class Rounds:
         """Returns the seconds of each rival's stages in one round.
 
         Each rival runs once untimed first, so that caches and allocator are as it leaves them.
-        Rounds of one number have the same order of rivals in every run of the program.
+        The number seeds the order of rivals, so that round 7 has the same order in every run.
         """
         rng = random.Random(number)
         times = {}

@@ -85,15 +85,15 @@ def train(run: Run) -> dict[str, Any]:
     torch.set_num_threads(1)
     form = Form.of(run.form)
     text = problem(run.target)
-    text.task = text.task._replace(steps=run.steps)
+    text.task = text.task._replace(steps=run.steps)  # `fit` reads it
     model = build(form, run.target, run.seed)
     row: dict[str, Any] = run._asdict()
     row["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     pairs = form.pairs(run.target, run.seed)
     if pairs and not form.is_trained:
         row["captured"] = captured(pairs, run.target)
-    # `fit` reads only two things of a method. "lora" has no head and no start from the gradient,
-    # as all forms.
+    # Of a method, `fit` reads only its name, for "head", and from_gradient. "lora" stands for every
+    # form here: no head, and no start from the gradient.
     row |= accuracy.measured(model, fit(model, "lora", run.lr, run.seed, text), text)
     return row | {"seconds": time.perf_counter() - start, "commit": commit()}
 
@@ -221,8 +221,8 @@ PAIR_MARKS = {
     "loras": "P",
     "mixed": "X",
 }
-# The other panels have a mark and a color for each family. Its members are the forms and methods
-# of which the regular expression matches the name.
+# The other panels have a mark and a color for each family: the forms and methods with a name that
+# its regular expression matches. [^:] leaves out forms with b:, which are in the first family.
 FAMILIES = {
     "cores and a vector b": (r".*/b:.*", "s", "tab:cyan"),
     "LoTR, a trained pair": (r"trained.*|lotr(-width|-block|-diagonal)?,.*", "^", "tab:green"),

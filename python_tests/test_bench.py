@@ -1,6 +1,6 @@
 """The benchmarks: a small run of each program writes rows. Nothing that was measured is lost.
 
-Not here: the run on a card (test_bench_gpu.py), and what bench.transfer computes
+Not here: the run on a GPU (test_bench_gpu.py), and what bench.transfer computes
 (test_transfer.py).
 """
 
@@ -103,6 +103,7 @@ def test_require_kernels_refuses_the_fallback(
         ("host", "--shapes 1x2x3x0", "expected mxlayersxkxr"),
         ("host", "--rivals lora", "--rivals: expected some of frozen"),
         ("model", "--against nowhere", "against: expected a checkout"),
+        ("layer", "--threads 2 --clock cpu", "clock: expected wall on cpu with these threads"),
     ],
 )
 def test_bad_option_is_refused(
@@ -215,9 +216,10 @@ def run_faulty(fault: str, message: str, folder: Path, *more: str) -> int:
         title_format="r {r}",
         dimensions=("r",),
         shapes={"cpu": "1,2,3"},
+        options={"pattern": {"help": "has braces, as a regular expression may"}},
     )
     words = ["--device", "cpu", "--dtypes", "fp32", "--rounds", "4", "--results", str(folder)]
-    return program.main([*words, *more])
+    return program.main([*words, "--pattern", "x{2}", *more])
 
 
 @pytest.mark.parametrize("fault", FAULTS)

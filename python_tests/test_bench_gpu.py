@@ -1,4 +1,4 @@
-"""The run on a card, bench.gpu: nothing is lost when a part of it hangs, crashes or is wrong.
+"""The run on a GPU, bench.gpu: nothing is lost when a part of it hangs, crashes or is wrong.
 
 bench.smoke runs every operator in every form. bench.gpu runs it and the other parts, each a program
 with a log, and bench.summary writes what came out on one page, summary.md.
@@ -179,7 +179,7 @@ def test_quick_run_leaves_a_summary(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_page_says_what_to_do_next(tmp_path: Path) -> None:
-    """Rows as a card would leave them, of one layer and one kernel."""
+    """Rows as a GPU would leave them, of one layer and one kernel."""
     columns = {
         "machine": "A card",
         "date": "2026-12-01",

@@ -23,7 +23,8 @@ PAGES = [
     *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted(DOCS.rglob("*.md")),
 ]
-MAKE_PROGRAMS = {  # target of make: the program that receives its ARGS
+# Target of make: a program that receives its ARGS. bench gives them to each of its programs.
+MAKE_PROGRAMS = {
     "demo": ["examples/finetune_text.py"],
     "bench": ["-m", "bench.layer"],
 }
@@ -118,7 +119,7 @@ def commands() -> list[str]:
 
 
 def program_of(words: list[str]) -> tuple[list[str], list[str]]:
-    """Splits a command into the program that Python runs and its arguments.
+    """Checks a target of make, and splits a command into Python's program and its arguments.
 
     ["python", "-m", "bench.layer", "--quick"] gives (["-m", "bench.layer"], ["--quick"]). The
     program is empty for a target of make without one.

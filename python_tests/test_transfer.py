@@ -16,7 +16,7 @@ from bench import common, donors, forms, transfer
 from bench.problems import TASKS, PlainText
 
 
-def projection(columns: Tensor) -> Tensor:
+def projector(columns: Tensor) -> Tensor:
     return columns @ columns.mT
 
 
@@ -36,7 +36,7 @@ def test_a_pair_spans_the_leading_directions_of_its_group(group_by: str, members
     inputs = group.flatten(0, 2).mT  # [12, all rows]
     outputs = group.movedim(2, 0).flatten(1)  # [20, all columns]
     for factor, columns in ((A.double(), inputs), (B.double(), outputs)):
-        kept = float((projection(factor) @ columns).square().sum())
+        kept = float((projector(factor) @ columns).square().sum())
         best = float(torch.linalg.svdvals(columns)[:4].square().sum())
         assert kept == pytest.approx(best, rel=1e-3)
         assert relative(factor.mT @ factor, torch.eye(4).double()) < 1e-5
@@ -93,8 +93,8 @@ def spans_the_changes(pairs: donors.Pairs) -> None:
         for donor in donors.DONORS:
             tensors = load_file(donors.CACHE / "loras" / donor / "adapter_model.safetensors")
             lora_A, lora_B = (tensors[f"base_model.model.{name}.lora_{s}.weight"] for s in "AB")
-            assert relative(lora_A @ projection(A), lora_A) < 1e-4
-            assert relative(projection(B) @ lora_B, lora_B) < 1e-4
+            assert relative(lora_A @ projector(A), lora_A) < 1e-4
+            assert relative(projector(B) @ lora_B, lora_B) < 1e-4
 
 
 def differ_from_their_start(pairs: donors.Pairs) -> None:
@@ -114,7 +114,7 @@ def test_pairs_that_the_donors_train(
     for name, value in small.items():
         monkeypatch.setattr(donors, name, value)
     pairs = forms.Form.of(f"{source}/layer/3/dense").pairs(donors.DONORS[0], 0)
-    assert len(pairs) == 14
+    assert len(pairs) == 14  # two blocks of seven layers
     for factor in [factor for pair in pairs.values() for factor in pair]:
         assert relative(factor.mT @ factor, torch.eye(3)) < 1e-5
     check(pairs)
