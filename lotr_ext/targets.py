@@ -33,7 +33,7 @@ _HEADS = (
     "cls_classifier",
     "distillation_classifier",
 )
-# Why "all-linear" leaves out what it could also mean.
+# The reasons for which "all-linear" leaves out experts and output layers.
 _UNNAMED_EXPERTS = "3-D parameters of experts: name them in target_parameters"
 _OUTPUT_LAYER = (
     "the output layer or a head: name it to adapt it, or to train it, in modules_to_save"
@@ -349,8 +349,10 @@ def linear_obstacle(
     if module in tied:
         return f"its weight is tied to {tied[module][0]}"
     # A subclass of nn.Linear may compute something else, to which no adapter can be added.
-    is_subclass = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    if is_subclass and has_plain_weight(module) and not _returns_rows(module):
+    overrides_forward = (
+        isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    )
+    if overrides_forward and has_plain_weight(module) and not _returns_rows(module):
         return "its forward returns something else than x W^T"
     return None
 
@@ -449,6 +451,7 @@ def _expert_targets(
                     f"target_parameters: expected the 3-D weights of a mixture's experts, got "
                     f"{full_name!r}, {obstacle}"
                 )
+            # (in_features, out_features), without the number of experts.
             sizes = expert_sizes(module, parameter)[1:]
             # Where `adapt_parameter` will put the adapter.
             layer_name = f"{full_name.removesuffix(parameter)}{CHILD}.{parameter}"
@@ -517,7 +520,7 @@ def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) 
         block = place_of(name)[0].replace(".", "_")
         group = {
             "shape": shape,
-            "width": shape,
+            "width": shape,  # `factor_names` then shares A and B by width
             "block": "_".join(filter(None, (block, shape))),
             "name": f"{name.rpartition('.')[2]}_{shape}",
             "layer": name.replace(".", "_"),

@@ -291,21 +291,39 @@ def test_columns_count_the_tokens_of_the_longest_layer_of_a_cache() -> None:
         assert relative(y, model(x, DynamicCache())) < 1e-5
 
 
-def test_a_cache_without_a_length_is_refused() -> None:
+# (tokens, caches), by name
+WITHOUT_POSITIONS = {
+    "a cache without a length": (
+        {"input_ids": zoo.inputs("attention")},
+        {"mems": (torch.zeros(3, 2),)},
+    ),
+    "several caches": (
+        {"input_ids": zoo.inputs("attention")},
+        {"past_key_values": DynamicCache(), "mems": DynamicCache()},
+    ),
+    "tokens of another name": (
+        {"ids": zoo.inputs("attention")},
+        {"past_key_values": DynamicCache()},
+    ),
+}
+
+
+@pytest.mark.parametrize(("tokens", "caches"), WITHOUT_POSITIONS.values(), ids=WITHOUT_POSITIONS)
+def test_a_call_without_positions_for_an_index_per_token_is_refused(
+    tokens: dict[str, Tensor], caches: dict[str, object]
+) -> None:
     class Remembers(zoo.Attention):
-        def forward(self, ids: Tensor, mems: tuple | None = None) -> Tensor:
-            return super().forward(ids)
+        def forward(self, **kwargs: object) -> Tensor:
+            return super().forward(next(iter(kwargs.values())))
 
     model = apply_lotr(Remembers(), LoTRConfig(rank=2, target_modules=["q"]))
     TaskBank(model, 1).add()
-    x = zoo.inputs("attention")
-    memory = (torch.zeros(3, 2),)
     with use_tasks(model, torch.zeros(3, 5, dtype=torch.long)):
-        model(x)
-        with pytest.raises(ValueError, match="index: expected"):
-            model(x, memory)
-    with use_tasks(model, torch.zeros(3, dtype=torch.long)):  # one task per row needs no length
-        model(x, memory)
+        model(**tokens)
+        with pytest.raises(ValueError, match=r"index: expected .* cannot be found"):
+            model(**tokens, **caches)
+    with use_tasks(model, torch.zeros(3, dtype=torch.long)):  # one task per row needs no position
+        model(**tokens, **caches)
 
 
 def test_an_encoder_and_a_decoder_need_one_task_per_row() -> None:
