@@ -322,7 +322,7 @@ EXPERTS: list[Row] = [
     ("row_core, offs descending", "offs", partial(row_core, offs=torch.tensor([3, 2]).int())),
     ("row_core, offs too large", "offs", partial(row_core, offs=torch.tensor([3, 5]).int())),
     ("row_core, too many offs", "offs", partial(row_core, offs=torch.tensor([1, 2, 4]).int())),
-    # The fake kernels would return memory that was never written.
+    # With one operand on meta, torch calls the fake kernel, which returns memory that nobody wrote.
     (
         "grouped_mm, weight on meta",
         "grouped_mm",
@@ -717,7 +717,9 @@ def tuned(
     return peft.get_peft_model(zoo.net("attention") if net is None else net, config, name)
 
 
-def run_named(names: object, prepare: Callable[[peft.PeftModel], object] = nn.Module.eval) -> None:
+def run_with_adapter_names(
+    names: object, prepare: Callable[[peft.PeftModel], object] = nn.Module.eval
+) -> None:
     model = tuned()
     prepare(model)
     model(zoo.inputs("attention"), adapter_names=names)
@@ -787,18 +789,28 @@ OTHER_PACKAGES: list[Row] = [
     ("PEFT adapter_name keys", "adapter_name", lambda: tuned(name="keys")),
     ("PEFT adapter_name of a layer", "adapter_name", add_second("q")),
     ("PEFT adapter_name of a group", "adapter_name", add_second("A_16x16")),
-    ("PEFT adapter_names a word", "adapter_names", partial(run_named, "default")),
-    ("PEFT too few adapter_names", "adapter_names", partial(run_named, ["default"] * 2)),
-    ("PEFT unknown adapter_names", "adapter_names", partial(run_named, ["nobody"] * 3)),
+    ("PEFT adapter_names a word", "adapter_names", partial(run_with_adapter_names, "default")),
+    (
+        "PEFT too few adapter_names",
+        "adapter_names",
+        partial(run_with_adapter_names, ["default"] * 2),
+    ),
+    (
+        "PEFT unknown adapter_names",
+        "adapter_names",
+        partial(run_with_adapter_names, ["nobody"] * 3),
+    ),
     (
         "PEFT adapter_names in training",
         "adapter_names",
-        partial(run_named, ["default"] * 3, nn.Module.train),
+        partial(run_with_adapter_names, ["default"] * 3, nn.Module.train),
     ),
     (
         "PEFT adapter_names of merged",
         "adapter_names",
-        partial(run_named, ["default"] * 3, lambda model: model.eval().merge_adapter()),
+        partial(
+            run_with_adapter_names, ["default"] * 3, lambda model: model.eval().merge_adapter()
+        ),
     ),
     (
         "PEFT a state of other layers",

@@ -266,6 +266,7 @@ def test_loras_are_exact_at_the_sum_of_their_ranks(
     model = load_adapter(zoo.net(net), tmp_path / "lotr")
     assert relative(output(model, net), expected) < CLOSE
     assert model.lotr_config.dropout == settings.get("lora_dropout", 0.0)
+    # The columns of A have the same norm as in a new adapter.
     A = converted.adapter.tensors[next(iter(converted.adapter.layers.values())).A]
     assert (A.norm(dim=0) - INIT_GAIN).abs().max() < 1e-5
     lotr_to_lora(tmp_path / "lotr", tmp_path / "back")
@@ -368,6 +369,7 @@ def test_the_error_of_each_lora_is_that_of_its_task(
     stacks: dict[str, list[Tensor]] = {}  # of each group, the changes by all LoRAs
     for source in sources:
         deltas = {name: layer.B @ layer.A for name, layer in read_lora(source)[0].items()}
+        # Each LoRA counts by its relative change, so its changes are divided by their norm.
         norm = sum(float(delta.square().sum()) for delta in deltas.values()) ** 0.5
         kept = deltas_of(adapter, adapter.tensors, load_file(bank.files[source.name]))
         rest = [delta - deltas.get(name, 0) for name, delta in kept.items()]

@@ -506,7 +506,7 @@ def test_magnitudes_of_the_first_version_are_refused(config_class: type, tmp_pat
 
 
 def test_only_a_plain_product_is_merged_into() -> None:
-    """test_merging.py has every kind of another base."""
+    """test_merging.py tests every other kind of base."""
     net = zoo.net("attention")
     net.blocks[0]["q"].register_forward_hook(lambda module, args, y: 2 * y)
     model = fill(peft.get_peft_model(net, config("attention")).eval())
