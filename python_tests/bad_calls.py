@@ -220,6 +220,7 @@ LAYERS: list[Row] = [
     ("A of integers", "A", call(A=torch.ones(6, 2, dtype=torch.int64))),
     ("A on meta", "A", call(A=torch.randn(6, 2, device="meta"))),
     ("A and B on meta", "A", call(A=META.A.value, B=META.B.value)),
+    ("x on meta", "weight", call(x=torch.randn(5, 6, device="meta"))),
     ("B of another shape", "B", call(B=torch.randn(5, 2))),
     ("core of another shape in a call", "core", call(core=torch.randn(3, 2))),
     ("core of tasks without an index", "core", call(core=torch.randn(3, 2, 2))),
@@ -434,6 +435,7 @@ MODELS: list[Row] = [
         for value in values
     ),
     ("config scaling and alpha", "scaling", partial(LoTRConfig, scaling=1.0, alpha=2.0)),
+    ("config svd and an unknown part", "train", partial(LoTRConfig, init="svd", train=["X"])),
     ("config svd and width", "init", partial(LoTRConfig, init="svd", group_by="width")),
     ("config svd and identity", "init", partial(LoTRConfig, init="svd", core_init="identity")),
     ("config svd and computed cores", "core", partial(LoTRConfig, init="svd", core="diagonal")),
@@ -520,6 +522,17 @@ MODELS: list[Row] = [
         "rank_for with a rank",
         "rank",
         partial(rank_for, zoo.net("mlp"), like="lora:1", rank=4),
+    ),
+    (
+        "rank_for experts",
+        "target_parameters",
+        partial(rank_for, zoo.net("mlp"), like="lora:1", target_parameters=["up.weight"]),
+    ),
+    # Layers of several shapes, where diagonal cores have more parameters than LoRA.
+    (
+        "rank_for too small a LoRA",
+        "like",
+        partial(rank_for, nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5)), like="lora:1"),
     ),
     (
         "rank_for an adapted model",
