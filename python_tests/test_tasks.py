@@ -436,21 +436,28 @@ def test_an_optimizer_of_tasks_that_no_forward_used_is_noticed_once(
 
 
 @pytest.mark.filterwarnings("error:lotr_ext")
-@pytest.mark.parametrize("forgotten_at_first", [False, True])
+@pytest.mark.parametrize("adapter_trains_first", [False, True])
 def test_an_optimizer_of_tasks_that_a_forward_used_is_silent(
-    x: Tensor, model: nn.Module, forgotten_at_first: bool
+    x: Tensor, model: nn.Module, adapter_trains_first: bool
 ) -> None:
     bank = model.lotr_tasks.requires_grad_()
     optimizer = torch.optim.SGD([*bank.parameters(), *adapter_parameters(model)], lr=0.1)
-    if forgotten_at_first:  # for the model's cores, with another optimizer
+    # The first step trains only the model's adapter, by an optimizer that does not have the tasks.
+    if adapter_trains_first:
         zoo.output(model, x).square().mean().backward()
         torch.optim.SGD(adapter_parameters(model), lr=0.1).step()
     output(model, x).square().mean().backward()
     optimizer.step()
 
 
-@pytest.mark.parametrize("checkpoints", [None, False, True], ids=["plain", "kept", "reentrant"])
-def test_the_trainer_of_transformers_trains_tasks(checkpoints: bool | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "checkpoints",
+    [{}, {"use_reentrant": False}, {"use_reentrant": True}],
+    ids=["plain", "non-reentrant", "reentrant"],
+)
+def test_the_trainer_of_transformers_trains_tasks(
+    checkpoints: dict[str, bool], tmp_path: Path
+) -> None:
     """One step of SGD, also with checkpoints, which need the context in backward."""
 
     class TaskTrainer(Trainer):  # as in docs/many_tasks.md
@@ -481,8 +488,8 @@ def test_the_trainer_of_transformers_trains_tasks(checkpoints: bool | None, tmp_
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
         disable_tqdm=True,
-        gradient_checkpointing=checkpoints is not None,
-        gradient_checkpointing_kwargs={"use_reentrant": bool(checkpoints)},
+        gradient_checkpointing=bool(checkpoints),
+        gradient_checkpointing_kwargs=checkpoints or None,
     )
     model.enable_input_require_grads()
     data = [{"input_ids": row, "labels": row, "task": task} for row, task in zip(x, INDEX.tolist())]
@@ -563,7 +570,7 @@ def test_a_task_of_another_adapter_is_refused(
 
 
 def test_threads_add_and_remove_tasks() -> None:
-    """Each task gets another slot, and no core is of two tasks."""
+    """Each task gets its own slot, and no core belongs to two tasks."""
     model = banked("mlp", tasks=44, taken=0)
     bank = model.lotr_tasks
     names = [f"{name}.core" for name in adapted_layers(model)]
@@ -606,9 +613,7 @@ BAD_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("kind", BAD_VALUES)
 @pytest.mark.parametrize("write", [TaskBank.add, partial(TaskBank.replace, task=1)])
-def test_a_core_without_values_of_its_kind_changes_nothing(
-    model: nn.Module, write: Callable, kind: str
-) -> None:
+def test_a_refused_core_changes_nothing(model: nn.Module, write: Callable, kind: str) -> None:
     bank = model.lotr_tasks
     cores = {name: core.clone() for name, core in bank.cores_of(0).items()}
     last = list(cores)[-1]
@@ -640,7 +645,7 @@ def test_a_batch_may_be_empty(model: nn.Module) -> None:
 
 
 def test_the_file_of_a_task_fits_groups_in_any_order(tmp_path: Path) -> None:
-    """The checksum is of the factors by the names of their groups."""
+    """The checksum takes the factors in the order of their groups' names, not of the layers."""
     model, other = (trained("mlp", scaling=1.0) for _ in range(2))
     other.blocks = nn.ModuleList(
         nn.ModuleDict(dict(reversed(block.items()))) for block in other.blocks

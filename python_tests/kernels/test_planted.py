@@ -30,7 +30,7 @@ class Bug(NamedTuple):
 
 EARLY = r"before griddepcontrol\.wait"
 LATE = "after griddepcontrol.launch_dependents"
-TWICE = "  ptx::griddepcontrol_launch_dependents();\n  ptx::griddepcontrol_wait();\n"
+LAUNCH_BEFORE_WAIT = "  ptx::griddepcontrol_launch_dependents();\n  ptx::griddepcontrol_wait();\n"
 BEYOND = "wrote outside|past its end|overlaps"
 BOTH = "gemm_lotr,gemm_lotr_backward"
 Y = ": y: "
@@ -115,7 +115,7 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
         ),
         "reads_before_the_wait": Bug("  ptx::griddepcontrol_wait();\n", "", EARLY, "shrink"),
         "next_begins_before_the_wait": Bug(
-            "  ptx::griddepcontrol_wait();\n", TWICE, EARLY, "shrink"
+            "  ptx::griddepcontrol_wait();\n", LAUNCH_BEFORE_WAIT, EARLY, "shrink"
         ),
     },
     ("kernels_bf16.cu", "tile/philox.cuh"): {
@@ -270,7 +270,9 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
             "  ptx::griddepcontrol_wait();\n  ptx::griddepcontrol_launch_dependents();\n",
             LATE,
         ),
-        "next_may_begin_before_the_wait": fused("  ptx::griddepcontrol_wait();\n", TWICE, EARLY),
+        "next_may_begin_before_the_wait": fused(
+            "  ptx::griddepcontrol_wait();\n", LAUNCH_BEFORE_WAIT, EARLY
+        ),
         "bias_beyond_the_matrix": fused(
             "from && n < p.N", "from", "ERROR: AddressSanitizer", mode="asan"
         ),
