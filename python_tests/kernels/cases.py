@@ -237,7 +237,7 @@ def expand(
 ) -> None:
     """y = drop(u F^T) + `start`, which y holds, or `add`: another matrix, a bias or nothing."""
     problem.kernel = "expand_add"
-    problem.numbers["fresh"] = start is None
+    problem.numbers["from_bias"] = start is None
     u = problem.large("u", shape.m, shape.r)
     F = problem.factor("F", shape.k, shape.r)
     problem.product("y", u, F.T, add=add, mask=problem.dropout(), start=start)
