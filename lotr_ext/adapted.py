@@ -6,7 +6,8 @@
     model.lotr_config       the LoTRConfig
     model.lotr_left_out     the layers that the configuration matches and that have no adapter
 
-The adapted layers refer to the first three and do not register them.
+The adapted layers refer to the factors and cores and do not register them. A TaskBank refers to the
+layers.
 
 Not here: making them (model.py, tasks.py) and what a layer computes (layers.py).
 """

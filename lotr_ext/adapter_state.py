@@ -220,8 +220,8 @@ class AdapterState:
             raise ValueError(
                 f"directory: expected a folder with {FILE_NAME}, got {_what_is_at(directory)}"
             )
-        # The checksum has found damage. An edited document may still be wrong: then the first
-        # mistake is the error.
+        # The checksum excludes damage, but not an edited document: its first mistake is then the
+        # error.
         with errors_of(str(directory)):
             return AdapterState.from_document(document, tensors)
 

@@ -113,8 +113,8 @@ def refuse_or_warn(message: str, refuse: bool, *, stacklevel: int) -> None:
     Args:
         message: What is wrong, and what to do.
         refuse: Whether to raise.
-        stacklevel: As for warnings.warn: the number of calls from here up to the user's code, with
-            that of torch's decorator of `load_state`.
+        stacklevel: As for warnings.warn: the number of calls from here up to the user's code.
+            torch.no_grad, which decorates `load_state`, counts as one.
     """
     if refuse:
         raise ValueError(message)

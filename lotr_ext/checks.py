@@ -167,5 +167,5 @@ def check_values(x: Tensor, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_meta != x.is_meta:
             raise ValueError(
-                f"{name}: expected values as x has on {x.device}, got a tensor on {tensor.device}"
+                f"{name}: expected a tensor on {x.device}, as x is, got one on {tensor.device}"
             )

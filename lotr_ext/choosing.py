@@ -1,7 +1,7 @@
 """rank_for: the recipe of docs/choosing.md for one model.
 
     parameters of the adapter    form                                     size in the recipe
-    below LoRA of rank 0.1       dense cores, one pair per shape          a tenth of LoRA, rank 1
+    below LoRA of rank 0.1       dense cores, one pair per shape          a tenth of LoRA of rank 1
     below LoRA of rank 2         diagonal cores, one pair per shape       LoRA of rank 1
     more                         dense cores, one pair per shape, block   LoRA of rank 4
 
@@ -44,15 +44,16 @@ def rank_for(
 
     Raises:
         TypeError: If neither or both of like and numbers are given; if one has a wrong type; or if
-            a setting is one that this function chooses.
-        ValueError: If like is not "lora:<rank>"; or if numbers are too few for rank 1.
+            a setting is rank, core or group_by, which this function chooses, or target_parameters,
+            which it does not support.
+        ValueError: If like is not "lora:<rank>"; or if the size is too small for rank 1.
         TypeError, ValueError, RuntimeError: As for `LoTRConfig` and `apply_lotr`.
     """
     for name in ("rank", "core", "group_by", "target_parameters"):
         if name in settings:
             raise TypeError(
-                f"{name}: expected a setting that rank_for does not choose, got "
-                f"{settings[name]!r}. Make a LoTRConfig for it."
+                f"{name}: expected no such setting in rank_for, got {settings[name]!r}. Make a "
+                f"LoTRConfig for it."
             )
     if (like is None) == (numbers is None):
         raise TypeError(f"like: expected either like or numbers, got {like!r} and {numbers!r}")
@@ -66,15 +67,16 @@ def rank_for(
     else:
         raise ValueError(f'like: expected "lora:<rank>", such as "lora:1", got {like!r}')
     form = next(form for limit, form in _FORMS if budget < limit * lora_rank_1)
-    # Another group_by may have other groups of the same layers.
+    # Again, because this form's group_by may group the layers differently.
     selection = select(model, LoTRConfig(**settings, **form))
     rank = 0
     while _size(selection, rank + 1) <= budget:
         rank += 1
     if rank == 0:
         raise ValueError(
-            f"numbers: expected at least {_size(selection, 1):,} for rank 1 in {len(targets)} "
-            f"layers, got {budget:,}. Adapt fewer layers."
+            f"{'like' if numbers is None else 'numbers'}: expected at least "
+            f"{_size(selection, 1):,} parameters for rank 1 in {len(targets)} layers, got "
+            f"{budget:,}. Choose a larger size, or adapt fewer layers."
         )
     return LoTRConfig(rank=rank, **settings, **form)
 

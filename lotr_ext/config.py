@@ -92,19 +92,19 @@ class LoTRConfig:
         alpha: If given, s is alpha / r (alpha / sqrt(r) with rslora), with r = max(r_in, r_out).
         rslora: Whether to divide by sqrt(r) instead of r (arXiv 2312.03732). alpha is then r if it
             is not given.
-        scaling: s itself, or "auto", with which the learning rate of a LoRA fits every rank
+        scaling: s itself, or "auto", with which LoRA's learning rate suits every rank
             (`lotr_ext.factors.scaling_of`).
         dropout: The probability of dropping an element of the adapter's x in training, in [0, 1).
-        target_modules: Name endings in full dotted parts (["query", "value"]); a regular expression
-            for the full name; or "all-linear", also for None: every linear layer except those that
-            cannot be adapted or share their weight with another module, and, as in PEFT, the output
-            layer or head (transformers, timm). `trainable_summary` lists the layers that were left
-            out. With target_parameters, None means no linear layer.
+        target_modules: Name endings in full dotted parts (["query", "value"]), a regular expression
+            for the full name, or "all-linear". None means "all-linear", or no linear layer with
+            target_parameters. "all-linear" leaves out layers that cannot be adapted, layers that
+            share their weight with another module and, as PEFT does, the output layer or head
+            (transformers, timm). `trainable_summary` lists what was left out.
         exclude_modules: Name endings, or a regular expression, to leave out.
         modules_to_save: Name endings of modules that are fully trained, and saved with the adapter,
             such as a new head.
         group_by: Which layers share A and B. "shape": one pair per (k, n), as in the paper.
-            "block": one pair per shape and block. The layers of a block have one name up to the
+            "block": one pair per shape and block. The layers of a block share their name up to the
             first number ("model.layers.3"). "name": one pair per shape and last part of the
             name (q and v apart). "layer": one pair per layer. "width": one A per k and one B per
             n, over all adapted layers. Or a mapping from layer name to group, or a callable
@@ -184,18 +184,20 @@ class LoTRConfig:
         needed = "core" if self.core_init == "zero" else "B"
         can_learn = len(self.train) > 0 if svd else needed in self.train
         if not can_learn or not set(self.train) <= set(PARTS):
+            requirement = (
+                f", with {needed!r} among them, because at core_init {self.core_init!r} all other "
+                f"gradients are zero at the start"
+            )
             raise ValueError(
-                f"train: expected some of {', '.join(PARTS)}, with {needed!r} among them, because "
-                f"at core_init {self.core_init!r} all other gradients are zero at the start, got "
+                f"train: expected some of {', '.join(PARTS)}{'' if svd else requirement}, got "
                 f"{self.train!r}"
             )
-        has_experts = self.target_parameters is not None
-        if self.core != "dense" and (svd or has_experts):
+        if self.core != "dense" and (svd or self.target_parameters):
             raise ValueError(
                 f'core: expected "dense" with init "svd", which sets the cores, and with '
                 f"target_parameters, because each expert has a core, got {self.core!r}"
             )
-        if svd and (self.core_init != "zero" or has_experts or self.group_by == "width"):
+        if svd and (self.core_init != "zero" or self.target_parameters or self.group_by == "width"):
             raise ValueError(
                 'init: expected another init than "svd" with core_init="identity", '
                 'target_parameters or group_by="width", got "svd"'
@@ -227,7 +229,7 @@ class LoTRConfig:
         )
 
     @property
-    def everything(self) -> bool:
+    def adapts_all_linear(self) -> bool:
         """Whether all linear layers are targets."""
         if self.target_modules is None:
             return self.target_parameters is None

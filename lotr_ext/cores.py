@@ -202,7 +202,8 @@ class TrainCores(LayersAndKinds):
 
     Args:
         places: As for `LayersAndKinds`, as is rank.
-        inner: The rank between G2 and G3, r_out if None.
+        inner: The rank between G2 and G3, r_out if None. If it is below r_in and r_out,
+            core_init="identity" sets only the first `inner` elements of the diagonal to 1.
     """
 
     def __init__(

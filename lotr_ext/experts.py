@@ -66,7 +66,7 @@ class Routing:
                 index of its core.
         """
         if tasks is None:
-            return RowChoice(None, self.offs, self.reads), cores
+            return RowChoice(index=None, offs=self.offs, reads=self.reads), cores
         task = tasks if self.tokens is None else tasks[self.tokens]
         experts = cores.shape[1]
         expert = index_from_offs(self.offs, len(task), experts)
@@ -74,7 +74,7 @@ class Routing:
         has_core = (task >= 0) & (expert >= 0)
         # The core of task t and expert c has the index t e + c in the flattened cores.
         index = torch.where(has_core, task * experts + expert, -1)
-        return RowChoice(index, None, self.reads), cores.flatten(0, 1)
+        return RowChoice(index, reads=self.reads), cores.flatten(0, 1)
 
     def zero_unread_rows(self, x: Tensor) -> Tensor:
         """Returns x with zeros in the rows that no expert reads.
@@ -231,7 +231,7 @@ class LoTRExperts(LoTRLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        # Before the weight is allocated, which may have gigabytes.
+        # Before the weight is allocated, which may take gigabytes.
         check_dimension("num_experts", num_experts)
         factors = factors_for(factors, rank, (in_features, out_features), device, dtype)
         s = scaling_of(factors.rank, alpha, rslora, scaling)

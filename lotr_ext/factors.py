@@ -39,7 +39,7 @@ def scaling_of(
     """Returns the scaling s of an adapter.
 
     "auto" is 4 (8 / r)^1.5 / INIT_GAIN^3. INIT_GAIN = 0.4 is the constant by which the initial
-    factors are multiplied. Together they make the learning rate of a LoRA fit every rank
+    factors are multiplied. With both, a learning rate that suits LoRA suits LoTR at every rank
     (docs/choosing.md).
 
     Args:
@@ -157,7 +157,7 @@ class LoTRFactors(nn.Module):
         in_features: The in_features of the layers.
         out_features: The out_features of the layers.
         rank: An int, or (r_in, r_out).
-        init: As for `LoTRFactor`, as are device, dtype, errors and warnings.
+        init: As for `LoTRFactor`, like device and dtype, with the same errors and warnings.
 
     Attributes:
         A: The `LoTRFactor` [in_features, r_in].

@@ -33,7 +33,7 @@ def lotr_linear(
 
     Args:
         x: [.., k].
-        weight: W [n, k], of x's dtype unless autocast is on, as is bias.
+        weight: W [n, k]. Like bias, it has x's dtype unless autocast is on.
         bias: [n].
         A: [k, r_in]. float32, or x's dtype, as are B and core.
         B: [n, r_out].

@@ -58,7 +58,7 @@ def report() -> list[str]:
         names[torch.device("cuda", index)] = torch.cuda.get_device_name(index)
     for device, name in names.items():
         lines.append(f"{device!s:10} {name}")
-        for dtype in CUDA_DTYPES:
+        for dtype in CUDA_DTYPES:  # float64 has kernels only on the CPU, and is not listed
             obstacle = kernel_obstacle(16, dtype, device)
             runs = f"the PyTorch fallback, because {obstacle}" if obstacle else "the kernels"
             lines.append(f"           {str(dtype).removeprefix('torch.'):9} {runs}")

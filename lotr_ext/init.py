@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from .checks import check_choice, check_tensor
 
 # Multiplies the initial factors, and divides s by its cube (factors.scaling_of). It moves the best
-# learning rate of LoTR onto LoRA's (docs/choosing.md): under AdamW, a run does not change if
-# factors, cores and learning rate are multiplied by any a, and s by a^-3.
+# learning rate of LoTR onto LoRA's (docs/choosing.md): under Adam, without weight decay, a run
+# does not change if factors, cores and learning rate are multiplied by any a, and s by a^-3.
 INIT_GAIN = 0.4
 FACTOR_INITS = ("orthonormal", "normal", "kaiming")
 CORE_INITS = ("zero", "identity")
@@ -105,7 +105,7 @@ _EXTRA_COLUMNS = 10  # columns of a subspace iteration in addition to those that
 def leading_vectors(blocks: Sequence[Tensor], r: int) -> Tensor:
     """Returns the r leading left singular vectors [d, r] of the matrix [block_1 .. block_L].
 
-    By a dense decomposition if d or the columns are few, else by subspace iteration.
+    Uses a dense decomposition if d or the number of columns is small, else subspace iteration.
 
     Args:
         blocks: [d, c_l] each, in float64.
@@ -190,8 +190,8 @@ def tucker2_from_products(
     So they may be products of smaller matrices themselves (convert/to_lotr.py).
 
     Args:
-        blocks: For each l a matrix [k, c_l] with the left singular vectors and the singular values
-            of W_l^T.
+        blocks: For each l a matrix [k, c_l] that has the same left singular vectors and singular
+            values as W_l^T, such as W_l^T itself.
         right: right(A) returns all W_l A.
         left: left(B) returns all W_l^T B.
         n: Rows of the matrices.
@@ -199,7 +199,7 @@ def tucker2_from_products(
     """
     A = leading_vectors(blocks, min(rank[0], len(blocks[0])))
     captured = -math.inf
-    # Each half-step is the best factor for the other one, so `captured` never falls.
+    # Each half-step computes the best factor given the other one, so `captured` never falls.
     for _ in range(20):
         B = leading_vectors(right(A), min(rank[1], n))
         products = left(B)
@@ -217,13 +217,13 @@ def tucker2_from_products(
 
 _ITERATIONS = 3  # of the subspace iteration; each is one pass over the batches
 _EXTRA_DIRECTIONS = 8  # columns of the iteration in addition to a factor's rank
-_PROBES = 32  # random vectors that estimate what a pair does not capture
+_PROBES = 32  # random vectors that estimate what A does not capture
 
 
 class CapturedGradient(NamedTuple):
     """The share of the gradients' squared norm that A and B capture, from 0 to 1.
 
-    A higher rank captures more. What a pair does not capture is estimated, to about 10 %.
+    A higher rank captures more. The part outside A is estimated, to about 10 %.
 
     Attributes:
         total: The share over all adapted layers.
@@ -260,7 +260,8 @@ class _GradientProducts:
         """Adds the anchor to the layer's output. The backward of the sum calls `add`.
 
         Args:
-            anchor: See `_sum_over_batches`. A forward hook gets the other arguments.
+            anchor: A zero that requires a gradient, so that autograd computes g. The other
+                arguments are a forward hook's.
         """
         # In a part of the model that runs under no_grad, a layer has no backward.
         if not torch.is_grad_enabled():
@@ -396,7 +397,7 @@ def _sum_over_batches(
     autograd computes the gradient of an output only if a tensor before it requires one, and the
     weights are frozen. So each layer adds to its output the `anchor`, a zero that requires one.
 
-    Buffers and the random state are as before afterwards.
+    Restores the buffers and the random state.
     """
     anchor = torch.zeros((), device="cpu", requires_grad=True)
     with ExitStack() as stack, torch.enable_grad():

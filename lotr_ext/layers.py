@@ -59,7 +59,7 @@ class LoTRLayer(nn.Module):
         weight_matrix      W, which is the attribute `weight`
         _weight_to_write   W for `merge`, checked
         to_base            the module without its adapter
-        called_module      the module whose forward computes the layer, which is the layer
+        called_module      the module whose forward computes the layer: the layer itself
 
     Attributes:
         factors: The pair of A and B.
@@ -109,7 +109,8 @@ class LoTRLayer(nn.Module):
             TypeError: If linear is not a layer that this class adapts, or is adapted already.
             ValueError: If the factors have other sizes, or an argument has a wrong value.
         """
-        # Adapting freezes all parameters inside, and another adapter would stop training.
+        # Adapting freezes all parameters inside, so an adapter that is already there would stop
+        # training.
         adapter_types = (LoTRLayer, LoTRFactors, LoTRFactor)
         if not cls.adapts(linear) or any(isinstance(m, adapter_types) for m in linear.modules()):
             raise TypeError(
@@ -328,7 +329,7 @@ class LoTRLayer(nn.Module):
 
         Raises:
             TypeError: If form is not a module.
-            ValueError: If it returns something else than a tensor like the core, or if the layer
+            ValueError: If it returns something other than a tensor like the core, or if the layer
                 has init "svd".
         """
         if self.start_core is not None:
@@ -434,7 +435,7 @@ class LoTRLayer(nn.Module):
 
         Without the adapter, the layer then computes what its base did before.
         """
-        # In a merged weight, the adapter has added the start back already.
+        # A merged weight has nothing to add back: the adapter, which began as the start, is in it.
         if self.start_core is None or self.merged:
             return
         factors = self.factors

@@ -76,7 +76,7 @@ def load_adapter(
 
 
 def local_folder(directory: FilePath) -> Path:
-    """Returns the folder with an adapter, which is downloaded if directory is the id of a hub.
+    """Returns the folder with an adapter, downloaded if directory is the id of a hub's repository.
 
     Raises:
         TypeError: If directory is not a path.
@@ -163,7 +163,8 @@ def _adapt_as_saved(model: nn.Module, state: AdapterState, refuse_other_targets:
 def _exact_config(state: AdapterState, linear: list[str]) -> LoTRConfig:
     """Returns the configuration that selects exactly the layers and groups of the adapter."""
     experts = [parameter_name(name) for name, entry in state.layers.items() if entry.experts]
-    # With "width" A and B have different groups, and a mapping gives a layer one for both.
+    # A mapping gives a layer one group for both factors. With "width", A and B have different
+    # groups.
     pairs = {name: f"{entry.A} {entry.B}" for name, entry in state.layers.items()}
     return replace(
         state.config,
@@ -178,7 +179,7 @@ def _exact_config(state: AdapterState, linear: list[str]) -> LoTRConfig:
 
 def _check_targets(model: nn.Module, state: AdapterState, refuse: bool) -> None:
     """Refuses a plain model in which the configuration selects more layers, or warns of it."""
-    # By shape, because a mapping in the configuration has no groups for layers that are too many.
+    # By shape, because a mapping in the configuration has no group for an extra layer.
     selection = select(model, replace(state.config, group_by="shape"))
     extra = [target.name for target in selection.targets if target.name not in state.layers]
     if extra:
@@ -302,7 +303,7 @@ def _check_tensors(
                 f"{list(tensor.shape)}. For another dtype pass cast=True; for another rank load "
                 f"the adapter into the plain model, after unload(model)."
             )
-        # torch copies into such a tensor without an error and without an effect.
+        # torch copies into a meta tensor without an error and without an effect.
         if target.is_meta:
             raise RuntimeError(
                 f"load_adapter: expected a model with values, got {key} on the meta device. "

@@ -53,6 +53,7 @@ def merge(
     if not keep_backup:
         for layer in layers.values():
             layer.drop_backup()
+    # An optimizer step on a merged adapter is one of the mistakes that it reports.
     watch(model)
     return model
 

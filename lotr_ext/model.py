@@ -284,7 +284,7 @@ def _svd_starts(selection: Selection) -> dict[str, tuple[Tensor, Tensor, Tensor]
         A, B, cores = tucker2(weights, config.ranks)
         pair = (INIT_GAIN * A, INIT_GAIN * B)
         for target, core in zip(targets, cores):
-            # Divided by what the adapter s B G^T A^T multiplies the core with.
+            # The adapter multiplies the core by s, and by INIT_GAIN in A and again in B.
             starts[target.name] = (*pair, core / (INIT_GAIN**2 * config.s))
     return starts
 

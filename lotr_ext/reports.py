@@ -117,7 +117,7 @@ class TrainableSummary(NamedTuple):
 
 
 def _shortened(names: Sequence[str], most: int) -> str:
-    """Lists at most so many names. If there are more, the last entry counts the rest."""
+    """Lists names in at most `most` entries. If there are more, the last entry counts the rest."""
     if len(names) <= most:
         return ", ".join(names)
     return ", ".join([*names[: most - 1], f"{len(names) - most + 1} more"])
@@ -163,22 +163,23 @@ def explain(model: nn.Module, x: Tensor) -> str:
     Args:
         model: An adapted layer, or a model with some.
         x: An input of the model. The layers get its device and dtype, for token ids the dtype of
-            the weights.
+            the model's first floating parameter.
 
     Raises:
         RuntimeError: If the model has no adapter.
     """
-    lines = Counter(_line(layer, x) for layer in adapted_layers(model).values())
+    layers = adapted_layers(model).values()
+    # Token ids go through an embedding, which has the first parameter. The weight of a quantized
+    # layer has another dtype than its input.
+    dtype = next(t.dtype for t in (x, *model.parameters()) if t.dtype.is_floating_point)
+    lines = Counter(_line(layer, x.new_empty(0, dtype=dtype)) for layer in layers)
     return "\n".join(f"{count} x {line}" for line, count in lines.items())
 
 
 def _line(layer: LoTRLayer, x: Tensor) -> str:
-    """Describes a layer, and what runs in it for an input x of its model."""
-    # As in the model: the layers after an embedding of token ids get the weights' dtype.
-    input_dtype = x.dtype if x.is_floating_point() else layer.weight.dtype
-    layer_input = x.new_empty(0, dtype=input_dtype)
+    """Describes a layer, and what runs in it for an input of the dtype and device of x."""
     # As in the layer: under autocast, it casts its input.
-    computed = layer_input.to(dispatch.autocast_dtype(layer_input) or input_dtype)
+    computed = x.to(dispatch.autocast_dtype(x) or x.dtype)
     return (
         f"{type(layer).__name__} {layer.in_features} -> {layer.out_features} at rank "
         f"{layer.factors.rank}: {_what_runs(layer, computed)} "

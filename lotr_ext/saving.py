@@ -171,7 +171,8 @@ def stored_tensors(model: nn.Module, entries: Mapping[str, LayerEntry]) -> dict[
     modules |= saved_in(model)
     for name, module in modules.items():
         tensors |= module.state_dict(prefix=f"{name}.", keep_vars=True)
-    # A tied tensor keeps only its first name. A state dict may also have extra state, no tensor.
+    # A tied tensor keeps only its first name. A state dict may also have extra state that is
+    # not a tensor.
     first_names: dict[Tensor, str] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor):

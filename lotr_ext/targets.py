@@ -33,7 +33,7 @@ _HEADS = (
     "cls_classifier",
     "distillation_classifier",
 )
-# Why "all-linear" leaves out what it could also mean.
+# The reasons for which "all-linear" leaves out experts and output layers.
 _UNNAMED_EXPERTS = "3-D parameters of experts: name them in target_parameters"
 _OUTPUT_LAYER = (
     "the output layer or a head: name it to adapt it, or to train it, in modules_to_save"
@@ -101,7 +101,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     targets, left_out = _linear_targets(model, config, inside_saved)
     targets += _expert_targets(model, config, inside_saved)
     # "all-linear" selects no parameters, but whoever adapts a mixture should learn of its experts.
-    if config.everything and not config.target_parameters:
+    if config.adapts_all_linear and not config.target_parameters:
         left_out |= _unnamed_experts(model)
     if not targets:
         reasons = [f"{names[0]!r}: {reason}" for reason, names in left_out.items()]
@@ -160,7 +160,7 @@ def _check_patterns(model: nn.Module, config: LoTRConfig) -> None:
     }
     for field, names in names_by_field.items():
         value = getattr(config, field)
-        if field == "target_modules" and config.everything:
+        if field == "target_modules" and config.adapts_all_linear:
             continue
         # A string is one pattern. Each ending of a list is a pattern by itself, so that a misspelt
         # name among others is noticed.
@@ -285,7 +285,7 @@ def _linear_targets(
         The targets, and as `Selection.left_out` the names of the others by the reason.
     """
     tied = tied_names(model)
-    outputs = output_layers(model) if config.everything else {}
+    outputs = output_layers(model) if config.adapts_all_linear else {}
     targets = []
     left_out: dict[str, list[str]] = {}
     for module, names in names_of_modules(model).items():
@@ -297,7 +297,7 @@ def _linear_targets(
             reason = "fully trained: modules_to_save"
         elif any(name_matches(name, config.exclude_modules) for name in names):
             reason = "exclude_modules"
-        elif config.everything:
+        elif config.adapts_all_linear:
             # Not for a layer that the user names, which `linear_target` refuses.
             reason = obstacle or outputs.get(module)
         if reason is None:
@@ -320,7 +320,7 @@ def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
 def _is_selected(module: nn.Module, names: Sequence[str], config: LoTRConfig) -> bool:
     """Whether target_modules selects a module."""
     has_sizes = features(module) is not None
-    if config.everything:
+    if config.adapts_all_linear:
         # Also quantized layers that are not an nn.Linear, such as HQQ's.
         is_quantized = has_sizes and callable(getattr(module, "dequantize", None))
         return isinstance(module, nn.Linear) or is_conv1d(module) or is_quantized
@@ -349,9 +349,11 @@ def linear_obstacle(
     if module in tied:
         return f"its weight is tied to {tied[module][0]}"
     # A subclass of nn.Linear may compute something else, to which no adapter can be added.
-    is_subclass = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    if is_subclass and has_plain_weight(module) and not _returns_rows(module):
-        return "its forward returns something else than x W^T"
+    overrides_forward = (
+        isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    )
+    if overrides_forward and has_plain_weight(module) and not _returns_rows(module):
+        return "its forward returns something other than x W^T"
     return None
 
 
@@ -449,6 +451,7 @@ def _expert_targets(
                     f"target_parameters: expected the 3-D weights of a mixture's experts, got "
                     f"{full_name!r}, {obstacle}"
                 )
+            # (in_features, out_features), without the number of experts.
             sizes = expert_sizes(module, parameter)[1:]
             # Where `adapt_parameter` will put the adapter.
             layer_name = f"{full_name.removesuffix(parameter)}{CHILD}.{parameter}"
@@ -517,7 +520,7 @@ def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) 
         block = place_of(name)[0].replace(".", "_")
         group = {
             "shape": shape,
-            "width": shape,
+            "width": shape,  # `factor_names` then shares A and B by width
             "block": "_".join(filter(None, (block, shape))),
             "name": f"{name.rpartition('.')[2]}_{shape}",
             "layer": name.replace(".", "_"),

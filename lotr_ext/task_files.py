@@ -50,7 +50,7 @@ class TaskFormat:
 
         Args:
             tensors: By name.
-            where: What has them, for the error.
+            where: The argument that names them, for the error.
 
         Raises:
             TypeError, ValueError: If they are not. The message names the tensor.

@@ -5,10 +5,10 @@
 The tasks share A and B. A task is one core [r_in, r_out] per layer, and nothing else. A bank has
 one parameter [tasks, r_in, r_out] per layer, and a forward computes rows of any tasks together.
 
-    use_tasks(model, index)       opens a request (core/request.py) with a `_Request`
+    use_tasks(model, index)       opens a request (core/request.py): a `_ModelTasks` for the model,
+                                  a `_LayerTasks` per adapted layer
     the model's forward           notes which columns of the index it runs (`_before_forward`)
     each adapted layer's forward  reads its cores of all tasks and the task of each row
-                                  (`_LayerTasks`)
 
 Not here: the file of a task (task_files.py), how a layer computes rows with different cores
 (core/nodes.py), and tasks in vLLM (vllm/).
@@ -84,9 +84,9 @@ class TaskBank(Attachment):
         for name, layer in layers.items():
             if layer.start_core is not None:
                 raise ValueError(
-                    f'TaskBank: expected an adapter with another init than "svd", which moves a '
-                    f"part of the base weights into the adapter, so rows without a task would not "
-                    f"be the base model's, got {name!r} with it"
+                    f'TaskBank: expected an adapter without init "svd", got one in {name!r}. "svd" '
+                    f"moves a part of the base weights into the adapter, so rows without a task "
+                    f"would not be the base model's."
                 )
         cores = [layer.core.detach() for layer in layers.values()]
         self.cores = nn.ParameterList(
@@ -109,8 +109,9 @@ class TaskBank(Attachment):
         self._hooks += [
             model.register_forward_pre_hook(_before_forward, with_kwargs=True),
             model.register_forward_hook(_after_forward, always_call=True),
-            # With the list and not the bank, which the hook would keep alive. After the others,
-            # because torch calls a hook that was removed just before without its kwargs.
+            # With the list and not the bank, which the hook would keep alive. Last, because it
+            # removes the others, and torch would still call these in this forward, but without
+            # kwargs.
             model.register_forward_pre_hook(partial(_remove_without_bank, self._hooks)),
         ]
 
@@ -296,7 +297,7 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
         )
     has_experts = any(layer.num_experts for layer in layers.values())
     # Moved here, and not in each layer, where a copy to a GPU would wait.
-    request = _Request(index.to(bank.cores[0].device), flat=flat or has_experts)
+    request = _ModelTasks(index.to(bank.cores[0].device), flat=flat or has_experts)
     layer_states = {
         layer: _LayerTasks(cores, request.index_of)
         for layer, cores in zip(layers.values(), bank.cores, strict=True)
@@ -340,7 +341,7 @@ def _trains_only_factors(bank: TaskBank, layers: Mapping[str, LoTRLayer]) -> boo
 
 
 @dataclass
-class _Request:
+class _ModelTasks:
     """Which task computes which row, or token, in one open `use_tasks`. All layers share it.
 
     The columns of an index per token are the tokens of a sequence. A forward with a cache of keys
@@ -378,7 +379,8 @@ class _Request:
         rows = len(index)
         is_flat = self.flat and x.dim() == 2
         has_equal_rows = is_flat and rows > 0 and len(x) % rows == 0
-        # (rows, tokens, ..), also for a flat input, which has the tokens of all rows.
+        # (rows, tokens, ..), also for a flat input, which has the tokens of all rows. If they do
+        # not divide evenly, [m], which the check refuses.
         lead = (rows, len(x) // rows) if has_equal_rows else x.shape[:-1]
         if len(lead) < index.dim() or lead[0] != rows:
             raise ValueError(
@@ -403,6 +405,7 @@ class _Request:
 
         It cannot tell whether it repeats that forward or one without a cache.
         """
+        # `current_backward` is -1 outside a backward.
         if self.had_cache and self.after_cache is None and current_backward() >= 0:
             raise RuntimeError(
                 "use_tasks: expected no cache of keys and values in a context whose forward is "
@@ -447,7 +450,7 @@ def _remove_without_bank(hooks: list[RemovableHandle], model: nn.Module, args: t
 def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Notes which columns of an index per token a forward of the model runs."""
     request = state_of(model)
-    if isinstance(request, _Request) and request.index.dim() == 2:
+    if isinstance(request, _ModelTasks) and request.index.dim() == 2:
         request.after_cache = _columns_after_cache(request.index, model, args, kwargs)
         # Kept after the forward, for a checkpoint that recomputes in backward.
         request.had_cache = request.had_cache or request.after_cache is not None
@@ -456,7 +459,7 @@ def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
 def _after_forward(model: nn.Module, args: tuple, output: object) -> None:
     # A layer that is called outside of the model's forward has no cache.
     request = state_of(model)
-    if isinstance(request, _Request):
+    if isinstance(request, _ModelTasks):
         request.after_cache = None
 
 
@@ -479,7 +482,8 @@ def _columns_after_cache(
         args: Of the call, as are kwargs.
 
     Raises:
-        ValueError: If the cache does not tell how many tokens it holds.
+        ValueError: If the call has no tokens, several caches, or one that does not tell how many
+            tokens it holds.
     """
     # By position as well as by name: GPT-2 receives the cache second, Llama fourth.
     bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
@@ -497,9 +501,9 @@ def _columns_after_cache(
     past = _tokens_in(caches[0])
     if len(caches) > 1 or tokens is None or past is None:
         raise ValueError(
-            f"index: expected shape [b] for a call with {len(caches)} "
-            f"{type(caches[0]).__name__}, which does not tell how many tokens it holds, got an "
-            f"index per token. Pass one transformers Cache with input_ids or inputs_embeds."
+            f"index: expected shape [b] for a call in which the tokens after the cache "
+            f"({len(caches)} x {type(caches[0]).__name__}) cannot be found, got an index per "
+            f"token. Pass one transformers Cache with input_ids or inputs_embeds."
         )
     columns = torch.arange(past, past + tokens.shape[1], device=index.device)
     return index[:, columns.clamp(max=index.shape[1] - 1)]
@@ -511,6 +515,6 @@ def _tokens_in(cache: object) -> int | None:
     lengths = [
         int(layer.get_seq_length()) for layer in layers or () if hasattr(layer, "get_seq_length")
     ]
-    # A layer with a state in place of keys and values holds no tokens, so the longest one counts.
-    # A new cache has no layers yet. Layers of which none counts its tokens tell nothing.
+    # The longest layer counts, because a layer with a state in place of keys and values holds none.
+    # No layers: a new cache, with 0 tokens. Layers that do not count, or no attribute: None.
     return max(lengths, default=0 if layers == [] else None)

@@ -73,10 +73,7 @@ def expert_obstacle(module: nn.Module, parameter: str) -> str | None:
             f"{tensor.dtype}); load them dense"
         )
     if not _accepts_forward(module):
-        return (
-            f"a parameter of {kind}, whose class takes no implementations of experts "
-            f"(use_experts_implementation)"
-        )
+        return f"a parameter of {kind}, whose class lacks the decorator use_experts_implementation"
     first = _first_projection(module)
     if parameter not in (first, "down_proj"):
         return f"a parameter of {kind} that is neither its {first} nor its down_proj"
@@ -119,7 +116,7 @@ class LoTRHostedExperts(LoTRExperts):
     """The adapter of one 3-D parameter of an experts module, its host.
 
     Its only parameter is `core` [e, r_in, r_out]. The host keeps the weights under their names.
-    `_forward_of_host` passes them to `routed` in each forward of the host, when a sharded training
+    `_forward_of_host` passes them to `routed` in each forward of the host, when sharded training
     has gathered them. `apply_lotr` freezes them.
     """
 
@@ -155,7 +152,7 @@ class LoTRHostedExperts(LoTRExperts):
         self.add_start_back()
         adapted = getattr(self.host, CHILD)
         del adapted[self.parameter]
-        # Without adapters, the host becomes as it was.
+        # Without adapters, the host is restored.
         if not adapted:
             self.host.config = adapted.config
             delattr(self.host, CHILD)

@@ -108,9 +108,9 @@ class LoTRWrapped(LoTRLayer):
         Raises:
             RuntimeError, TypeError, ValueError: As `LoTRLayer.merge`. TypeError also for a
                 quantized base without dequantize, because rounding would remove the adapter, and
-                for a base that returns something else than x W^T + bias.
+                for a base that returns something other than x W^T + bias.
         """
-        # A replaced base is plain as well. LoTRLayer.merge then raises, because it is merged.
+        # The nn.Linear of an earlier merge is plain too: LoTRLayer.merge raises, as it is merged.
         if dequantize is False or has_plain_weight(self.base_layer):
             mergeable_weight(self.base_layer)
             super().merge(safe, keep_backup)

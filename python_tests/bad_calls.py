@@ -220,6 +220,7 @@ LAYERS: list[Row] = [
     ("A of integers", "A", call(A=torch.ones(6, 2, dtype=torch.int64))),
     ("A on meta", "A", call(A=torch.randn(6, 2, device="meta"))),
     ("A and B on meta", "A", call(A=META.A.value, B=META.B.value)),
+    ("x on meta", "weight", call(x=torch.randn(5, 6, device="meta"))),
     ("B of another shape", "B", call(B=torch.randn(5, 2))),
     ("core of another shape in a call", "core", call(core=torch.randn(3, 2))),
     ("core of tasks without an index", "core", call(core=torch.randn(3, 2, 2))),
@@ -322,7 +323,7 @@ EXPERTS: list[Row] = [
     ("row_core, offs descending", "offs", partial(row_core, offs=torch.tensor([3, 2]).int())),
     ("row_core, offs too large", "offs", partial(row_core, offs=torch.tensor([3, 5]).int())),
     ("row_core, too many offs", "offs", partial(row_core, offs=torch.tensor([1, 2, 4]).int())),
-    # The fake kernels would return memory that was never written.
+    # With one operand on meta, torch calls the fake kernel, which returns memory that nobody wrote.
     (
         "grouped_mm, weight on meta",
         "grouped_mm",
@@ -434,6 +435,7 @@ MODELS: list[Row] = [
         for value in values
     ),
     ("config scaling and alpha", "scaling", partial(LoTRConfig, scaling=1.0, alpha=2.0)),
+    ("config svd and an unknown part", "train", partial(LoTRConfig, init="svd", train=["X"])),
     ("config svd and width", "init", partial(LoTRConfig, init="svd", group_by="width")),
     ("config svd and identity", "init", partial(LoTRConfig, init="svd", core_init="identity")),
     ("config svd and computed cores", "core", partial(LoTRConfig, init="svd", core="diagonal")),
@@ -520,6 +522,17 @@ MODELS: list[Row] = [
         "rank_for with a rank",
         "rank",
         partial(rank_for, zoo.net("mlp"), like="lora:1", rank=4),
+    ),
+    (
+        "rank_for experts",
+        "target_parameters",
+        partial(rank_for, zoo.net("mlp"), like="lora:1", target_parameters=["up.weight"]),
+    ),
+    # Layers of several shapes, where diagonal cores have more parameters than LoRA.
+    (
+        "rank_for too small a LoRA",
+        "like",
+        partial(rank_for, nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5)), like="lora:1"),
     ),
     (
         "rank_for an adapted model",
@@ -717,7 +730,9 @@ def tuned(
     return peft.get_peft_model(zoo.net("attention") if net is None else net, config, name)
 
 
-def run_named(names: object, prepare: Callable[[peft.PeftModel], object] = nn.Module.eval) -> None:
+def run_with_adapter_names(
+    names: object, prepare: Callable[[peft.PeftModel], object] = nn.Module.eval
+) -> None:
     model = tuned()
     prepare(model)
     model(zoo.inputs("attention"), adapter_names=names)
@@ -787,18 +802,28 @@ OTHER_PACKAGES: list[Row] = [
     ("PEFT adapter_name keys", "adapter_name", lambda: tuned(name="keys")),
     ("PEFT adapter_name of a layer", "adapter_name", add_second("q")),
     ("PEFT adapter_name of a group", "adapter_name", add_second("A_16x16")),
-    ("PEFT adapter_names a word", "adapter_names", partial(run_named, "default")),
-    ("PEFT too few adapter_names", "adapter_names", partial(run_named, ["default"] * 2)),
-    ("PEFT unknown adapter_names", "adapter_names", partial(run_named, ["nobody"] * 3)),
+    ("PEFT adapter_names a word", "adapter_names", partial(run_with_adapter_names, "default")),
+    (
+        "PEFT too few adapter_names",
+        "adapter_names",
+        partial(run_with_adapter_names, ["default"] * 2),
+    ),
+    (
+        "PEFT unknown adapter_names",
+        "adapter_names",
+        partial(run_with_adapter_names, ["nobody"] * 3),
+    ),
     (
         "PEFT adapter_names in training",
         "adapter_names",
-        partial(run_named, ["default"] * 3, nn.Module.train),
+        partial(run_with_adapter_names, ["default"] * 3, nn.Module.train),
     ),
     (
         "PEFT adapter_names of merged",
         "adapter_names",
-        partial(run_named, ["default"] * 3, lambda model: model.eval().merge_adapter()),
+        partial(
+            run_with_adapter_names, ["default"] * 3, lambda model: model.eval().merge_adapter()
+        ),
     ),
     (
         "PEFT a state of other layers",

@@ -154,7 +154,7 @@ def fsdp2_reduces_each_factor_once() -> None:
     counted = {name: mock.Mock(wraps=getattr(_fsdp_param_group, name)) for name in names}
     with mock.patch.multiple(_fsdp_param_group, **counted):
         net(batch(0, 1)).sum().backward()
-    # Two blocks, the root, A and B. What is gathered belongs to the second step.
+    # Two blocks, the root, A and B: reduced by backward, and gathered again by the second forward.
     assert [counted[name].call_count for name in names] == [5, 5]
 
 

@@ -218,21 +218,21 @@ def backward_forms(c: Case) -> Iterator[Form]:
             yield {"F": F, "strategy": strategy, **sums}
 
 
-def projected_forms(c: Case) -> Iterator[Form]:
+def backward_projected_forms(c: Case) -> Iterator[Form]:
     return new_or_added(du=c.make(c.m, c.r), dx=c.make(c.m, c.k), dB=c.sums(c.n, c.r_out))
 
 
-def rows_forms(c: Case) -> Iterator[Form]:
+def backward_rows_forms(c: Case) -> Iterator[Form]:
     for sums in new_or_added(dx=c.make(c.m, c.k), dB=c.sums(c.n, c.r)):
         yield {"h": c.u, "B": c.F, **sums}
 
 
-def projected_forms_without_a_base(c: Case) -> Iterator[Form]:
+def backward_projected_forms_without_a_base(c: Case) -> Iterator[Form]:
     for F in (c.F, None):
         yield {"weight": None, "F": F, "du": None, "dx": None, "dB": c.sums(c.n, c.r_out)}
 
 
-def rows_forms_without_a_base(c: Case) -> Iterator[Form]:
+def backward_rows_forms_without_a_base(c: Case) -> Iterator[Form]:
     for need_h in (True, False):
         dB = c.sums(c.n, c.r)
         yield {"weight": None, "h": c.u, "B": c.F, "dx": None, "dB": dB, "need_h": need_h}
@@ -246,12 +246,12 @@ def shrink_backward_forms(c: Case) -> Iterator[Form]:
 
 # ---- the table -----------------------------------------------------------------------------------
 
-# `helpers.Exact.roundings` of results. All results that are not here are rounded once.
-ONLY_ONCE: dict[str, int] = {}
-OF_Y = {"y": 5}  # u, F, the base product, the factors and y
-OF_DX = {"dx": 6}  # g, du, F, A, the base product and dx
+# By result, its `helpers.Exact.roundings`. A result that is absent is rounded once.
+ROUNDED_ONCE: dict[str, int] = {}
+Y_ROUNDINGS = {"y": 5}  # u, F, the base product, the factors and y
+DX_ROUNDINGS = {"dx": 6}  # g, du, F, A, the base product and dx
 # Sums over tokens: up to four operands and the sum.
-OF_FACTORS = dict.fromkeys(("dA", "dB", "dcore"), 5)
+SUM_ROUNDINGS = dict.fromkeys(("dA", "dB", "dcore"), 5)
 
 
 class Entry(NamedTuple):
@@ -259,7 +259,7 @@ class Entry(NamedTuple):
 
     formula: Callable[..., Results]
     forms: Callable[[Case], Iterable[Form]] = lambda case: [{}]  # one: the case's arguments
-    roundings: dict[str, int] = ONLY_ONCE  # of its results
+    roundings: dict[str, int] = ROUNDED_ONCE  # of its results
 
 
 ENTRIES = {
@@ -269,19 +269,21 @@ ENTRIES = {
     "fold": Entry(fold),
     "row_core": Entry(row_core, row_forms),
     "row_core_backward": Entry(row_core_backward, row_forms),
-    "layer_forward": Entry(layer_forward, forward_forms, OF_Y),
-    "layer_forward_few_tokens": Entry(layer_forward_few_tokens, forward_forms, OF_Y),
-    "layer_forward_projected": Entry(layer_forward_projected, forward_forms, OF_Y),
-    "layer_forward_rows": Entry(layer_forward_rows, forward_rows_forms, OF_Y),
-    "layer_backward_": Entry(layer_backward_, backward_forms, OF_DX | OF_FACTORS),
+    "layer_forward": Entry(layer_forward, forward_forms, Y_ROUNDINGS),
+    "layer_forward_few_tokens": Entry(layer_forward_few_tokens, forward_forms, Y_ROUNDINGS),
+    "layer_forward_projected": Entry(layer_forward_projected, forward_forms, Y_ROUNDINGS),
+    "layer_forward_rows": Entry(layer_forward_rows, forward_rows_forms, Y_ROUNDINGS),
+    "layer_backward_": Entry(layer_backward_, backward_forms, DX_ROUNDINGS | SUM_ROUNDINGS),
     "layer_backward_few_tokens_": Entry(
-        layer_backward_few_tokens_, backward_forms, OF_DX | OF_FACTORS
+        layer_backward_few_tokens_, backward_forms, DX_ROUNDINGS | SUM_ROUNDINGS
     ),
     "layer_backward_projected_": Entry(
-        layer_backward_projected_, projected_forms, OF_DX | OF_FACTORS
+        layer_backward_projected_, backward_projected_forms, DX_ROUNDINGS | SUM_ROUNDINGS
     ),
-    "layer_backward_rows_": Entry(layer_backward_rows_, rows_forms, OF_DX),
-    "projected_sums": Entry(layer_backward_projected_, projected_forms_without_a_base, OF_FACTORS),
-    "rows_sums": Entry(layer_backward_rows_, rows_forms_without_a_base),
+    "layer_backward_rows_": Entry(layer_backward_rows_, backward_rows_forms, DX_ROUNDINGS),
+    "projected_sums": Entry(
+        layer_backward_projected_, backward_projected_forms_without_a_base, SUM_ROUNDINGS
+    ),
+    "rows_sums": Entry(layer_backward_rows_, backward_rows_forms_without_a_base),
     "shrink_backward_": Entry(shrink_backward_, shrink_backward_forms),
 }

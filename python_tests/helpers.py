@@ -73,9 +73,9 @@ class Exact(NamedTuple):
     Attributes:
         value: The result.
         size: Of each element, the sum of its absolute products.
-        roundings: How many values are rounded to the result's dtype on the way to an element. With
-            1, only the element is, and its error is relative to its value. With more, the error is
-            relative to its size, because the rounded terms may cancel.
+        roundings: How many values are rounded to the result's dtype on the way to an element. If it
+            is 1, only the element itself is rounded, and the bound is relative to its value.
+            Otherwise the bound is relative to its size, because rounded terms may cancel.
     """
 
     value: Tensor
@@ -163,5 +163,5 @@ def refused(
     with pytest.raises(kinds) as raised:
         yield
     message = str(raised.value)
-    assert type(raised.value) in ERRORS, type(raised.value)  # not a subclass, as of a bug in torch
+    assert type(raised.value) in ERRORS, type(raised.value)  # torch may raise a subclass
     assert re.search(rf"\b{re.escape(name)}\b[^:]*: expected .*, got ", message, re.S), message

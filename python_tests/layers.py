@@ -127,7 +127,7 @@ class Net(nn.Module):
     Args:
         kind: A key of `KINDS`.
         dtype: The dtype of the base layers.
-        factors: The dtype of the factors and the cores; `dtype` if it is absent.
+        factors_dtype: The dtype of the factors and the cores; `dtype` if it is absent.
         dropout: The probability that an element of x is dropped.
 
     Attributes:
@@ -140,14 +140,14 @@ class Net(nn.Module):
         self,
         kind: str,
         dtype: torch.dtype = torch.float64,
-        factors: torch.dtype | None = None,
+        factors_dtype: torch.dtype | None = None,
         dropout: float = 0.0,
     ):
         super().__init__()
         torch.manual_seed(0)
         self.kind = KINDS[kind]
         self.wire = self.kind.wire
-        adapter_dtype = factors or dtype
+        adapter_dtype = factors_dtype or dtype
 
         pairs = [LoTRFactors(K, K, (R, R + 1), dtype=adapter_dtype)]
         for _ in range(self.kind.pairs - 1):
@@ -175,7 +175,7 @@ class Net(nn.Module):
     def index(self, x: Tensor) -> Tensor:
         """Returns the task of each row.
 
-        The shape is [b], or [b, tokens] for siblings if x has three dimensions.
+        The shape is [b]. For modules and an x of three dimensions, it is [b, tokens].
         """
         repeats = -(-x.shape[0] // len(INDEX))
         row_tasks = INDEX.repeat(repeats)[: x.shape[0]]

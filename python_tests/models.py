@@ -27,6 +27,7 @@ WAYS: dict[str, dict[str, object]] = {
     "train": {"core": "train"},
     "bfloat16": {"adapter_dtype": "bfloat16", "rank": 2},
 }
+# Experts refuse "svd", "diagonal" and "train". The mixture also leaves out three that they accept.
 CASES = [
     (name, way)
     for name in zoo.NETS

@@ -25,7 +25,8 @@ OPERATORS = sorted(set(SCHEMAS) - NO_NUMBERS - {"linear"})
 PYTHON_OPERATORS = {"dropout_mask", "grouped_mm", "grouped_outer"}
 KERNELS = [name for name in OPERATORS if name not in PYTHON_OPERATORS]
 
-BETA = 1  # a strategy of the operators of layers; the other one on a CPU is 0
+# Strategies of the layers' operators on a CPU: BETA, and 0, which is two_pass.
+BETA = 1
 SEED = -(2**61) + 12345678901
 S = 0.37  # the scaling
 DEFAULTS = {
@@ -54,7 +55,7 @@ class Case:
     Args:
         shape: m tokens, k in_features, n out_features, and r_in. r_out is r_in + 1.
         dtype: The dtype of x.
-        factors: The dtype of A, B, F and the cores.
+        factors_dtype: The dtype of A, B, F and the cores.
         layout: One of `helpers.LAYOUTS`.
         p: The probability of dropout. 0: no seed.
     """
@@ -63,14 +64,14 @@ class Case:
         self,
         shape: tuple[int, int, int, int],
         dtype: torch.dtype,
-        factors: torch.dtype,
+        factors_dtype: torch.dtype,
         layout: str = "contiguous",
         p: float = 0.0,
     ):
         self.m, self.k, self.n, self.r = shape
         self.r_out = self.r + 1
         self.dtype = dtype
-        self.factors = factors
+        self.factors_dtype = factors_dtype
         self.layout = layout
         self.p = p
         self.seed = torch.tensor([SEED]) if p else None
@@ -82,10 +83,10 @@ class Case:
         self.h = self.make(self.m, self.r_out)
         self.weight = self.make(self.n, self.k)
         self.bias = self.make(1, self.n)[0]
-        self.A = self.make(self.k, self.r, dtype=factors)
-        self.F = self.make(self.n, self.r, dtype=factors)
-        self.B = self.make(self.n, self.r_out, dtype=factors)
-        self.cores = self.make(2, self.r, self.r_out, dtype=factors)
+        self.A = self.make(self.k, self.r, dtype=factors_dtype)
+        self.F = self.make(self.n, self.r, dtype=factors_dtype)
+        self.B = self.make(self.n, self.r_out, dtype=factors_dtype)
+        self.cores = self.make(2, self.r, self.r_out, dtype=factors_dtype)
         self.core = self.cores[0]
 
     def make(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -127,7 +128,7 @@ def good_arguments(
         rank: r_in.
     """
     c = Case((6, 5, 7, rank), dtype, dtype, p=0.5)
-    sums = {  # that the gradients are added to
+    with_sums = {  # sums that the gradients are added to, and the other strategy
         "dA": c.sums(c.k, c.r),
         "dB": c.sums(c.n, c.r_out),
         "dx": c.make(c.m, c.k),
@@ -152,22 +153,22 @@ def good_arguments(
         "layer_forward_projected": forwards,
         "layer_forward_rows": forwards,
         "layer_backward_": [
-            sums,
+            with_sums,
             new_gradients,
             {**no_options, "weight": None, "x": None, "need_B": False},
         ],
-        "layer_backward_few_tokens_": [sums, new_gradients],
+        "layer_backward_few_tokens_": [with_sums, new_gradients],
         "layer_backward_projected_": [
-            sums,
+            with_sums,
             new_gradients,
             {**no_options, "weight": None, "F": None, "need_core": False},
         ],
         "layer_backward_rows_": [
-            sums,
+            with_sums,
             new_gradients,
             {**no_options, "weight": None, "need_h": False},
         ],
-        "shrink_backward_": [sums, {**no_options, "A": None, "du": c.u}],
+        "shrink_backward_": [with_sums, {**no_options, "A": None, "du": c.u}],
         "row_core": [
             {"index": index, "offs": None, "tokens": tokens},
             {"index": None, "offs": offs, "tokens": None},

@@ -37,7 +37,8 @@ for module in ("datasets", "diffusers"):  # imported by PEFT's tests, and not us
 # In a field that LoTR does not use.
 STARTED = {"revision": "started"}
 CONFIG = ours.LoTRPeftConfig
-SMALL = {"scaling": 0.2}  # PEFT compares to 1e-5 at inputs up to 90, and sets the learning rates
+# PEFT's tests compare to 1e-5 at inputs up to 90. Their learning rates suit a small scaling.
+SMALL = {"scaling": 0.2}
 CASES = [
     ("names", "MLP", CONFIG, {"target_modules": ["lin0"], **SMALL}),
     ("a regular expression", "MLP", CONFIG, {"target_modules": "lin0", "alpha": 2.0}),

@@ -73,8 +73,10 @@ def tensor_arguments(is_written: bool = False) -> list[object]:
     return params
 
 
-EACH = pytest.mark.parametrize("name, form, argument", tensor_arguments())
-WRITTEN = pytest.mark.parametrize("name, form, argument", tensor_arguments(is_written=True))
+each_tensor = pytest.mark.parametrize("name, form, argument", tensor_arguments())
+each_written_tensor = pytest.mark.parametrize(
+    "name, form, argument", tensor_arguments(is_written=True)
+)
 
 
 def has_its_memory(t: Tensor) -> bool:
@@ -102,7 +104,7 @@ def check_refused(name: str, arguments: dict[str, object], words: str) -> None:
         assert torch.equal(bits_of(arguments[argument]), bits_of(copy))
 
 
-@EACH
+@each_tensor
 @pytest.mark.parametrize("is_freed", [True, False], ids=["freed", "short"])
 def test_operator_refuses_freed_and_short_memory(
     name: str, form: int, argument: str, is_freed: bool
@@ -116,7 +118,7 @@ def test_operator_refuses_freed_and_short_memory(
     check_refused(name, {**good, argument: view}, f"{argument}: expected")
 
 
-@EACH
+@each_tensor
 def test_operator_refuses_other_dtypes(name: str, form: int, argument: str) -> None:
     good = good_arguments(name)[form]
     allowed = {good[argument].dtype}
@@ -127,7 +129,7 @@ def test_operator_refuses_other_dtypes(name: str, form: int, argument: str) -> N
         check_refused(name, {**good, argument: wrong}, r"\w+: expected .*dtype")
 
 
-@EACH
+@each_tensor
 def test_operator_refuses_none_and_another_device(name: str, form: int, argument: str) -> None:
     good = good_arguments(name)[form]
     on_meta = {**good, argument: good[argument].to("meta")}
@@ -137,7 +139,7 @@ def test_operator_refuses_none_and_another_device(name: str, form: int, argument
         check_refused(name, {**good, argument: None}, f"{argument}: expected a tensor, got None")
 
 
-@WRITTEN
+@each_written_tensor
 def test_operator_refuses_outputs_that_it_cannot_write(name: str, form: int, argument: str) -> None:
     """Refuses repeated elements, and memory that another argument shares."""
     good = good_arguments(name)[form]

@@ -214,11 +214,13 @@ def test_a_killed_export_leaves_no_configuration(tmp_path: Path) -> None:
 # ---- LoRA to LoTR --------------------------------------------------------------------------------
 
 
-def save_lora(net: str, folder: Path, *, seed: int = 5, **settings: object) -> nn.Module:
-    """Saves a LoRA of PEFT with values that matter, and returns its model."""
+def save_lora(
+    net: str, folder: Path, *, seed: int = 5, filled: str = "lora_", **settings: object
+) -> nn.Module:
+    """Saves a LoRA of PEFT with values that matter in the filled tensors. Returns its model."""
     settings = {"r": 2, "lora_alpha": 3, "target_modules": zoo.TARGETS[net], **settings}
     model = peft.get_peft_model(zoo.net(net), peft.LoraConfig(**settings)).eval()
-    zoo.fill(model, seed, 0.3, lambda name: "lora_" in name or "modules_to_save" in name)
+    zoo.fill(model, seed, 0.3, lambda name: filled in name or "modules_to_save" in name)
     model.save_pretrained(folder)
     return model
 
@@ -266,6 +268,7 @@ def test_loras_are_exact_at_the_sum_of_their_ranks(
     model = load_adapter(zoo.net(net), tmp_path / "lotr")
     assert relative(output(model, net), expected) < CLOSE
     assert model.lotr_config.dropout == settings.get("lora_dropout", 0.0)
+    # The columns of A have the same norm as in a new adapter.
     A = converted.adapter.tensors[next(iter(converted.adapter.layers.values())).A]
     assert (A.norm(dim=0) - INIT_GAIN).abs().max() < 1e-5
     lotr_to_lora(tmp_path / "lotr", tmp_path / "back")
@@ -312,6 +315,8 @@ LORAS: dict[str, dict[str, Any]] = {
     "of all layers": {"r": 1, "target_modules": r"blocks\.\d\..*"},
     "of one block": {"r": 1, "target_modules": r"blocks\.0\..*"},
     "also of one block": {"r": 1, "target_modules": r"blocks\.0\..*"},
+    # With B = 0, and the only one of its collection that adapts the head.
+    "untrained": {"filled": "lora_A", "target_modules": ["q", "head"]},
     # What `loras_to_bank` refuses.
     "with a head": {"modules_to_save": ["head"]},
     "of two shapes": {"target_modules": ["q", "head"]},
@@ -334,14 +339,23 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("group_by", "rank"), [("layer", 8), ("shape", 16), ("block", (16, 15))])
+@pytest.mark.parametrize(
+    ("group_by", "rank", "names"),
+    [
+        ("layer", 8, COLLECTION),
+        ("shape", 16, COLLECTION),
+        ("block", (16, 15), COLLECTION),
+        ("layer", 8, ["german", "untrained", "legal"]),
+        ("layer", "auto=1", ["german", "untrained", "legal"]),
+    ],
+)
 def test_a_bank_has_each_lora_as_a_task(
-    group_by: str, rank: int | tuple[int, int], loras: Path, tmp_path: Path
+    group_by: str, rank: int | tuple[int, int] | str, names: list[str], loras: Path, tmp_path: Path
 ) -> None:
-    sources = [loras / name for name in COLLECTION]
+    sources = [loras / name for name in names]
     bank = loras_to_bank(sources, tmp_path, rank=rank, group_by=group_by)
     is_exact = rank != (16, 15)  # of the 16 directions of a block's outputs, one is lost
-    assert list(bank.errors) == COLLECTION == list(bank.files)
+    assert list(bank.errors) == names == list(bank.files)
     assert (max(bank.errors.values()) < 1e-6) == is_exact
     model = load_adapter(zoo.net("attention"), tmp_path)
     assert relative(output(model), output(zoo.net("attention"))) < 1e-6
@@ -350,8 +364,7 @@ def test_a_bank_has_each_lora_as_a_task(
     with use_tasks(model, slots):
         mixed = output(model)
     for row, source in enumerate(sources):
-        expected = output(lora_model(source))[row]
-        assert relative(mixed[row], expected) < (1e-5 if is_exact else 0.3)
+        assert relative(mixed[row], output(lora_model(source))[row]) < (1e-5 if is_exact else 0.3)
     with use_tasks(model, torch.full((3,), tasks.add())):  # a new task trains as cores
         output(model).square().mean().backward()
     assert all(core.grad[3].any() for core in tasks.cores)
@@ -368,6 +381,7 @@ def test_the_error_of_each_lora_is_that_of_its_task(
     stacks: dict[str, list[Tensor]] = {}  # of each group, the changes by all LoRAs
     for source in sources:
         deltas = {name: layer.B @ layer.A for name, layer in read_lora(source)[0].items()}
+        # Each LoRA counts by its relative change, so its changes are divided by their norm.
         norm = sum(float(delta.square().sum()) for delta in deltas.values()) ** 0.5
         kept = deltas_of(adapter, adapter.tensors, load_file(bank.files[source.name]))
         rest = [delta - deltas.get(name, 0) for name, delta in kept.items()]

@@ -111,13 +111,13 @@ def check(
     return results[0]
 
 
-by_tasks = pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
-by_tokens = pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
+each_task_mode = pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
+each_token_mode = pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
 
 
 @pytest.mark.parametrize("dtype, factors", DTYPE_PAIRS, ids=str)
-@by_tasks
-@by_tokens
+@each_task_mode
+@each_token_mode
 def test_value_and_gradients(
     by_token: bool, tasks: bool, dtype: torch.dtype, factors: torch.dtype
 ) -> None:
@@ -173,13 +173,10 @@ CALLS: dict[str, Callable[..., Tensor]] = {
 
 
 @pytest.mark.parametrize("context", CALLS)
-@by_tasks
-@by_tokens
+@each_task_mode
+@each_token_mode
 def test_rows_without_an_expert_are_not_read(by_token: bool, tasks: bool, context: str) -> None:
-    """They may hold NaN, as the end of a buffer does that is longer than its rows.
-
-    So may the gradient of the output there.
-    """
+    """They may hold NaN, like the end of a buffer that is longer than its rows, and so may dy."""
     arguments = make(by_token, tasks)
     fill_unread(arguments)
     g = torch.randn(ROWS, N, dtype=torch.float64)
@@ -187,7 +184,7 @@ def test_rows_without_an_expert_are_not_read(by_token: bool, tasks: bool, contex
     check(arguments, g, CALLS[context])
 
 
-@by_tokens
+@each_token_mode
 def test_double_backward(by_token: bool) -> None:
     """Also of a trained base with a weight that is a transposed view."""
     arguments = make(by_token, tasks=False)
@@ -206,12 +203,13 @@ def test_double_backward(by_token: bool) -> None:
 TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], tuple, tuple], tuple]] = {
     "grad": lambda call, values, _: torch.func.grad(lambda v: call(*v).sin().sum())(values),
     "jvp": lambda call, values, tangents: torch.func.jvp(call, values, tangents),
+    # A batch of two: the leaves and their other values.
     "vmap": lambda call, *both: (torch.func.vmap(call)(*map(torch.stack, zip(*both))),),
 }
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@by_tasks
+@each_task_mode
 def test_transforms_of_torch_func(tasks: bool, transform: str) -> None:
     arguments = make(by_token=True, tasks=tasks)
     values = tuple(leaf.detach() for leaf in leaves_of(arguments))

@@ -59,7 +59,7 @@ OLD_NETS = {
     "experts": "mixture",
     "diagonal": "bert",
 }
-OLD_TENSORS = "lotr_adapter.0123456789abcdef.safetensors"  # a name of version 2
+VERSION_2_TENSORS = "lotr_adapter.0123456789abcdef.safetensors"
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -84,13 +84,13 @@ def write(folder: Path, document: object, tensors: dict[str, Tensor]) -> None:
 def as_version_2(folder: Path) -> None:
     """Replaces an adapter by the two files of version 2."""
     document, tensors = read(folder)
-    save_file(tensors, folder / OLD_TENSORS)
+    save_file(tensors, folder / VERSION_2_TENSORS)
     del document["base"]
     document |= {
         "format": "lotr",
         "format_version": 2,
-        "tensors_file": OLD_TENSORS,
-        "tensors_sha256": hashlib.sha256((folder / OLD_TENSORS).read_bytes()).hexdigest(),
+        "tensors_file": VERSION_2_TENSORS,
+        "tensors_sha256": hashlib.sha256((folder / VERSION_2_TENSORS).read_bytes()).hexdigest(),
     }
     (folder / JSON_NAME).write_text(json.dumps(document))
     (folder / FILE_NAME).unlink()
@@ -335,7 +335,8 @@ def test_another_base_of_the_same_shapes_is_noticed(name: str, tmp_path: Path) -
         reloaded(trained(name), other, tmp_path)
     with pytest.raises(ValueError, match="base: expected the model that the adapter") as raised:
         load_adapter(other, tmp_path, strict=True)
-    assert not re.search(r"\d{6}", str(raised.value))  # numbers that a reader can compare
+    # No number has more digits than a reader can compare.
+    assert not re.search(r"\d{6}", str(raised.value))
 
 
 @pytest.mark.filterwarnings("error")
@@ -464,7 +465,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_adapter(
                 patch.setattr(owner, name, killed_at(step, changes, getattr(owner, name)))
             save_adapter(trained("mlp", seed=2), folder)
         seeds.append(seed_of(folder))
-    # How many changes of the disk a save makes that is not killed. There are more steps above.
+    # The last save was not killed: it makes fewer changes of the disk than there are steps.
     assert next(changes) == (6 if is_version_2 else 4)
     assert seeds == sorted(seeds) and set(seeds) == {1, 2}
     assert [path.name for path in folder.iterdir()] == [FILE_NAME]
@@ -625,7 +626,7 @@ VERSION_2_DAMAGES = DOCUMENT_DAMAGES | {
     "another format": document_with(format="lora"),
     "a newer version": document_with(format_version=99),
     "no version": document_with(format_version=None),
-    "a path as the tensors' file": document_with(tensors_file=f"../{OLD_TENSORS}"),
+    "a path as the tensors' file": document_with(tensors_file=f"../{VERSION_2_TENSORS}"),
     "a number as the tensors' file": document_with(tensors_file=3),
     "another checksum": document_with(tensors_sha256="0" * 64),
     "no checksum": document_with(tensors_sha256=None),
@@ -633,8 +634,8 @@ VERSION_2_DAMAGES = DOCUMENT_DAMAGES | {
     "JSON a list": rewritten(lambda data: b"[]", JSON_NAME),
     "JSON of bytes": rewritten(lambda data: b"\xff\xfe\x00", JSON_NAME),
     "JSON of endless brackets": rewritten(lambda data: b"[" * 200_000, JSON_NAME),
-    "no tensors": lambda folder: (folder / OLD_TENSORS).unlink(),
-    "tensors cut off": rewritten(lambda data: data[:200], OLD_TENSORS),
+    "no tensors": lambda folder: (folder / VERSION_2_TENSORS).unlink(),
+    "tensors cut off": rewritten(lambda data: data[:200], VERSION_2_TENSORS),
 }
 HOSTILE = {name: [damage] for name, damage in DAMAGES.items()} | {
     f"version 2, {name}": [as_version_2, damage] for name, damage in VERSION_2_DAMAGES.items()

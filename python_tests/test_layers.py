@@ -201,8 +201,8 @@ def test_autocast_of_another_device_casts_nothing(form: str) -> None:
 
 # ---- the range of float16 ------------------------------------------------------------------------
 
-# A net whose layer has one product beyond 65,504, by that product. Of the layer's parts, what their
-# random values are multiplied by. `dy`: the size of the gradient of the output.
+# By the one product of the layer that exceeds 65,504: the factors by which its random parts are
+# multiplied, its scaling, and the size of the output's gradient (dy).
 BEYOND_FLOAT16 = {
     "(u G) B^T": {"A": 1, "B": 200, "core": 1000, "scaling": 1e-3, "dy": 1},
     "s u G": {"A": 1, "B": 1e-3, "core": 1000, "scaling": 1000, "dy": 1e-3},
@@ -253,7 +253,7 @@ CHANGES: dict[str, Callable[[Tensor, Tensor], object]] = {
 }
 
 
-# How the two layers are called.
+# How the two layers are called. test_changes_between_layers trains A only in the last mode.
 MODES: dict[str, dict[str, bool]] = {
     "graph": {},
     "no graph": {"grad": False},
@@ -531,8 +531,8 @@ def test_subclassed_weights(kind: str, form: str) -> None:
     assert relative(y, truth()) < 1e-10
 
 
-def test_marked_sparse_and_nested_tensors(form: str) -> None:
-    """Runs tensors with values that are not the ones in their memory."""
+def test_lazily_negated_sparse_and_nested_tensors(form: str) -> None:
+    """The memory of these tensors does not hold their values as a dense matrix."""
     x = inputs(6)
     ours, truth = sides(Net("siblings"), x, trains_x=False)
     layer = ours.net.layers[0]

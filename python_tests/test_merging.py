@@ -12,13 +12,14 @@ from torch.nn.utils.parametrize import register_parametrization
 from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped, adapt
 from lotr_ext.factors import scaling_of
 
+# "auto" is 4 (8 / r)^1.5 / 0.4^3, where r is the larger rank (lotr_ext.factors.scaling_of).
 SCALINGS = [
     ({"rank": 4, "alpha": 8.0}, 2.0),
     ({"rank": (2, 4), "alpha": 8}, 2.0),
     ({"rank": 4, "alpha": 8.0, "rslora": True}, 4.0),
     ({"rank": 4, "rslora": True}, 2.0),
     ({"rank": 4, "scaling": 0.3}, 0.3),
-    ({"rank": 8}, 4 / 0.4**3),  # the factors start as 0.4 times orthonormal ones
+    ({"rank": 8}, 4 / 0.4**3),
     ({"rank": (2, 1)}, 4 * 4**1.5 / 0.4**3),
 ]
 

@@ -328,7 +328,7 @@ class Pipeline(nn.Sequential):
     """A container by inheritance, as sentence-transformers' models are."""
 
 
-def uses_our_names() -> nn.Module:
+def with_our_names() -> nn.Module:
     """A model that uses the names of an adapted layer's parts."""
     names = ("core", "factors", "lotr")
     model = nn.Sequential(OrderedDict({name: nn.Linear(16, 16) for name in names}))
@@ -341,7 +341,7 @@ CONTAINERS = {
     "nested": lambda: nn.Sequential(nn.Sequential(nn.Linear(16, 6)), nn.Linear(6, 16)),
     "blocks": lambda: nn.Sequential(zoo.Mlp(), nn.Linear(3, 16)),
     "subclass": lambda: Pipeline(zoo.Mlp(), nn.Linear(3, 16)),
-    "names": uses_our_names,
+    "names": with_our_names,
     "list": lambda: nn.ModuleList([nn.Linear(16, 16), zoo.Mlp()]),
     "dict": lambda: nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16)}),
 }
@@ -379,17 +379,17 @@ def test_the_children_of_a_container_stay_its_only_children(
     assert not any(name.startswith("lotr") for name in attributes)
 
 
-def registers_its_factors(container: nn.Module) -> nn.Module:
-    """Returns a model of the same children that lists its factors among them.
+def with_registered_factors(container: nn.Module) -> nn.Module:
+    """Returns a model with the same children.
 
-    Containers did so in 0.1.0.
+    It also registers its factors, as containers did in 0.1.0.
     """
     return zoo.Children(**dict(container.named_children()))
 
 
 @pytest.mark.parametrize("core", ["dense", "diagonal"])
 @pytest.mark.parametrize(
-    "saved_as", [lambda model: model, registers_its_factors], ids=["as today", "as in 0.1.0"]
+    "saved_as", [lambda model: model, with_registered_factors], ids=["as today", "as in 0.1.0"]
 )
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_files_of_containers(name: str, saved_as: Callable, core: str, tmp_path: Path) -> None:

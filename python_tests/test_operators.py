@@ -16,7 +16,7 @@ import pytest
 import torch
 from formulas import (
     ENTRIES,
-    OF_FACTORS,
+    SUM_ROUNDINGS,
     Entry,
     Results,
     layer_backward_few_tokens_,
@@ -137,15 +137,15 @@ def comparisons(entry: Entry, c: Case) -> Iterator[Comparison]:
             roundings = entry.roundings.get(key, 1)
             if key == "du" and arguments.get("du") is not None:
                 roundings = 2  # the product is rounded before it is added
-            # Rounded operands make such a sum no better than x's dtype, in which it is compared.
-            has_rounded_operands = key in OF_FACTORS and key in entry.roundings
+            # A sum of rounded operands is only as accurate as x's dtype, so it is compared in it.
+            has_rounded_operands = key in SUM_ROUNDINGS and key in entry.roundings
             compared = rounded_sum(c, result) if has_rounded_operands else result
             yield f"{key} in form {number}", compared, exacts[key]._replace(roundings=roundings)
 
 
 def rounded_sum(c: Case, result: Tensor) -> Tensor:
     """Rounds a sum of products of rounded operands to x's dtype. It must not be rounded yet."""
-    assert result.dtype in (sums_dtype(c.dtype), c.factors)
+    assert result.dtype in (sums_dtype(c.dtype), c.factors_dtype)
     rounded = result.to(c.dtype)
     if result.dtype == torch.float32 and c.dtype in HALVES and result.count_nonzero() > 64:
         assert relative(rounded, result) > 0, f"the sum was rounded to {c.dtype}"
@@ -159,7 +159,7 @@ DROPS = ("shrink", "expand_add_", "layer_forward", "layer_backward_", "shrink_ba
 
 
 def test_every_kernel_is_in_the_table() -> None:
-    """test_layers.py and test_experts.py have the numbers of the operators in Python."""
+    """test_layers.py and test_experts.py compare the operators that are written in Python."""
     assert {entry.formula.__name__ for entry in ENTRIES.values()} == set(KERNELS)
 
 
@@ -218,7 +218,7 @@ def test_same_bits_at_any_number_of_threads(name: str, dtype: torch.dtype) -> No
         runs = []
         # The truth's mask takes a second in the larger shapes.
         p = 0.4 if name in DROPS and shape[0] < 1000 else 0.0
-        for threads in (3, 2, 1):  # the last one is the number of all tests
+        for threads in (3, 2, 1):  # ends with 1, as in all other tests
             torch.set_num_threads(threads)
             runs.append(results_of(name, Case(shape, dtype, dtype, p=p)))
         for run in runs[1:]:
@@ -314,7 +314,7 @@ def test_new_gradients_of_factors_with_two_dtypes(name: str, wide: str) -> None:
 
 # ---- as torch sees them --------------------------------------------------------------------------
 
-# Results [rows, rank], by their names in the schemas. On CUDA their rows start at 16 bytes.
+# Results [rows, rank], by name in the schemas. On CUDA each row starts at a multiple of 16 bytes.
 PADDED = {"u", "F", "h", "du", "dh"}
 
 

@@ -237,12 +237,17 @@ def test_an_adapter_is_merged_unmerged_and_unloaded(case: str) -> None:
         assert relative(zoo.output(unloaded, x), base_output) < 1e-5
 
 
-def test_pefts_conversion_to_lora() -> None:
+@pytest.mark.parametrize("base", [lambda linear: linear, zoo.Codes], ids=["plain", "quantized"])
+def test_pefts_conversion_to_lora(base: Callable[[nn.Linear], nn.Module]) -> None:
     model, x = tuned("siblings")
+    expected = output(model, x)
+    for layer in layers(model):
+        # A quantized weight has the dtype of its bytes.
+        layer.base_layer = base(layer.base_layer)
     config_of_lora, tensors = peft.convert_to_lora(model, rank=3)
     lora = peft.get_peft_model(zoo.net("attention"), config_of_lora).eval()
     peft.set_peft_model_state_dict(lora, tensors)
-    assert relative(output(lora, x), output(model, x)) < 1e-4
+    assert relative(output(lora, x), expected) < 1e-4
 
 
 # ---- what is adapted and trained -----------------------------------------------------------------
@@ -250,8 +255,10 @@ def test_pefts_conversion_to_lora() -> None:
 
 def test_without_target_modules_the_layers_are_those_of_the_model_type() -> None:
     model = peft.get_peft_model(zoo.net("llama"), LoTRPeftConfig(rank=2))
-    names = {n.rpartition(".")[2] for n, m in model.named_modules() if m in layers(model)}
-    assert names == {"q_proj", "v_proj"}
+    assert {n.rpartition(".")[2] for n, m in model.named_modules() if m in layers(model)} == {
+        "q_proj",
+        "v_proj",
+    }
 
 
 @pytest.mark.parametrize("train", [["core"], ["A", "core"], ["B", "core"]], ids="+".join)
@@ -437,8 +444,9 @@ def test_computed_cores_load_onto_a_model_in_another_order(core: str, tmp_path: 
     model = adapted("attention", core=core)
     model.save_pretrained(tmp_path)
     other = zoo.net("attention")
-    blocks = (zoo.AttentionBlock(dict(reversed(block.items()))) for block in other.blocks)
-    other.blocks = nn.Sequential(*blocks)
+    other.blocks = nn.Sequential(
+        *(zoo.AttentionBlock(dict(reversed(block.items()))) for block in other.blocks)
+    )
     x = zoo.inputs("attention")
     assert torch.equal(output(peft.PeftModel.from_pretrained(other, tmp_path), x), output(model, x))
 
@@ -506,7 +514,7 @@ def test_magnitudes_of_the_first_version_are_refused(config_class: type, tmp_pat
 
 
 def test_only_a_plain_product_is_merged_into() -> None:
-    """test_merging.py has every kind of another base."""
+    """test_merging.py tests every other kind of base."""
     net = zoo.net("attention")
     net.blocks[0]["q"].register_forward_hook(lambda module, args, y: 2 * y)
     model = fill(peft.get_peft_model(net, config("attention")).eval())

@@ -138,6 +138,7 @@ class Program(RuleBasedStateMachine):
         return self.values[-1 - i % len(self.values)]
 
     def compare(self, actual: Tensor | None, twin: Tensor | None) -> None:
+        # Results of this size, or infinite ones, say nothing about the layers.
         if twin is not None and not bool(twin.isfinite().all() and twin.abs().max() < LARGE**2):
             return
         error = relative(actual, twin)
@@ -213,6 +214,7 @@ class Program(RuleBasedStateMachine):
         """
         actual, twin = self.value(v)
         candidates = [*self.leaves(), *self.values]
+        # A 0 keeps all candidates. hypothesis shrinks towards it.
         if 0 not in chosen:
             # In steps of 3, small numbers reach parameters of all kinds, and values.
             candidates = [candidates[choice * 3 % len(candidates)] for choice in chosen]

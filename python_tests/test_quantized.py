@@ -24,6 +24,7 @@ from lotr_ext import (
     LoTRConfig,
     LoTRWrapped,
     apply_lotr,
+    explain,
     load_adapter,
     merge,
     save_adapter,
@@ -127,6 +128,8 @@ def test_trains_saves_and_merges_on_request(name: str, form: str, tmp_path: Path
     assert {type(layer) for layer in layers} == {LoTRWrapped}
     assert torch.equal(model(X), base(X))
     moved(model)
+    # For token ids, in place of X: a quantized weight has another dtype than its layer's input.
+    assert explain(model, torch.zeros(6, dtype=torch.long)) == explain(model, X)
 
     for layer in layers:
         x = torch.randn(6, layer.in_features)

@@ -63,7 +63,7 @@ class Router(nn.Linear):
         return super().forward(x), x
 
 
-def reads() -> nn.Module:
+def mostly_left_out() -> nn.Module:
     """Layers that "all-linear" leaves out for what they are, and one that it wraps."""
     tied = nn.Linear(8, 8)
     return zoo.Children(
@@ -246,7 +246,7 @@ CHOICES = [
     ),
     Choice(shared_memory, {}, ["c"], left_out={"a": "tied", "b": "tied"}),
     Choice(
-        reads,
+        mostly_left_out,
         {},
         ["doubled"],
         left_out={
@@ -420,7 +420,10 @@ WRONG_SETTINGS = [
     ("mlp", {"group_by": lambda name, module: 3}, "group_by: expected"),
     ("mlp", {"core": lambda places, rank: nn.Linear(2, 2)}, "core: expected"),
     ("mlp", {"core": lambda places, rank: FORMS["diagonal"](places, rank + 1)}, "core: expected"),
-    *((reads, {"target_modules": [name]}, "expected") for name in ("out_proj", "router", "tied")),
+    *(
+        (mostly_left_out, {"target_modules": [name]}, "expected")
+        for name in ("out_proj", "router", "tied")
+    ),
     (fused, {"target_modules": ["to_q"]}, "target_modules: expected"),
 ]
 

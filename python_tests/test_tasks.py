@@ -291,21 +291,39 @@ def test_columns_count_the_tokens_of_the_longest_layer_of_a_cache() -> None:
         assert relative(y, model(x, DynamicCache())) < 1e-5
 
 
-def test_a_cache_without_a_length_is_refused() -> None:
+# (tokens, caches), by name
+WITHOUT_POSITIONS = {
+    "a cache without a length": (
+        {"input_ids": zoo.inputs("attention")},
+        {"mems": (torch.zeros(3, 2),)},
+    ),
+    "several caches": (
+        {"input_ids": zoo.inputs("attention")},
+        {"past_key_values": DynamicCache(), "mems": DynamicCache()},
+    ),
+    "tokens of another name": (
+        {"ids": zoo.inputs("attention")},
+        {"past_key_values": DynamicCache()},
+    ),
+}
+
+
+@pytest.mark.parametrize(("tokens", "caches"), WITHOUT_POSITIONS.values(), ids=WITHOUT_POSITIONS)
+def test_a_call_without_positions_for_an_index_per_token_is_refused(
+    tokens: dict[str, Tensor], caches: dict[str, object]
+) -> None:
     class Remembers(zoo.Attention):
-        def forward(self, ids: Tensor, mems: tuple | None = None) -> Tensor:
-            return super().forward(ids)
+        def forward(self, **kwargs: object) -> Tensor:
+            return super().forward(next(iter(kwargs.values())))
 
     model = apply_lotr(Remembers(), LoTRConfig(rank=2, target_modules=["q"]))
     TaskBank(model, 1).add()
-    x = zoo.inputs("attention")
-    memory = (torch.zeros(3, 2),)
     with use_tasks(model, torch.zeros(3, 5, dtype=torch.long)):
-        model(x)
-        with pytest.raises(ValueError, match="index: expected"):
-            model(x, memory)
-    with use_tasks(model, torch.zeros(3, dtype=torch.long)):  # one task per row needs no length
-        model(x, memory)
+        model(**tokens)
+        with pytest.raises(ValueError, match=r"index: expected .* cannot be found"):
+            model(**tokens, **caches)
+    with use_tasks(model, torch.zeros(3, dtype=torch.long)):  # one task per row needs no position
+        model(**tokens, **caches)
 
 
 def test_an_encoder_and_a_decoder_need_one_task_per_row() -> None:
@@ -436,21 +454,28 @@ def test_an_optimizer_of_tasks_that_no_forward_used_is_noticed_once(
 
 
 @pytest.mark.filterwarnings("error:lotr_ext")
-@pytest.mark.parametrize("forgotten_at_first", [False, True])
+@pytest.mark.parametrize("adapter_trains_first", [False, True])
 def test_an_optimizer_of_tasks_that_a_forward_used_is_silent(
-    x: Tensor, model: nn.Module, forgotten_at_first: bool
+    x: Tensor, model: nn.Module, adapter_trains_first: bool
 ) -> None:
     bank = model.lotr_tasks.requires_grad_()
     optimizer = torch.optim.SGD([*bank.parameters(), *adapter_parameters(model)], lr=0.1)
-    if forgotten_at_first:  # for the model's cores, with another optimizer
+    # The first step trains only the model's adapter, by an optimizer that does not have the tasks.
+    if adapter_trains_first:
         zoo.output(model, x).square().mean().backward()
         torch.optim.SGD(adapter_parameters(model), lr=0.1).step()
     output(model, x).square().mean().backward()
     optimizer.step()
 
 
-@pytest.mark.parametrize("checkpoints", [None, False, True], ids=["plain", "kept", "reentrant"])
-def test_the_trainer_of_transformers_trains_tasks(checkpoints: bool | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "checkpoints",
+    [{}, {"use_reentrant": False}, {"use_reentrant": True}],
+    ids=["plain", "non-reentrant", "reentrant"],
+)
+def test_the_trainer_of_transformers_trains_tasks(
+    checkpoints: dict[str, bool], tmp_path: Path
+) -> None:
     """One step of SGD, also with checkpoints, which need the context in backward."""
 
     class TaskTrainer(Trainer):  # as in docs/many_tasks.md
@@ -481,8 +506,8 @@ def test_the_trainer_of_transformers_trains_tasks(checkpoints: bool | None, tmp_
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
         disable_tqdm=True,
-        gradient_checkpointing=checkpoints is not None,
-        gradient_checkpointing_kwargs={"use_reentrant": bool(checkpoints)},
+        gradient_checkpointing=bool(checkpoints),
+        gradient_checkpointing_kwargs=checkpoints or None,
     )
     model.enable_input_require_grads()
     data = [{"input_ids": row, "labels": row, "task": task} for row, task in zip(x, INDEX.tolist())]
@@ -563,7 +588,7 @@ def test_a_task_of_another_adapter_is_refused(
 
 
 def test_threads_add_and_remove_tasks() -> None:
-    """Each task gets another slot, and no core is of two tasks."""
+    """Each task gets its own slot, and no core belongs to two tasks."""
     model = banked("mlp", tasks=44, taken=0)
     bank = model.lotr_tasks
     names = [f"{name}.core" for name in adapted_layers(model)]
@@ -606,9 +631,7 @@ BAD_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("kind", BAD_VALUES)
 @pytest.mark.parametrize("write", [TaskBank.add, partial(TaskBank.replace, task=1)])
-def test_a_core_without_values_of_its_kind_changes_nothing(
-    model: nn.Module, write: Callable, kind: str
-) -> None:
+def test_a_refused_core_changes_nothing(model: nn.Module, write: Callable, kind: str) -> None:
     bank = model.lotr_tasks
     cores = {name: core.clone() for name, core in bank.cores_of(0).items()}
     last = list(cores)[-1]
@@ -640,7 +663,7 @@ def test_a_batch_may_be_empty(model: nn.Module) -> None:
 
 
 def test_the_file_of_a_task_fits_groups_in_any_order(tmp_path: Path) -> None:
-    """The checksum is of the factors by the names of their groups."""
+    """The checksum takes the factors in the order of their groups' names, not of the layers."""
     model, other = (trained("mlp", scaling=1.0) for _ in range(2))
     other.blocks = nn.ModuleList(
         nn.ModuleDict(dict(reversed(block.items()))) for block in other.blocks

@@ -106,7 +106,7 @@ QWEN3 = partial(
         head_dim=128,
     ),
 )
-# The paper, query and value of RoBERTa-base: S r^2 + 2 r d numbers.
+# From the paper, by rank: query and value of RoBERTa-base have 24 r^2 + 2 r 768 parameters.
 COUNTS = {
     1: 1560,
     2: 3168,
@@ -148,7 +148,7 @@ SMOLLM2 = {
     "num_key_value_heads": 3,
     "intermediate_size": 1536,
 }
-# The sizes that docs/choosing.md measures: (the asked size, rank, core, group_by).
+# The sizes that docs/choosing.md measures: (the requested size, rank, core, group_by).
 RECIPES = [
     ({"like": "lora:1"}, 48, "diagonal", "shape"),
     ({"like": "lora:4"}, 6, "dense", "block"),
@@ -192,8 +192,11 @@ def test_a_recommendation_leaves_out_the_head_of_the_task() -> None:
 # ---- the first step of an optimizer --------------------------------------------------------------
 
 
-def at_first_step(model: nn.Module, parameters: Iterable[nn.Parameter], x: Tensor) -> list[str]:
-    """Returns the warnings of three steps of an optimizer over these parameters."""
+def warnings_of_steps(model: nn.Module, parameters: Iterable[nn.Parameter], x: Tensor) -> list[str]:
+    """Returns the warnings of an optimizer over these parameters.
+
+    It takes one step without gradients, then three.
+    """
     optimizer = torch.optim.SGD(parameters, 1e-3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -223,7 +226,7 @@ def with_frozen_adapter() -> nn.Module:
 
 
 def another_model() -> nn.Module:
-    started("mlp")
+    started("mlp")  # this adapter exists, but the optimizer belongs to another model
     return zoo.Mlp()
 
 
@@ -269,7 +272,7 @@ def test_the_first_step_says_once_what_does_not_train(
     make: Callable[[], nn.Module], parameters_of: Callable, expected: list[str]
 ) -> None:
     model = make()
-    messages = at_first_step(model, parameters_of(model), zoo.inputs("mlp"))
+    messages = warnings_of_steps(model, parameters_of(model), zoo.inputs("mlp"))
     assert len(messages) == len(expected)
     assert all(map(re.search, expected, messages))
 
@@ -290,7 +293,7 @@ def test_an_optimizer_for_the_head_and_one_for_the_adapter_are_right(parts: tupl
 def test_training_after_a_merge_is_noticed_also_later(x: Tensor) -> None:
     model = with_head()
     for change, count in ((lambda model: model, 0), (merge, 1), (unmerge, 0)):
-        assert len(at_first_step(change(model), trained_parameters(model), x)) == count
+        assert len(warnings_of_steps(change(model), trained_parameters(model), x)) == count
 
 
 def test_importing_the_package_registers_no_hook() -> None:

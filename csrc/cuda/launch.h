@@ -26,8 +26,8 @@ struct Call {
 // which the driver translates for a newer card, does not call it.
 bool waits_in_kernels();
 
-// Elements of 16 bytes. A matrix with rows at multiples of it, in aligned memory, is read 16 bytes
-// at a time. Give u, du, h and F such rows, whatever their rank is.
+// How many elements are 16 bytes. A matrix with rows at multiples of it, in aligned memory, is read
+// 16 bytes at a time. Give u, du, h and F such rows, whatever their rank is.
 constexpr int64_t row_elements(DType type) {
   return 16 / element_size(type);
 }

@@ -1,5 +1,5 @@
 // What the operators (*.cu) share: the launch of a kernel, the launchers of each element type, the
-// second launch of a sum, and problems in one expression.
+// second launch of a sum, and functions that fill in a problem.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -14,9 +14,11 @@ namespace lotr::cuda {
 template <class Traits, auto KERNEL, class Params>
 void launch(const Call& call, dim3 grid, const Params& p, const char* name,
             size_t shared = sizeof(typename Traits::Smem)) {
-  ptx::launch<KERNEL>({grid, dim3(Traits::THREADS), shared, static_cast<ptx::stream_t>(call.stream),
-                       dim3(1, 1, 1), name, call.early},
-                      p);
+  ptx::LaunchArgs args{grid, dim3(Traits::THREADS), shared,
+                       static_cast<ptx::stream_t>(call.stream)};
+  args.name = name;
+  args.early = call.early;
+  ptx::launch<KERNEL>(args, p);
 }
 
 // Throws std::invalid_argument unless r is from 1 to MAX_RANK.

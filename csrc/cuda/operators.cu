@@ -72,23 +72,23 @@ SumPartsParams rounded_sum(const Call& call, const float* parts, const Matrix& o
   return sum;
 }
 
-// Splits a float32 sum [rows, cols]: the first launch writes `splits` parts in the workspace, which
-// replace `sum`, and the second launch, which is returned, adds them to the original sum.
+// Splits a float32 sum [rows, cols]: `sum` becomes `splits` parts in the workspace, which the first
+// launch writes. Returns the second launch, which adds them to the original sum.
 SumPartsParams split_sum(FloatSum& sum, Workspace& memory, int64_t rows, int32_t cols,
                          int64_t splits, float scale) {
   const int64_t row = row_of_parts(cols);
-  SumPartsParams second{};
-  second.parts = memory.take<float>(splits * rows * row);
-  second.parts_row = row;
-  second.out = matrix_of(sum);
-  second.out_type = DType::float32;
-  second.add = sum.add;
-  second.rows = rows;
-  second.cols = cols;
-  second.splits = int32_t(splits);
-  second.scale = scale;
-  sum = {const_cast<float*>(second.parts), row, 1, false};
-  return second;
+  SumPartsParams parts_sum{};
+  parts_sum.parts = memory.take<float>(splits * rows * row);
+  parts_sum.parts_row = row;
+  parts_sum.out = matrix_of(sum);
+  parts_sum.out_type = DType::float32;
+  parts_sum.add = sum.add;
+  parts_sum.rows = rows;
+  parts_sum.cols = cols;
+  parts_sum.splits = int32_t(splits);
+  parts_sum.scale = scale;
+  sum = {const_cast<float*>(parts_sum.parts), row, 1, false};
+  return parts_sum;
 }
 
 // h = scale * u core as a separate product: if u takes two launches, no block has all of its ranks.

@@ -10,7 +10,7 @@
 //
 //   m_blocks x splits                             32 x 1    32 x 4    32 x 8
 //   blocks                                            32       128       256
-//   waves: blocks of the busiest SM                    1         1         2, resident together
+//   blocks of the busiest SM                           1         1         2, resident together
 //   block: its tiles x 16 KB, at 21.7 B/clock     24,161     6,040     4,027 clocks
 //   memory: x and the parts, at 14 B/clock/SM      9,079     9,362     9,646
 //   L2: x, A for each m_block, parts, at 30        5,296     5,428     5,561
@@ -120,7 +120,7 @@ struct Costs {
 // other two, plus the second launch of a split. `splits` blocks share an output.
 inline double clocks_of(const Card& card, const Costs& costs, const Plan& plan, int64_t splits) {
   const double sms = card.multiprocessors;
-  // Waves: turns of the busiest SM, in which its resident blocks run together.
+  // Turns: the busiest SM's time, where 1 is a block that is alone on it.
   const int64_t blocks_of_sm = ceil_div(plan.m_blocks * plan.n_blocks, card.multiprocessors);
   double turns = double(blocks_of_sm);
   if (costs.resident_blocks == 2)
@@ -205,6 +205,7 @@ inline Plan expand_add(const Card& card, int64_t M, int64_t N, int64_t r, int el
   const size_t shared = kernels::shared_budget(kernels::blocks_together(R));
   Plan plan = one_block(M, N, rows, cols);
   Costs costs;
+  // 2 at all ranks: above rank 64 a block has only 64 or 128 threads.
   costs.resident_blocks = resident_blocks(card, 2, shared);
   costs.bytes_per_clock = block_rate(R, 31.9, 20.5);
   costs.matrix = 2.0 * double(M) * double(N) * element;

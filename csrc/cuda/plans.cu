@@ -120,7 +120,8 @@ plan::Plan default_plan(Kernel kernel, const Shape& shape) {
 }
 
 // shrink is compiled for two heights of tiles, factor_grad for two widths. If the words give only
-// this extent of `tile`, sets the other one and returns true; false if there is no such tile.
+// that extent of `tile`, sets the other from it. Returns false if they give both, or if the kernel
+// is not compiled for the tile.
 bool complete_tile(const Words& words, Kernel kernel, const Shape& shape, plan::Plan& tile) {
   const int R = plan::padded_rank(shape.r);
   const auto element = size_t(shape.element);
@@ -151,7 +152,7 @@ void replace_tile(const Words& words, Kernel kernel, const Shape& shape, plan::P
   plan.n_tiles = plan::ceil_div(shape.N, plan.cols);
 }
 
-// How many tiles a block can have: column tiles, of shrink row tiles.
+// The most tiles of a block: row tiles for shrink, column tiles for the others.
 int64_t max_tiles_of_block(Kernel kernel, const Shape& shape, const plan::Plan& plan) {
   const int R = plan::padded_rank(shape.r);
   const auto element = size_t(shape.element);
@@ -175,8 +176,8 @@ plan::Plan overridden_plan(Kernel kernel, const Shape& shape) {
   replace_tile(words, kernel, shape, plan);
   replace(words, "m_blocks", plan.m_blocks, plan.m_tiles);
   replace(words, "n_blocks", plan.n_blocks, plan.n_tiles);
-  // A block of shrink keeps sums of all its row tiles, a block of the others something of all its
-  // column tiles: sums, or rows of F.
+  // A block of shrink keeps sums for all its row tiles, the others keep sums or rows of F for all
+  // their column tiles.
   const bool keeps_rows = kernel == Kernel::shrink;
   const int64_t tiles = keeps_rows ? plan.m_tiles : plan.n_tiles;
   const int64_t blocks = keeps_rows ? plan.m_blocks : plan.n_blocks;

@@ -7,8 +7,8 @@
 #   all      for a wheel: every architecture that nvcc supports
 #   AUTO     the cards of this machine that the kernels and nvcc support, else 80 and 90a
 #
-# The code of a card also runs on later minor versions (100 on 103), and the PTX of the entry without
-# "-real" runs on later cards. It is 90a and not 90, because 90 has no wgmma.
+# The code of a card also runs on later minor versions (100 on 103), and the PTX of the entry
+# without "-real" runs on later cards. Hopper's entry is 90a and not 90: only 90a has wgmma.
 function(lotr_archs result wanted nvcc_version)
   if(nvcc_version VERSION_LESS 12.8)
     set(all 80 86-real 89-real 90a-real)
@@ -21,16 +21,16 @@ function(lotr_archs result wanted nvcc_version)
     lotr_cards(wanted "${nvcc_version}")
     if(NOT wanted)
       set(wanted 80 90a-real)
-      message(STATUS "no GPU on this machine: compiling for 80 (newer cards use its PTX) and 90a. "
-                     "LOTR_ARCHS=90a-real compiles only for an H100, LOTR_ARCHS=all for all "
-                     "cards, LOTR_CUDA=OFF builds only the CPU kernels.")
+      message(STATUS "no GPU here that nvcc and the kernels support: compiling for 80 (newer cards "
+                     "use its PTX) and 90a. LOTR_ARCHS=90a-real compiles only for an H100, "
+                     "LOTR_ARCHS=all for all cards, LOTR_CUDA=OFF builds only the CPU kernels.")
     endif()
   endif()
   set(${result} "${wanted}" PARENT_SCOPE)
 endfunction()
 
 # Lists the architectures of this machine's cards. The list is empty if nvcc does not support one of
-# them: lotr_archs then takes 80, whose PTX the driver can compile for all of them.
+# them: lotr_archs then takes 80 and 90a, and the driver compiles the PTX of 80 for the others.
 function(lotr_cards result nvcc_version)
   set(archs)
   find_program(LOTR_NVIDIA_SMI nvidia-smi)

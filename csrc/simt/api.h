@@ -78,7 +78,7 @@ struct LaunchRecord {
   unsigned grid[3], block[3], cluster[3];
   size_t shared_bytes;
   bool early;  // a programmatic dependent launch: may start before the previous launch has ended
-  uint64_t let_next = 0;  // blocks that called griddepcontrol.launch_dependents
+  uint64_t launched_dependents = 0;  // blocks that called griddepcontrol.launch_dependents
 };
 
 struct Counters {

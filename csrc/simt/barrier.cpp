@@ -96,9 +96,9 @@ void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Le
                      void* context, bool orders_memory) {
   Thread& t = enter(op, site);
   Warp& warp = *t.warp;
-  const uint32_t me = 1u << t.lane;
+  const uint32_t bit = 1u << t.lane;
   mask &= warp.present;
-  if (!(mask & me))
+  if (!(mask & bit))
     fail("%s at %s:%d: lane %u is not in its mask %08x", op, site.file, site.line, t.lane, mask);
   if (mask & ~warp.alive)
     fail("%s at %s:%d: mask %08x names lanes that have exited: %08x", op, site.file, site.line,
@@ -115,12 +115,12 @@ void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Le
           t.lane, op, mask, site.file, site.line, other.lane, other.op, other.mask, other.site.file,
           other.site.line);
   } else {
-    for (uint32_t lanes = mask & ~me; lanes; lanes &= lanes - 1) {
+    for (uint32_t lanes = mask & ~bit; lanes; lanes &= lanes - 1) {
       const Thread& other = warp.thread[__builtin_ctz(lanes)];
       if (other.state == State::at_barrier) fail_diverged(t, other);
     }
   }
-  warp.arrived |= me;
+  warp.arrived |= bit;
   race::Sync& sync = warp.sync[warp.generation % 2];
   if (orders_memory) race::release(sync);
   if ((warp.arrived & mask) == mask) {

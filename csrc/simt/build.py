@@ -176,7 +176,7 @@ def make(output: Path, command: list[str]) -> bool:
 
 
 def _compilation(
-    mode: str, source: Path, has_kernels: bool, includes: list[Path], defines: list[str]
+    mode: str, source: Path, includes: list[Path], defines: list[str], *, has_kernels: bool
 ) -> _Compilation:
     """Returns how to compile a source. Each set of defines has a separate object."""
     flags = _FLAGS[mode]
@@ -212,7 +212,10 @@ def _objects(mode: str, sources: Iterable[Path], includes: list[Path]) -> list[s
     """Compiles sources as code that contains kernels, and returns the objects."""
     with locked(mode):
         return _make_all(
-            [_compilation(mode, source, True, includes, []) for source in sorted(sources)]
+            [
+                _compilation(mode, source, includes, [], has_kernels=True)
+                for source in sorted(sources)
+            ]
         )
 
 
@@ -239,8 +242,10 @@ def _build(
     of_executor = [define for define in defines if define.startswith("-DLOTR_SIMT_")]
     with locked(mode):
         executor = sorted(EXECUTOR.glob("*.cpp"))
-        steps = [_compilation(mode, source, False, [], of_executor) for source in executor]
-        steps += [_compilation(mode, source, True, [], defines) for source in sources]
+        steps = [
+            _compilation(mode, source, [], of_executor, has_kernels=False) for source in executor
+        ]
+        steps += [_compilation(mode, source, [], defines, has_kernels=True) for source in sources]
         objects = [*_make_all(steps), *other_objects]
         output.with_suffix(".d").write_text("out: " + " ".join(objects))
         make(output, [compiler(), *link, *objects, *_FLAGS[mode].link])
@@ -293,7 +298,7 @@ def planted_module(mode: str, unit: str, file: str, text: str, instead: str, fol
     assert source.count(text) == 1, f"{file} has changed: {text}"
     (copy / file).write_text(source.replace(text, instead))
     correct = module(mode)
-    planted = _compilation(mode, copy / unit, True, [], [])
+    planted = _compilation(mode, copy / unit, [], [], has_kernels=True)
     changed = str(folder / planted.output.name)
     _run([*planted.command, "-o", changed])
     objects = correct.with_suffix(".d").read_text().split()[1:]
@@ -308,7 +313,7 @@ def load(
 ) -> ModuleType:
     """Builds and imports the module, or imports the one at `path`.
 
-    One mode per process; asan only in a process that was started with `environment("asan")`.
+    One mode per process; asan only in one that was started with `python_environment("asan")`.
 
     Args:
         mode: One of MODES.

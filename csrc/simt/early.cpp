@@ -33,10 +33,12 @@ void griddepcontrol_launch_dependents(Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("griddepcontrol.launch_dependents", site);
   if (!t.may_touch_global)
-    fail("%s at %s:%d: before griddepcontrol.wait: three kernels would run", t.op, site.file,
-         site.line);
-  if (!t.block->let_next) ++totals.launches.back().let_next;
-  t.block->let_next = true;
+    fail(
+        "%s at %s:%d: before griddepcontrol.wait: the next kernel may start while the previous one "
+        "runs",
+        t.op, site.file, site.line);
+  if (!t.block->launched_dependents) ++totals.launches.back().launched_dependents;
+  t.block->launched_dependents = true;
 }
 
 }  // namespace lotr::simt

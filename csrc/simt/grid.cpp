@@ -109,7 +109,7 @@ void start_block(Block& block, uint32_t rank, uint3 index) {
     block.thread_count = threads;
   }
   block.index = index;
-  block.let_next = false;
+  block.launched_dependents = false;
   block.rank = rank;
   block.threads_left = threads;
   block.copies_in_flight = 0;

@@ -25,7 +25,7 @@ void mbarrier_arrive_cluster(void* barrier, uint32_t rank, Site site);
 // memory, and count its bytes at the same mbarrier.
 void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* barrier,
                  uint32_t blocks, Site site);
-uint32_t own_block();  // its mask
+uint32_t mask_of_block();  // one bit: the running thread's block
 // From shared memory to the matrix. The tile is read, and the matrix written, some time before a
 // bulk_wait that keeps fewer groups in flight returns.
 void tma_store_2d(const TensorMap& map, int col, int row, const void* shared, Site site);

@@ -1,6 +1,6 @@
-// Implements race.h. Each granule of memory has a cell with its latest accesses. An access is a
-// race if the thread's clocks do not show that an earlier one of another thread, of which at least
-// one writes, has happened before: `check`.
+// Implements race.h. Each granule of memory has a cell with its latest accesses. Two accesses of
+// different threads, at least one of them a write, are a race unless the clocks show that the
+// earlier one happened before the later one: `check`.
 #include "race.h"
 
 #if LOTR_SIMT_RACE
@@ -194,9 +194,8 @@ Cell& cell_of(uintptr_t address) {
   return detector.latest_cells[address % PAGE / GRANULE];
 }
 
-// Adds a read to the cell. It replaces a read that happened before it, which needs no check: a
-// write that is ordered after this one is ordered after that one too. If the cell is full, it
-// replaces a random one.
+// Adds a read to the cell, in place of a read that happened before it: a write that is ordered
+// after the new read is ordered after the old one too. In a full cell it replaces a random one.
 void note_read(Cell& cell, const Event& now, uint32_t me, const uint32_t* clocks) {
   for (uint32_t i = 0; i < cell.read_count; ++i)
     if (ordered(cell.reads[i], me, clocks)) {

@@ -93,9 +93,9 @@ void check_aligned(const Thread& t, State state) {
 }
 
 // Checks that nothing of the block is still in flight.
-void leave_block(const Block& block) {
+void check_block_end(const Block& block) {
   if (block.copies_in_flight)
-    fail("the block exits while %u bulk copies to its shared memory are in flight",
+    fail("the block exits while %u bulk copies to or from its shared memory are in flight",
          block.copies_in_flight);
 }
 
@@ -130,8 +130,8 @@ Thread* choose_thread() {
       run_engine();
       continue;
     }
-    // Every polling thread polls once more. progress() resets the count if one of them can go on;
-    // if none can, this is a deadlock.
+    // Every polling thread polls again, in at most two rounds. progress() resets the count if one
+    // of them can go on; if none can, this is a deadlock.
     if (machine.idle_rounds++ < 2) {
       wake_spinners();
       if (choose_warp()) continue;
@@ -169,7 +169,7 @@ void run_thread() {
   warp.alive &= ~(1u << t.lane);
   clear_ready(warp, 1u << t.lane);
   if (!warp.alive) flush_log(warp);
-  if (!--t.block->threads_left) leave_block(*t.block);
+  if (!--t.block->threads_left) check_block_end(*t.block);
   --machine.threads_left;
   progress();
   Thread* next = choose_thread();

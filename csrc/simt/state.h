@@ -98,14 +98,14 @@ struct Warp {
   uint32_t arrived = 0;                        // lanes inside a collective
   uint32_t generation = 0;
   bool logged = false;
-  race::Sync sync[2];  // by parity of the generation
+  race::Sync sync[2];  // by parity: a fast lane may release into the next generation
 };
 
 struct Barrier {
   uint32_t arrived = 0, expected = 0, generation = 0;
   Site site{"", 0};
   const char* op = "";
-  race::Sync sync[2];
+  race::Sync sync[2];  // by parity: a fast thread may release into the next generation
 };
 
 struct MemoryBarrier {  // an mbarrier
@@ -136,7 +136,7 @@ struct Block {
   // the block initializes an mbarrier: a kernel without mbarriers has no bulk copies.
   std::vector<uint16_t> unfenced_by;
   Barrier barriers[16];
-  bool let_next = false;  // has called griddepcontrol.launch_dependents
+  bool launched_dependents = false;  // has called griddepcontrol.launch_dependents
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::unordered_map<uint64_t, DecodedProduct> products;  // by number and warpgroup
@@ -179,7 +179,7 @@ void set_ready(Warp& warp, uint32_t lanes);
 void clear_ready(Warp& warp, uint32_t lanes);
 void wait_here(State state, const char* op, Site site);  // until set_ready
 void wake_spinners();
-void maybe_preempt();
+void maybe_preempt();  // after a load's read, before a store's write: others may come between
 inline void progress() {
   machine.idle_rounds = 0;
 }
@@ -204,8 +204,8 @@ using Leader = void (*)(Warp& warp, uint32_t mask, void* context);
 void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Leader leader,
                      void* context, bool orders_memory);
 
-// How many of a thread's operations, from the oldest on, a wait covers that leaves `keep` groups in
-// flight.
+// How many of a thread's operations, oldest first, are covered by a wait that leaves `keep` groups
+// in flight.
 template <class Operation>
 size_t covered_by_wait(const std::vector<Operation>& operations, int keep) {
   int groups = 0;

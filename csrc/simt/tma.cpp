@@ -87,7 +87,7 @@ TensorMap tensor_map_2d(const void* base, uint32_t rows, uint32_t cols, uint32_t
   return {static_cast<const unsigned char*>(base), rows, cols, row_stride, box_rows};
 }
 
-uint32_t own_block() {
+uint32_t mask_of_block() {
   return 1u << self().block->rank;
 }
 
@@ -159,7 +159,7 @@ void tma_store_2d(const TensorMap& map, int col, int row, const void* shared, Si
           "%s at %s:%d: thread %u has not called fence.proxy.async since its store to shared "
           "offset %zu",
           t.op, site.file, site.line, block.unfenced_by[word] - 1u, word * 4);
-  if (block.let_next)
+  if (block.launched_dependents)
     fail(
         "%s at %s:%d: a store after griddepcontrol.launch_dependents: the next kernel may have "
         "started",

@@ -102,7 +102,7 @@ DecodedProduct& operands(const Thread& t, const WarpgroupProduct& w) {
   DecodedProduct& decoded = t.block->products[key_of(t, w)];
   const uint32_t warp = t.linear % WARPGROUP / 32;
   const Operand a(w.a, false), b(w.b, w.b_mn_major);
-#if LOTR_SIMT_RACE || LOTR_SIMT_ASAN
+#if LOTR_SIMT_RACE
   b.each_chunk(w.n, int(t.lane), 32, [&](int row, int k) { touch_read(b.chunk(row, k), 16); });
   a.each_chunk(16, int(t.lane), 32,
                [&](int row, int k) { touch_read(a.chunk(int(warp) * 16 + row, k), 16); });

@@ -99,9 +99,10 @@ class LoRACollection:
         loras = {}
         for name, folder in self.folders.items():
             for layer in layers:
-                if layer in folder.names and self.norms[name] > 0:
+                if layer in folder.names:
                     lora = folder.layer(layer)
-                    loras[name, layer] = replace(lora, B=lora.B / self.norms[name])
+                    # A LoRA of zeros has norm 0.
+                    loras[name, layer] = replace(lora, B=lora.B / (self.norms[name] or 1.0))
         return loras
 
 
@@ -176,11 +177,12 @@ def _rank_that_keeps(share: float, collection: LoRACollection, groups: Iterable[
     squares: list[Tensor] = []  # for each group, the squared norm that rank 1, 2, .. keeps
     for layers in groups:
         loras = list(collection.of_layers(layers).values())
-        if loras:
-            full = min(sum(lora.rank for lora in loras), max(loras[0].sizes))
-            _, _, cores = tucker2_of_loras(loras, (full, full))
-            squares.append(cores.square().sum(0).cumsum(0).cumsum(1).diagonal())
-    most = max(map(len, squares), default=1)
+        # As many directions as the LoRAs have columns, but none beyond the wider side. The factor
+        # of the narrower side is padded.
+        full = min(sum(lora.rank for lora in loras), max(loras[0].sizes))
+        _, _, cores = tucker2_of_loras(loras, (full, full))
+        squares.append(cores.square().sum(0).cumsum(0).cumsum(1).diagonal())
+    most = max(map(len, squares))
     kept = torch.zeros(most, dtype=torch.float64)
     for square in squares:
         # Beyond its largest rank, a group keeps what it keeps there: all.
@@ -243,6 +245,7 @@ def _factorize(
         A, B, normalized = tucker2_of_loras(list(loras.values()), config.ranks)
         for (name, layer), core in zip(loras, normalized, strict=True):
             captured[name] += float(core.square().sum())
+            # `of_layers` divided by |D_t|, and A, B and s multiply a core with INIT_GAIN^2 s.
             task_core = collection.norms[name] / (INIT_GAIN**2 * config.s) * core
             cores[layer][index_of_lora[name]] = task_core  # cast to the adapter's dtype
         without_task = ConvertedLayer(

@@ -134,7 +134,8 @@ def read_config(directory: Path, peft_type: str) -> dict[str, Any]:
     """
     path = directory / CONFIG_NAME
     config = json_in(path, "source")
-    method = str(config.get("peft_type", "LORA")).rpartition(".")[2]  # once "PeftType.LORA"
+    # Old files have "PeftType.LORA".
+    method = str(config.get("peft_type", "LORA")).rpartition(".")[2]
     if method != peft_type:
         raise ValueError(f"{path}: expected peft_type {peft_type}, got {method!r:.80}")
     return config

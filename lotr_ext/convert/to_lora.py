@@ -92,7 +92,8 @@ def lotr_to_lora(source: FilePath, directory: FilePath, **options: Any) -> dict[
         experts: The form of adapted experts: "peft", or for servers "vllm-shared" or "per-expert",
             which PEFT does not read. An exported adapter with experts has no dropout, because PEFT
             has none for them.
-        hosts: A model type, such as "mixtral", for which servers have other names (`SERVER_NAMES`).
+        hosts: The base's model type, such as "mixtral", if servers name its experts differently
+            (`SERVER_NAMES`).
         base_model: Where the base model is, for base_model_name_or_path. PEFT's AutoPeftModel and
             vLLM's resolver of folders read it.
         fan_in_fan_out: For the configuration. PEFT corrects a wrong value, with a warning.
@@ -251,7 +252,8 @@ def _lora_layer(adapter: AdapterState, name: str, form: str) -> LoRA:
     r_in, r_out = core.shape[-2:]
     into_A = r_out <= r_in  # which gives the smaller rank
     if entry.experts and form == "vllm-shared":
-        # The factor on the side of the intermediate size has the dimension of experts.
+        # vLLM shares the factor on the side of the hidden size. So the core goes to the other one:
+        # B of gate and up, A of down.
         into_A = name.endswith("down_proj")
     A, B = _lora_factors(tensors[entry.A], tensors[entry.B], core, entry.scaling, into_A)
     if start_key(entry.A) in tensors:

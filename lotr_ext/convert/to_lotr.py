@@ -65,6 +65,7 @@ def converted_adapter(
     entries = {}
     tensors = {}
     for name, layer in layers.items():
+        # Not a model's names, because none exists yet. A load finds these by the entries.
         A = f"lotr_factors.{layer.group}.A"
         B = f"lotr_factors.{layer.group}.B"
         entries[name] = LayerEntry(A, B, config.s, config.dropout)
@@ -90,7 +91,9 @@ def lora_to_lotr(
     group_by: str | Mapping[str, str] = "shape",
     dtype: torch.dtype = torch.float32,
 ) -> Conversion:
-    """Converts a PEFT LoRA: `.save(directory)` the result, then `lotr_ext.load_adapter` it.
+    """Converts a PEFT LoRA to a LoTR adapter.
+
+    Save the result with `.save(directory)` and load it with `lotr_ext.load_adapter`.
 
     The changes of a group's weights, stacked, are factorized by Tucker-2 in float64: HOSVD, then a
     few steps of HOOI. S LoRAs of rank r in a group are exact at rank S r (arXiv 2402.01376 calls
@@ -187,10 +190,10 @@ def _in_basis(blocks: Sequence[Tensor], rank: int) -> tuple[Tensor, list[Tensor]
     """Returns an orthonormal basis of the columns of all blocks [d, c_l], and the blocks in it.
 
     With c columns in all, the factorization has c dimensions instead of d. The basis is the
-    identity [d, d] if that is no gain (c >= d), or if c dimensions have no `rank` directions.
+    identity [d, d] if that is no gain (c >= d), or if c < rank.
     """
     columns = torch.cat(list(blocks), 1)
-    if not rank <= columns.shape[1] < len(columns):
+    if columns.shape[1] < rank or columns.shape[1] >= len(columns):
         return torch.eye(len(columns), dtype=columns.dtype), list(blocks)
     basis, coordinates = torch.linalg.qr(columns)
     return basis, list(coordinates.split([block.shape[1] for block in blocks], 1))

@@ -41,7 +41,8 @@ TWO_PASS = 0  # the base product, then the adapter's product is added to it
 BETA = 1  # the adapter's product, then the base product accumulates onto it
 FUSED = 2  # both in one kernel on Hopper GPUs. Shapes that it refuses run as BETA
 
-# The types whose subclasses the kernels do not see. NoneType is the type of an absent argument.
+# The types that the kernels accept. Tensors of other types run the PyTorch fallback. NoneType is
+# the type of an absent argument.
 PLAIN_TYPES = {Tensor, nn.Parameter, type(None)}
 
 
@@ -105,7 +106,7 @@ def fake_kernel(name: str) -> Callable[[Callable], Callable]:
 
 
 def _in_one_call(name: str) -> Callable[[Callable], Callable]:
-    """Makes a function that runs the steps of an operator call the operator of this name instead.
+    """Replaces a function that computes an operator's steps by a call of that operator.
 
     The function itself still runs in two cases:
 

@@ -20,7 +20,11 @@ if tuple(map(int, re.findall(r"\d+", peft.__version__)[:2])) < (0, 21):
 
 
 class PeftType(str, Enum):
-    """The method's name. PEFT's enum of this name is closed; a member of this one prints alike."""
+    """The method's name.
+
+    PEFT's enum of this name cannot be extended. This member compares and prints as one
+    of its members would.
+    """
 
     LOTR = "LOTR"
 
@@ -147,7 +151,7 @@ class LoTRPeftConfig(PeftConfig):
         if kwargs.get("scaling") in (None, "auto"):
             values = {**kwargs, "rank": kwargs.get("rank") or 16}
             kwargs["scaling"] = config_of_version_1(values)["scaling"]
-        # In version 1, adapters could share A and B. As each file has both, it loads without.
+        # In version 1, adapters could share A and B. A file has both, so the setting is not needed.
         kwargs.pop("share_factors", None)
         return super().from_peft_type(**_without_removed_fields(kwargs))
 

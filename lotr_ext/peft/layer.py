@@ -252,11 +252,11 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """Returns s B G^T A^T in the layout and dtype of the base's weight.
+        """Returns s B G^T A^T in the layout of the base's weight.
 
-        [n, k], or [k, n] for a Conv1D.
+        [n, k], or [k, n] for a Conv1D, in the dtype that `device_and_dtype` returns.
         """
-        delta = self.lotr_adapter[adapter_name].delta_weight().to(self.weight.dtype)
+        delta = self.lotr_adapter[adapter_name].delta_weight().to(self.device_and_dtype()[1])
         return delta.mT.contiguous() if is_conv1d(self.base_layer) else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -3,12 +3,14 @@
 PEFT's BaseTuner adds, switches, merges and removes adapters. It calls these hooks, here in this
 order:
 
-    inject_adapter                      a new adapter: calls the next four
-    _pre_injection_hook                 of the first adapter only: the owners of all factors
+    _pre_injection_hook                 once, before the first adapter: the owners of all factors
+    inject_adapter                      adds an adapter: calls the next two
     _prepare_model                      finds layers and groups before anything changes
     _create_and_replace                 adapts one layer: its pair of factors, its core
-    _cast_adapter_dtype                 makes half precision float32
+    _cast_adapter_dtype                 after inject_adapter: makes half precision float32
     delete_adapter                      also removes the factors
+    _check_merge_allowed                checks all layers before the first is merged
+    _unload_and_optionally_merge        also undoes `block_bypasses`
     _enable_peft_forward_hooks          adapter_names: one adapter per row
     _get_adapter_state_dict             the tensors of a file
     _remove_adapter_name_from_key       their names in the file
@@ -285,7 +287,7 @@ class LoTRPeftModel(BaseTuner):
                 "adapter_names: expected a model in eval mode, got one in training mode. Call "
                 "model.eval() first."
             )
-        # Not in a layer, in which the name of an adapter for other layers is right, too.
+        # Checked here and not in each layer, because an adapter need not be in every layer.
         unknown = sorted(set(names) - {BASE, *self.lotr_factors})
         if unknown:
             raise ValueError(

@@ -101,8 +101,10 @@ def install(factors: EngineFactors) -> None:
         _check_layers(layers.values(), factors)
         # vLLM hands each layer's lora_A and lora_B to its `set_lora`. Here all layers share one
         # "LoRA" of rank 1: its lora_A is the vector of the task, from which each takes its span.
-        weights = LoRALayerWeights("all", 1, 1, cores, cores, scaling=1.0)
-        return LoRAModel(request.lora_int_id, 1, dict.fromkeys(layers, weights))
+        weights = LoRALayerWeights(
+            module_name="all", rank=1, lora_alpha=1, lora_a=cores, lora_b=cores, scaling=1.0
+        )
+        return LoRAModel(request.lora_int_id, rank=1, loras=dict.fromkeys(layers, weights))
 
     WorkerLoRAManager._load_adapter = load
 
@@ -232,12 +234,14 @@ class _LayerWithCores:
             model_config: Not read.
 
         Raises:
-            ValueError: If the engine shards LoRAs, or has another base model.
+            ValueError: If the engine shards LoRAs or computes them in a second stream, or if it has
+                another base model.
         """
-        if lora_config.fully_sharded_loras:
+        if lora_config.fully_sharded_loras or self._enable_aux_cuda_stream:
             raise ValueError(
-                "fully_sharded_loras: expected False with LOTR_FACTORS, because each process holds "
-                "A and B, got True. Start the engine without it."
+                "LOTR_FACTORS: expected an engine without fully_sharded_loras and without "
+                "VLLM_LORA_ENABLE_DUAL_STREAM, which replace the code that adds the cores, got one "
+                "with at least one of these. Start it without both."
             )
         self.lora_config = lora_config
         sizes = tuple(self.output_slices if self.n_slices > 1 else (self.output_size,))
@@ -248,7 +252,6 @@ class _LayerWithCores:
             for packed_index, (name, columns_of_module) in enumerate(modules)
             if name in self.lotr_factors.layers
         ]
-        self.output_slices = sizes
         rank = max((max(part.cores.shape[1:]) for part in self.lotr_parts), default=1)
         device = torch.device(self.device)
         self.lotr_has_kernels = kernel_obstacle(rank, lora_config.lora_dtype, device) is None
@@ -330,8 +333,8 @@ class _LayerWithCores:
 
         Args:
             index: The slot.
-            lora_a: The vector of the task, see `install`. From vLLM's dummy adapters, which are
-                zero, a matrix.
+            lora_a: The vector of the task, see `install`. A matrix in a dummy adapter of vLLM,
+                which leaves the slot at zero.
             lora_b: Not read.
         """
         if not isinstance(lora_a, Tensor) or lora_a.dim() != 1:

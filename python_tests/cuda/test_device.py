@@ -58,7 +58,18 @@ def step(
     lotr.expand_add_(y, u, t["F"], p, seed)
     pause()
     _, du, _, dcore = lotr.layer_backward_projected_(
-        t["g"], None, u, t["F"], t["B"], t["core"], 2.0**-10, None, None, dB, True, True
+        g=t["g"],
+        weight=None,
+        u=u,
+        F=t["F"],
+        B=t["B"],
+        core=t["core"],
+        scaling=2.0**-10,
+        du=None,
+        dx=None,
+        dB=dB,
+        need_B=True,
+        need_core=True,
     )
     pause()
     lotr.shrink_backward_(du, dx, t["x"], t["A"], dA, p, seed)

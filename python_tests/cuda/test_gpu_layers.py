@@ -10,17 +10,17 @@ import zoo
 from contexts import once
 from helpers import relative, worst
 from layers import KINDS, Net, agree, inputs
-from test_experts import OFFS, ROWS, N, S, by_tasks, by_tokens, check, make
+from test_experts import OFFS, ROWS, N, S, check, each_task_mode, each_token_mode, make
 from test_tasks import INDEX, banked, output, row_by_row
 from torch import Tensor, nn
 
 from lotr_ext import lotr_grouped_linear
 
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-DTYPES = pytest.mark.parametrize("dtype", CLOSE, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", CLOSE, ids=str)
 
 
-@DTYPES
+@each_dtype
 @pytest.mark.parametrize("tokens", [3, 700])  # the few-token form, and u for all siblings
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("rows")])
 def test_layers(kind: str, tokens: int, dtype: torch.dtype, device: str) -> None:
@@ -29,9 +29,9 @@ def test_layers(kind: str, tokens: int, dtype: torch.dtype, device: str) -> None
     agree(net, once, inputs(tokens, dtype=dtype).to(device), CLOSE[dtype])
 
 
-@DTYPES
-@by_tasks
-@by_tokens
+@each_dtype
+@each_task_mode
+@each_token_mode
 def test_experts(by_token: bool, tasks: bool, dtype: torch.dtype, device: str) -> None:
     """One expert has no rows, and six rows have no expert."""
 

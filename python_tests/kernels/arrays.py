@@ -34,7 +34,7 @@ def wide(a: np.ndarray) -> np.ndarray:
 class Layout:
     """Where a matrix is in its poisoned buffer: elements before it, and between its rows.
 
-    The rows start at multiples of `multiple` elements. A transposed matrix has its columns there.
+    The rows start at multiples of `multiple` elements, or the columns if the matrix is transposed.
     """
 
     offset: int = 0
@@ -59,6 +59,7 @@ def poisoned(rows: int, cols: int, dtype: type, layout: Layout) -> tuple[np.ndar
     """Returns the words of a buffer of NaN at a multiple of 64 bytes, and the matrix inside it."""
     lines, length = (cols, rows) if layout.transposed else (rows, cols)
     stride = -(-(length + layout.pad) // layout.multiple) * layout.multiple
+    # 96 elements lie after the last row. 32 words leave room to start at a multiple of 64 bytes.
     size = layout.offset + lines * stride + 96
     words_per_element = np.dtype(dtype).itemsize // POISON.itemsize
     raw = np.full(size * words_per_element + 32, POISON)

@@ -198,6 +198,7 @@ class Problem:
         views = {name: output.view for name, output in self.outputs.items()}
         before = {name: array.copy() for name, array in self.inputs.items()}
         lib.set_device(**self.device)
+        # sm90: gemm_lotr needs the shared memory of an H100.
         lib.set_options(sm90=self.kernel == "gemm_lotr", **options)
         lib.run(self.kernel, self.inputs | views, self.numbers)
         for output in self.outputs.values():
@@ -236,7 +237,7 @@ def expand(
 ) -> None:
     """y = drop(u F^T) + `start`, which y holds, or `add`: another matrix, a bias or nothing."""
     problem.kernel = "expand_add"
-    problem.numbers["fresh"] = start is None
+    problem.numbers["from_bias"] = start is None
     u = problem.large("u", shape.m, shape.r)
     F = problem.factor("F", shape.k, shape.r)
     problem.product("y", u, F.T, add=add, mask=problem.dropout(), start=start)
@@ -252,7 +253,8 @@ def expand_fresh(problem: Problem, shape: Shape) -> None:
     expand(problem, shape, 0.0 if shape.minimal else wide(problem.large("bias", shape.k)))
 
 
-# The layout of `start` for each layout of y. Which of the two can be read by chunks of 16 bytes:
+# The layout of the operand "start" for each layout of y, and which of the two is read in chunks of
+# 16 bytes.
 START_LAYOUT = {
     PACKED: Layout(pad=16, multiple=16),  # both, with other strides
     ALIGNED: ODD,  # only y
@@ -353,7 +355,7 @@ class Rounded(NamedTuple):
         return self.square_error @ right.value**2 + self.value**2 @ right.square_error
 
     def product(self, right: "Rounded", scale: float = 1.0) -> "Rounded":
-        """Returns scale self right. Its error counts its terms' roundings, which may cancel."""
+        """Returns scale self right. The roundings of its terms count even where they cancel."""
         value = scale * (self.value @ right.value)
         terms = scale**2 * (self.value**2 @ right.value**2)
         return Rounded(value, np.maximum(value**2, terms) + scale**2 * self.inherited(right))

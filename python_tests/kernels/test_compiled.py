@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
     build.tool("nvcc") is None or CUOBJDUMP is None, reason="no nvcc or no cuobjdump"
 )
 
-FUSED = "gemm_lotr"
+GEMM_LOTR = "gemm_lotr"
 SOURCES = {path.stem: path for path in sorted((build.CSRC / "cuda").rglob("*.cu"))}
 MMA = {
     "kernels_bf16": "HMMA.16816.F32.BF16",
@@ -52,7 +52,7 @@ def check_fused(report: str, kernels: dict[str, str]) -> None:
         assert not re.search(r"\b(HMMA|STG)\b", code), symbol
 
 
-OTHERS = {"operators", "plans", "few_tokens", FUSED}  # the first three have no kernel
+OTHERS = {"operators", "plans", "few_tokens", GEMM_LOTR}  # the first three have no kernel
 
 
 def case(name: str, target: str) -> object:
@@ -61,7 +61,7 @@ def case(name: str, target: str) -> object:
 
 
 CASES = [case(name, target) for name in sorted(SOURCES.keys() - OTHERS) for target in TARGETS]
-CASES.append(case(FUSED, "sm_90a"))
+CASES.append(case(GEMM_LOTR, "sm_90a"))
 
 
 @pytest.mark.parametrize(("name", "target"), CASES)
@@ -84,5 +84,5 @@ def test_compiled(name: str, target: str, tmp_path: Path) -> None:
             assert not re.search(r"\b(LDG|STG|LDGSTS|UTMALDG|EXIT|PREEXIT)\b", before), symbol
             assert "PREEXIT" in after, symbol
             assert ".CONSTANT" not in code, symbol
-    if name == FUSED:
+    if name == GEMM_LOTR:
         check_fused(report, kernels)

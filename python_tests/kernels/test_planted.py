@@ -30,7 +30,7 @@ class Bug(NamedTuple):
 
 EARLY = r"before griddepcontrol\.wait"
 LATE = "after griddepcontrol.launch_dependents"
-TWICE = "  ptx::griddepcontrol_launch_dependents();\n  ptx::griddepcontrol_wait();\n"
+LAUNCH_BEFORE_WAIT = "  ptx::griddepcontrol_launch_dependents();\n  ptx::griddepcontrol_wait();\n"
 BEYOND = "wrote outside|past its end|overlaps"
 BOTH = "gemm_lotr,gemm_lotr_backward"
 Y = ": y: "
@@ -65,7 +65,7 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
             "shrink",
         ),
         "sum_of_parts_does_not_add": Bug(
-            "second.add = sum.add;", "second.add = false;", ": D: ", "factor_grad"
+            "parts_sum.add = sum.add;", "parts_sum.add = false;", ": D: ", "factor_grad"
         ),
     },
     ("parts.cu", "kernels/sum_parts.cuh"): {
@@ -115,7 +115,7 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
         ),
         "reads_before_the_wait": Bug("  ptx::griddepcontrol_wait();\n", "", EARLY, "shrink"),
         "next_begins_before_the_wait": Bug(
-            "  ptx::griddepcontrol_wait();\n", TWICE, EARLY, "shrink"
+            "  ptx::griddepcontrol_wait();\n", LAUNCH_BEFORE_WAIT, EARLY, "shrink"
         ),
     },
     ("kernels_bf16.cu", "tile/philox.cuh"): {
@@ -201,12 +201,12 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
         ),
         "first_ranks_again": fused("step(U, k, m0,", "step(U, 0, m0,"),
         "ranks_of_the_other_warpgroup": fused(
-            "u = ptx::swizzled_descriptor(&stage.x[64 * group][0])",
-            "u = ptx::swizzled_descriptor(&stage.x[64 * (1 - group)][0])",
+            "u = ptx::swizzled_descriptor(&stage.x[Traits::GROUP_ROWS * group][0])",
+            "u = ptx::swizzled_descriptor(&stage.x[Traits::GROUP_ROWS * (1 - group)][0])",
         ),
         "rows_of_the_other_warpgroup": fused(
-            "x = ptx::swizzled_descriptor(&stage.x[64 * group][0])",
-            "x = ptx::swizzled_descriptor(&stage.x[64 * (1 - group)][0])",
+            "x = ptx::swizzled_descriptor(&stage.x[Traits::GROUP_ROWS * group][0])",
+            "x = ptx::swizzled_descriptor(&stage.x[Traits::GROUP_ROWS * (1 - group)][0])",
         ),
         "wrong_phase_of_full": fused(
             "wait(&s.full[place.stage], place.parity)",
@@ -241,11 +241,11 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
         ),
         "columns_of_the_first_share": fused("F, k, n0 + share, full", "F, k, n0, full"),
         "K_major_for_MN_major": fused(
-            "ptx::swizzled_descriptor_mn(stage.w, sizeof(T) * Traits::BK * 64)",
+            "ptx::swizzled_descriptor_mn(stage.w, Traits::PANEL_BYTES)",
             "ptx::swizzled_descriptor(stage.w)",
         ),
-        "wrong_panel": fused("sizeof(T) * Traits::BK * 64)", "1024)"),
-        "wrong_step_along_k": fused("Traits::BACKWARD ? 64 * kk : kk", "kk"),
+        "wrong_panel": fused("(stage.w, Traits::PANEL_BYTES)", "(stage.w, 1024)"),
+        "wrong_step_along_k": fused("Traits::BACKWARD ? Traits::PANEL * kk : kk", "kk"),
         "sum_starts_at_one": fused(
             "float d[Traits::BN / 2] = {};", "float d[Traits::BN / 2] = {1};"
         ),
@@ -260,7 +260,7 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
         ),
         "not_swizzled": fused("8 * (j ^ row % 8) + pair", "8 * j + pair"),
         "panel_of_the_first_column": fused("n0 + panel * Traits::PANEL, m0, out", "n0, m0, out"),
-        "rows_of_one_warpgroup": fused("m0 + 64 * group, n0)", "m0, n0)"),
+        "rows_of_one_warpgroup": fused("m0 + Traits::GROUP_ROWS * group, n0)", "m0, n0)"),
         "buffer_written_too_early": fused("bulk_wait_read<1>()", "bulk_wait_read<2>()"),
         "one_bias_for_both": fused(
             "ptx::store_shared(&s.bias[group][thread", "ptx::store_shared(&s.bias[0][thread"
@@ -270,7 +270,9 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
             "  ptx::griddepcontrol_wait();\n  ptx::griddepcontrol_launch_dependents();\n",
             LATE,
         ),
-        "next_may_begin_before_the_wait": fused("  ptx::griddepcontrol_wait();\n", TWICE, EARLY),
+        "next_may_begin_before_the_wait": fused(
+            "  ptx::griddepcontrol_wait();\n", LAUNCH_BEFORE_WAIT, EARLY
+        ),
         "bias_beyond_the_matrix": fused(
             "from && n < p.N", "from", "ERROR: AddressSanitizer", mode="asan"
         ),

@@ -49,7 +49,7 @@ MODELS = {
     ),
 }
 IDS = torch.randint(3, 250, (5, 9), generator=torch.Generator().manual_seed(3))
-NEW = 10
+NEW_TOKENS = 10
 Mix = list[int | None]  # of each row, the number of its task, or None for the base model
 ENGINES = {
     "llama-width": ("llama", {}),
@@ -107,8 +107,8 @@ def greedy(model: nn.Module, numbers: Mix) -> list[list[int]]:
         tokens = model.generate(
             rows,
             attention_mask=torch.ones_like(rows),
-            max_new_tokens=NEW,
-            min_new_tokens=NEW,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
             do_sample=False,
             pad_token_id=0,
         )
@@ -143,7 +143,7 @@ def load(folder: Path, number: int, **more) -> dict:
 def batch(numbers: Mix) -> dict:
     return {
         "generate": [[IDS[i].tolist(), number] for i, number in enumerate(numbers)],
-        "tokens": NEW,
+        "tokens": NEW_TOKENS,
     }
 
 
@@ -191,7 +191,7 @@ def test_a_task_is_replaced_while_the_engine_runs(tmp_path: Path) -> None:
 
 
 def test_bad_tasks_are_refused_and_the_engine_continues(tmp_path: Path) -> None:
-    """test_vllm_files.py has every kind of a bad task."""
+    """test_vllm_files.py tests every kind of bad task."""
     model = banked("llama", tmp_path, 1)
     export_lora(model, tmp_path / "lora", base_model="base")
     banked("llama", tmp_path / "other-rank", 1, rank=4)

@@ -36,7 +36,7 @@ def test_schedules() -> None:
     assert first[:64] not in (in_order[:64], in_order[:127:-1])
 
 
-# What a program prints, of which the sign of a NaN may be any.
+# What each subcommand prints. The sign of a NaN is not checked.
 PRINTED = {
     "poison": "128",  # shared memory starts as NaN
     "copies": "nan 7",  # copies land at the wait

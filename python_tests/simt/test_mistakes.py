@@ -63,7 +63,7 @@ MISTAKES: dict[str, dict[str, str]] = {
     "misaligned_tile": {"plain": "multiple of 1024 bytes, got offset 128"},
     "multicast_outside": {"plain": "blocks 0x7 of a cluster of 2"},
     "exits_with_a_bulk_copy_in_flight": {
-        "plain": "the block exits while 1 bulk copies to its shared memory are in flight"
+        "plain": "the block exits while 1 bulk copies to or from its shared memory are in flight"
     },
     "no_proxy_fence": {
         "plain": "has not called fence.proxy.async since its store to shared offset"

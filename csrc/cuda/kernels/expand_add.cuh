@@ -34,7 +34,7 @@ struct ExpandTraits {
   static constexpr int R = R_, THREADS = expand_threads(sizeof(T), R), WARPS = THREADS / 32;
   static constexpr int STRIP = 16, COLS = 128 / sizeof(T), SUBS = expand_subs(sizeof(T), R);
   static constexpr int NJ = COLS / 8, BLOCKS = blocks_together(R);
-  // A GPU with more shared memory may have room for a second block.
+  // Shared memory is divided for BLOCKS; a GPU with more of it may have room for a second block.
   static constexpr int BLOCKS_OF_REGISTERS = blocks_of_one_product(R);
   static constexpr int CHUNK = 16 / sizeof(T);
   static constexpr int GROUP = 4 * CHUNK, GROUPS = COLS / GROUP;  // of four lanes
@@ -134,12 +134,12 @@ struct LaneSteps {
   static LOTR_DEVICE LaneSteps of(const Matrix& m, int64_t M, int n_tiles, int strip_step) {
     const bool by_chunks = m.access == Access::vector;
     const int64_t to_tile = Traits::COLS * m.col;
-    return {8 * m.row,
-            Traits::GROUP * m.col,
-            to_tile,
-            -int64_t(strip_step) * Traits::STRIP * m.row - n_tiles * to_tile,
-            by_chunks ? int(M / Traits::STRIP) : 0,
-            by_chunks};
+    return {/*down=*/8 * m.row,
+            /*right=*/Traits::GROUP * m.col,
+            /*to_tile=*/to_tile,
+            /*to_strip=*/-int64_t(strip_step) * Traits::STRIP * m.row - n_tiles * to_tile,
+            /*full_strips=*/by_chunks ? int(M / Traits::STRIP) : 0,
+            /*by_chunks=*/by_chunks};
   }
   template <class T>
   LOTR_DEVICE T* chunk(T* first, int c) const {

@@ -27,10 +27,10 @@ static __global__ void __launch_bounds__(SmallTraits::THREADS, SmallTraits::BLOC
   small_product<Order::along_k, Order::along_k>(
       d, sm, p.r_out,
       [&](int row, int64_t k) {
-        return row0 + row < p.N ? read_float(p.B, p.B_type, 0, row0 + row, k) : 0.f;
+        return row0 + row < p.N ? read_float(p.B, p.B_type, row0 + row, k) : 0.f;
       },
       [&](int64_t k, int c) {
-        return i0 + c < p.r_in ? read_float(p.core, p.core_type, 0, i0 + c, k) : 0.f;
+        return i0 + c < p.r_in ? read_float(p.core, p.core_type, i0 + c, k) : 0.f;
       });
   each_output([&](int i, int row, int c) {
     if (row0 + row < p.N && i0 + c < p.r_in)
@@ -45,7 +45,7 @@ static __global__ void __launch_bounds__(SmallTraits::THREADS, SmallTraits::BLOC
   auto& sm = ptx::shared_storage<SmallTraits::Smem>();
   const int tiles_out = (p.r_out + COLS - 1) / COLS;
   const int64_t dB_blocks = p.dB.data ? (p.N + ROWS - 1) / ROWS * tiles_out : 0;
-  const auto Q = [&](int64_t n, int i) { return read_float(p.Q, DType::float32, 0, n, i); };
+  const auto Q = [&](int64_t n, int i) { return read_float(p.Q, DType::float32, n, i); };
   float d[SmallTraits::PER_THREAD] = {};
   ptx::griddepcontrol_wait();
 
@@ -56,7 +56,7 @@ static __global__ void __launch_bounds__(SmallTraits::THREADS, SmallTraits::BLOC
         d, sm, p.r_in,
         [&](int row, int64_t k) { return n0 + row < p.N ? Q(n0 + row, int(k)) : 0.f; },
         [&](int64_t k, int c) {
-          return j0 + c < p.r_out ? read_float(p.core, p.core_type, 0, k, j0 + c) : 0.f;
+          return j0 + c < p.r_out ? read_float(p.core, p.core_type, k, j0 + c) : 0.f;
         });
     each_output([&](int i, int row, int c) {
       if (n0 + row < p.N && j0 + c < p.r_out) {
@@ -77,7 +77,7 @@ static __global__ void __launch_bounds__(SmallTraits::THREADS, SmallTraits::BLOC
         d, sm, rows,
         [&](int row, int64_t k) { return i0 + row < p.r_in ? Q(n0 + k, i0 + row) : 0.f; },
         [&](int64_t k, int c) {
-          return j0 + c < p.r_out ? read_float(p.B, p.B_type, 0, n0 + k, j0 + c) : 0.f;
+          return j0 + c < p.r_out ? read_float(p.B, p.B_type, n0 + k, j0 + c) : 0.f;
         });
     each_output([&](int i, int row, int c) {
       if (i0 + row < p.r_in && j0 + c < p.dcore_row)

@@ -93,12 +93,12 @@ __global__ void __launch_bounds__(SmallTraits::THREADS, SmallTraits::BLOCKS)
           d, sm.product, p.r_in,
           [&](int row, int64_t k) {
             return begin <= row && row < end
-                       ? read_float(p.a, p.a_type, 0, ptx::load_shared(&sm.source[row]), k)
+                       ? read_float(p.a, p.a_type, ptx::load_shared(&sm.source[row]), k)
                        : 0.f;
           },
           [&](int64_t k, int c) {
             return j0 + c < p.r_out
-                       ? round(read_float(p.cores, p.core_type, core * p.core_stride, k, j0 + c))
+                       ? round(read_float(p.cores, p.core_type, k, j0 + c, core * p.core_stride))
                        : 0.f;
           });
     }
@@ -156,13 +156,13 @@ static __global__ void __launch_bounds__(SmallTraits::THREADS, SmallTraits::BLOC
         if (i0 + row >= p.r_in) return 0.f;
         const int64_t i = row_of(p.of_core, begin + k);
         const int64_t t = p.token ? ptx::load(p.token + i) : i;
-        return t >= 0 && t < p.tokens ? read_float(p.u, p.type, 0, t, i0 + row) : 0.f;
+        return t >= 0 && t < p.tokens ? read_float(p.u, p.type, t, i0 + row) : 0.f;
       },
       [&](int64_t k, int c) {
         if (j0 + c >= p.r_out) return 0.f;
         const int64_t i = row_of(p.of_core, begin + k);
         const int64_t t = p.token ? ptx::load(p.token + i) : i;
-        return t >= 0 && t < p.tokens ? read_float(p.g, p.type, 0, i, j0 + c) : 0.f;
+        return t >= 0 && t < p.tokens ? read_float(p.g, p.type, i, j0 + c) : 0.f;
       });
   each_output([&](int i, int row, int c) {
     if (i0 + row < p.r_in && j0 + c < p.dcores_row)

@@ -98,12 +98,12 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
   const int du_rank = int(threadIdx.x) / 128 * (Traits::R / 2);
   Sums Q_sums;
 #pragma unroll 1
-  for (; walk.holds(now); ++now.m) {
+  for (; walk.holds(now); ++now.m) {  // not advance(): the sums of Q need a constant n
     float du[1][Traits::NJ][4] = {};
     [[maybe_unused]] Right right;
 #pragma unroll
     for (int n = 0; n < Traits::SUBS; ++n) {
-      if (n > 0 && n == walk.n_tiles) break;
+      if (n > 0 && n == walk.n_tiles) break;  // n_tiles is at least 1
       ptx::cp_async_wait<STAGES - 2>();
       __syncthreads();
       auto& g = sm.stage[now.stage].g;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
         if (n == 0) right.template load<tile::Order::across_k>(u, Q_sums.j0());
       tile::warp_product<P, COLS, tile::Order::along_k, tile::Order::across_k>(du, g, du_row, 0,
                                                                                sm.F[n], du_rank);
-      fetch();  // between the products, where their fragments do not occupy its registers
+      fetch();  // here, where no fragments of the products occupy registers
       if constexpr (KEEP)
         Q_sums.add_right(n, g, right);
       else

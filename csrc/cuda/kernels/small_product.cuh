@@ -16,7 +16,7 @@ struct SmallTraits {
   };
 };
 
-// Of operands in global memory: chosen so that neighboring threads read neighbors in memory.
+// The order of an operand in global memory: neighboring threads read neighbors in memory.
 using tile::Order;
 
 // d[i] += sum over k < K of a(row, k) b(k, col) for this thread's column and rows. Operands past
@@ -64,8 +64,8 @@ LOTR_DEVICE void each_output(F f) {
       int(threadIdx.x) % Traits::COLS);
 }
 
-LOTR_DEVICE float read_float(const Matrix& m, DType type, int64_t offset, int64_t row,
-                             int64_t col) {
+LOTR_DEVICE float read_float(const Matrix& m, DType type, int64_t row, int64_t col,
+                             int64_t offset = 0) {
   const int64_t i = offset + row * m.row + col * m.col;
   if (type == DType::bfloat16)
     return ptx::to_float(ptx::load(static_cast<const __nv_bfloat16*>(m.data) + i));

@@ -42,10 +42,10 @@ __global__ void __launch_bounds__(SumPartsTraits::THREADS) sum_parts(const SumTw
   constexpr int THREADS = SumPartsTraits::THREADS, ROWS = SumPartsTraits::ROWS;
   const int64_t strips_of_first = (two.first.rows + ROWS - 1) / ROWS;
   const bool is_first = blockIdx.x < strips_of_first;
-  const bool needs_core = two.core_product.core.data;
-  const bool has_core = is_first && needs_core;
+  const bool launch_has_core = two.core_product.core.data;
+  const bool block_has_core = is_first && launch_has_core;
   // A launch without a core has no shared memory.
-  auto* const rounded = needs_core ? ptx::shared_storage<SumPartsTraits::Smem>().out : nullptr;
+  auto* const rounded = launch_has_core ? ptx::shared_storage<SumPartsTraits::Smem>().out : nullptr;
   const SumPartsParams& p = is_first ? two.first : two.second;
   const int64_t row0 = (blockIdx.x - (is_first ? 0 : strips_of_first)) * ROWS;
   const int rows = p.rows - row0 < ROWS ? int(p.rows - row0) : ROWS;
@@ -62,11 +62,11 @@ __global__ void __launch_bounds__(SumPartsTraits::THREADS) sum_parts(const SumTw
       const int64_t place = (row0 + row) * p.out.row + (col + e) * p.out.col;
       const float before = p.add ? ptx::load(static_cast<const float*>(p.out.data) + place) : 0.f;
       write_float(p.out.data, p.out_type, place, before + v[e]);
-      if (has_core)
+      if (block_has_core)
         ptx::store_shared(&rounded[row][col + e], ptx::to_float(ptx::from_float<T>(v[e])));
     }
   }
-  if (has_core) {
+  if (block_has_core) {
     __syncthreads();
     tile::apply_core<T, THREADS>(two.core_product, row0, rows, p.cols, [&](int row, int i) {
       return ptx::load_shared(&rounded[row][i]);

@@ -4,7 +4,7 @@
 //
 //   R            the rank that the kernel is compiled for; ranks past r are zeros
 //   ROWS, COLS   of a tile of the large matrix
-//   SUBS         the most tiles of a block that share what it keeps: `subs` here
+//   SUBS         the most tiles of one block, for which it keeps a factor or sums: `subs` below
 //   STAGES       tiles in shared memory, of which all but one are in flight
 //   MI, NJ       a warp's accumulators of one tile: MI x NJ products of 16 x 8
 #pragma once
@@ -18,8 +18,8 @@ namespace lotr::kernels {
 constexpr size_t SHARED_BYTES = 99 * 1024, SHARED_BYTES_OF_TWO = 80 * 1024;
 
 // Resident blocks per SM, by registers and shared memory: two if the sums are few, so that one
-// block computes while the other waits. shrink and factor_grad keep one product, which leaves room
-// for more.
+// block computes while the other waits. A kernel that keeps one product (shrink, factor_grad, and
+// expand_add in its registers) has room for more.
 constexpr int blocks_together(int R) {
   return R <= 32 ? 2 : 1;
 }
@@ -35,16 +35,11 @@ constexpr int stages_that_fit(size_t stage, size_t resident, int at_most,
   return fit < at_most ? fit : at_most;
 }
 
-// A block's eight warps are a grid: this many along the rank, the rest along the rows (shrink) or
-// columns (rectangle.cuh) of the tile, `length` of them. One along the rank, if the rank is short
-// and the tile is long enough for all eight: then each part of x is read once from shared memory.
+// A block's eight warps are a grid: this many along the rank, the others along the `length` rows
+// (shrink) or columns (rectangle.cuh) of the tile. One along the rank, if the rank is short and the
+// tile is long enough for all eight: then each part of x is read once from shared memory.
 constexpr int warps_along_rank(int R, int length) {
   return R <= 32 && length >= 128 ? 1 : 2;
-}
-
-// Rows of a tile of 16 KB.
-constexpr int rows_of_16_kb(size_t element, int cols) {
-  return int(16384 / element) / cols;
 }
 
 // ---- shrink ----
@@ -89,9 +84,10 @@ constexpr int factor_grad_subs(int R, int cols) {
   const int ranks = R < 32 ? 32 : R;
   return accumulators * 256 / (ranks * cols);
 }
+// Rows of a tile: 16 KB of x, but at most 64 (32 at rank 256) if v is as wide as x or wider.
 constexpr int factor_grad_rows(size_t element, int R, int cols) {
   if (R == 256) return 32;
-  return R >= 64 && cols == 64 ? 64 : rows_of_16_kb(element, cols);
+  return R >= 64 && cols == 64 ? 64 : int(16384 / element) / cols;
 }
 
 // ---- shrink_grad ----

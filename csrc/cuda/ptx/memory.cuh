@@ -7,7 +7,7 @@
 namespace lotr::ptx {
 
 #ifdef __CUDACC__
-// INSTRUCTION is the opcode without the type, as in "ld.global"
+// INSTRUCTION: the opcode without its type ("ld.global"). LOTR_PTX_ADDRESS: per memory, see below.
 #define LOTR_PTX_LOAD(T, p, INSTRUCTION)                                                   \
   if constexpr (sizeof(T) == 16) {                                                         \
     uint4 v;                                                                               \

@@ -137,10 +137,10 @@ LOTR_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row LOTR_SITE) 
 #endif
 }
 
-// d [16 x 8] += a [16 x 16] b [16 x 8], float accumulators. With g = lane / 4, q = 2 (lane % 4):
-//   a: (g, q) (g + 8, q) (g, q + 8) (g + 8, q + 8), each register two neighbors along k
-//   b: (q, g) (q + 8, g), each register two neighbors along k
-//   d: (g, q) (g, q + 1) (g + 8, q) (g + 8, q + 1)
+// d [16 x 8] += a [16 x 16] b [16 x 8], float accumulators. With g = lane / 4, q = lane % 4:
+//   a: (g, 2q) (g + 8, 2q) (g, 2q + 8) (g + 8, 2q + 8), each register two neighbors along k
+//   b: (2q, g) (2q + 8, g), each register two neighbors along k
+//   d: (g, 2q) (g, 2q + 1) (g + 8, 2q) (g + 8, 2q + 1)
 template <class T>
 LOTR_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
                               const uint32_t (&b)[2] LOTR_SITE) {

@@ -29,37 +29,40 @@ void with_traits(const Call& call, const GemmLotr& problem, F f) {
 }
 
 // Returns why a tensor map cannot describe m [rows, cols], or an empty string.
-std::string refuse(const char* name, const Matrix& m, int64_t rows, int64_t cols) {
+std::string matrix_refusal(const char* name, const Matrix& m, int64_t rows, int64_t cols) {
   const std::string what = std::string(name) + ": expected ";
   if (m.col != 1) return what + "a column stride of 1, got " + std::to_string(m.col);
-  if (reinterpret_cast<uintptr_t>(m.data) % 16) return what + "an address divisible by 16";
+  if (const uintptr_t remainder = reinterpret_cast<uintptr_t>(m.data) % 16)
+    return what + "an address divisible by 16, got a remainder of " + std::to_string(remainder);
   if (rows > 1 && (m.row % 8 || m.row < cols || m.row > MAX_EXTENT))
-    return what + "a row stride that is a multiple of 8 and at least " + std::to_string(cols) +
-           ", got " + std::to_string(m.row);
+    return what + "a row stride that is a multiple of 8, at least " + std::to_string(cols) +
+           " and at most 2^30, got " + std::to_string(m.row);
   return {};
 }
 
 // The same for one extent of the problem.
-std::string refuse_extent(const char* name, int64_t least, int64_t extent) {
+std::string extent_refusal(const char* name, int64_t least, int64_t extent) {
   if (extent >= least && extent <= MAX_EXTENT) return {};
   return std::string(name) + ": expected " + std::to_string(least) + " to 2^30, got " +
          std::to_string(extent);
 }
 
 // The same for all extents and matrices of the problem: the first reason.
-std::string refuse_layout(const GemmLotr& problem) {
-  const std::string extents[] = {refuse_extent("M", 0, problem.M), refuse_extent("N", 1, problem.N),
-                                 refuse_extent("K", 1, problem.K)};
+std::string layout_refusal(const GemmLotr& problem) {
+  const std::string extents[] = {extent_refusal("M", 0, problem.M),
+                                 extent_refusal("N", 1, problem.N),
+                                 extent_refusal("K", 1, problem.K)};
   for (const std::string& text : extents)
     if (!text.empty()) return text;
-  if (problem.M * problem.N > int64_t(1) << 44)
+  if (problem.M * problem.N > int64_t(1) << 44)  // GemmLotrTiles counts tiles in int
     return "M x N: expected at most 2^44, got " + std::to_string(problem.M * problem.N);
   const int64_t W_rows = problem.backward ? problem.K : problem.N;
   const int64_t W_cols = problem.backward ? problem.N : problem.K;
-  const std::string matrices[] = {
-      refuse("x", problem.x, problem.M, problem.K), refuse("W", problem.W, W_rows, W_cols),
-      refuse("u", problem.u, problem.M, problem.r), refuse("F", problem.F, problem.N, problem.r),
-      refuse("y", problem.y, problem.M, problem.N)};
+  const std::string matrices[] = {matrix_refusal("x", problem.x, problem.M, problem.K),
+                                  matrix_refusal("W", problem.W, W_rows, W_cols),
+                                  matrix_refusal("u", problem.u, problem.M, problem.r),
+                                  matrix_refusal("F", problem.F, problem.N, problem.r),
+                                  matrix_refusal("y", problem.y, problem.M, problem.N)};
   for (const std::string& text : matrices)
     if (!text.empty()) return text;
   return {};
@@ -79,7 +82,7 @@ ptx::LaunchArgs launch_args(const Call& call, int64_t pairs) {
 // Returns why the current device cannot run the instance, or an empty string. A MIG slice may have
 // no room for it. Queries the driver once per device and thread.
 template <class Traits>
-std::string refuse_device(const Call& call) {
+std::string device_refusal(const Call& call) {
   thread_local std::array<bool, 64> runs{};  // devices that run it
   const auto device = size_t(ptx::current_device());
   if (device < runs.size() && runs[device]) return {};
@@ -137,7 +140,7 @@ void run(const Call& call, const GemmLotr& problem) {
                        : tensor_map<T>(problem.W, problem.N, problem.K, Traits::SHARE),
       tensor_map<T>(problem.u, problem.M, problem.r, Traits::BM),
       tensor_map<T>(problem.F, problem.N, problem.r, Traits::SHARE),
-      tensor_map<T>(problem.y, problem.M, problem.N, 64), p);
+      tensor_map<T>(problem.y, problem.M, problem.N, Traits::GROUP_ROWS), p);
 }
 
 }  // namespace
@@ -147,9 +150,9 @@ std::string gemm_lotr_refusal(const Call& call, const GemmLotr& problem) {
   if (problem.r < 1 || problem.r > GEMM_LOTR_MAX_RANK)
     return "r: expected 1 to " + std::to_string(GEMM_LOTR_MAX_RANK) + ", got " +
            std::to_string(problem.r);
-  std::string text = refuse_layout(problem);
+  std::string text = layout_refusal(problem);
   if (text.empty())
-    with_traits(call, problem, [&](auto traits) { text = refuse_device<decltype(traits)>(call); });
+    with_traits(call, problem, [&](auto traits) { text = device_refusal<decltype(traits)>(call); });
   return text;
 }
 

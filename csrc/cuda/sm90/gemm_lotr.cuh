@@ -48,16 +48,19 @@ struct GemmLotrTraits {
   static constexpr int BM = 128, BN = 256, BK = 64;
   static constexpr int PAIR = 2;           // blocks of a cluster
   static constexpr int SHARE = BN / PAIR;  // columns that each block loads for both
-  static constexpr int GROUPS = 2, WARPS = 4 * GROUPS, THREADS = 32 * (WARPS + 1);
-  static constexpr int STAGES = 4, PANEL = 64;  // columns of y that are stored at a time
+  static constexpr int GROUPS = 2, GROUP_ROWS = BM / GROUPS;  // of a warpgroup
+  static constexpr int WARPS = 4 * GROUPS, THREADS = 32 * (WARPS + 1);
+  static constexpr int STAGES = 4, PANEL = 64;  // columns of y, or of MN-major W: 128 bytes
+  static constexpr int PANEL_BYTES = sizeof(T) * BK * PANEL;  // of MN-major W
 
-  struct Stage {             // one k-step of a tile, or one of the rank
-    T x[BM][BK];             // x, or u
-    T w[BN / 64 * BK * 64];  // W or F, K-major: [BN][BK]. W MN-major: [BN / 64][BK][64]
+  struct Stage {  // one k-step of a tile, or one of the rank
+    T x[BM][BK];  // x, or u
+    // W or F, K-major: [BN][BK]. W MN-major: [BN / PANEL][BK][PANEL].
+    T w[BN / PANEL * BK * PANEL];
   };
   struct alignas(1024) Smem {
     Stage stage[STAGES];
-    T out[GROUPS][2][64][PANEL];
+    T out[GROUPS][2][GROUP_ROWS][PANEL];
     T bias[GROUPS][BN];
     uint64_t full[STAGES], empty[STAGES];
   };
@@ -134,7 +137,7 @@ struct Producer {
         step(X, k, m0, [&](Stage& stage, uint64_t* full) {
           if constexpr (Traits::BACKWARD) {
 #pragma unroll
-            for (int n = share; n < share + Traits::SHARE; n += 64)
+            for (int n = share; n < share + Traits::SHARE; n += Traits::PANEL)
               load_for_both(stage.w + n * Traits::BK, W, n0 + n, k, full);
           } else {
             load_for_both(stage.w + share * Traits::BK, W, k, n0 + share, full);
@@ -187,16 +190,17 @@ struct Multiplier {
 #pragma unroll 1
       for (int k = 0; k < p.K; k += Traits::BK) {
         const Stage& stage = next();
-        const uint64_t x = ptx::swizzled_descriptor(&stage.x[64 * group][0]);
+        const uint64_t x = ptx::swizzled_descriptor(&stage.x[Traits::GROUP_ROWS * group][0]);
         const uint64_t w = Traits::BACKWARD
-                               ? ptx::swizzled_descriptor_mn(stage.w, sizeof(T) * Traits::BK * 64)
+                               ? ptx::swizzled_descriptor_mn(stage.w, Traits::PANEL_BYTES)
                                : ptx::swizzled_descriptor(stage.w);
         constexpr auto MAJOR = Traits::BACKWARD ? ptx::Major::mn : ptx::Major::k;
         ptx::wgmma_fence();
 #pragma unroll
         for (int kk = 0; kk < Traits::BK; kk += 16)
-          ptx::wgmma<T, MAJOR>(d, x + ptx::descriptor_step<T>(kk),
-                               w + ptx::descriptor_step<T>(Traits::BACKWARD ? 64 * kk : kk));
+          ptx::wgmma<T, MAJOR>(
+              d, x + ptx::descriptor_step<T>(kk),
+              w + ptx::descriptor_step<T>(Traits::BACKWARD ? Traits::PANEL * kk : kk));
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
         if (k > 0) release(place.before());
@@ -205,7 +209,7 @@ struct Multiplier {
 #pragma unroll 1
       for (int k = 0; k < p.r; k += Traits::BK) {
         const Stage& stage = next();
-        const uint64_t u = ptx::swizzled_descriptor(&stage.x[64 * group][0]);
+        const uint64_t u = ptx::swizzled_descriptor(&stage.x[Traits::GROUP_ROWS * group][0]);
         const uint64_t f = ptx::swizzled_descriptor(stage.w);
         // Each 16 ranks form a group with its fence: ptxas would serialize products that are in a
         // branch without one.
@@ -221,7 +225,7 @@ struct Multiplier {
       ptx::wgmma_wait<0>();
       ptx::wgmma_landed(d);
       release(place.before());
-      store(d, bias, m0 + 64 * group, n0);
+      store(d, bias, m0 + Traits::GROUP_ROWS * group, n0);
     });
     if (thread == 0) ptx::bulk_wait_all();
   }

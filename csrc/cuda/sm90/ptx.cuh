@@ -196,7 +196,7 @@ LOTR_DEVICE void tma_load_2d(void* shared, const TensorMap* map, int col, int ro
       "l"(map), "r"(shared_address(barrier)), "r"(col), "r"(row)
       : "memory");
 #else
-  simt::tma_load_2d(shared, *map, col, row, barrier, simt::own_block(), site);
+  simt::tma_load_2d(shared, *map, col, row, barrier, simt::mask_of_block(), site);
 #endif
 }
 

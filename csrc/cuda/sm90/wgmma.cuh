@@ -14,7 +14,9 @@
 namespace lotr::ptx {
 
 // ---- descriptors of swizzled tiles in shared memory: the canonical layouts of the PTX manual
-// ("Strides" of asynchronous warpgroup-level matrix instructions) ----
+// ("Strides" of asynchronous warpgroup-level matrix instructions). From bit 0: the address / 16;
+// from 16: the bytes to the next panel / 16 (K-major: unused, 1); from 32: the bytes of 8 rows /
+// 16; from 62: 1, a swizzle of 128 bytes ----
 
 // K-major: a row of the tile is 64 k of one m or n, 128 bytes; 8 rows are a pattern of 1024 bytes.
 LOTR_DEVICE uint64_t swizzled_descriptor(const void* tile) {
@@ -97,6 +99,7 @@ enum class Major { k = 0, mn = 1 };
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define LOTR_OUT32(i) LOTR_OUT8(i), LOTR_OUT8(i + 8), LOTR_OUT8(i + 16), LOTR_OUT8(i + 24)
+// p: d is added to; 1, 1: a and b are not negated; 0: a is K-major; %130: the order of b.
 #define LOTR_WGMMA(TYPE)                                                         \
   asm volatile(                                                                  \
       "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                 \

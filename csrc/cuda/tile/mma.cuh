@@ -57,7 +57,7 @@ struct Half {
 // four k at a time.
 struct Exact {
   using T = float;
-  static constexpr int K = 4, A_REGS = 8, B_REGS = 8;  // [i half or j half][k]
+  static constexpr int K = 4, A_REGS = 8, B_REGS = 8;  // two rows (or columns) x four k
 
   // f[8 values] = t at two rows (or columns) and four k
   template <Order ORDER, class Tile>
@@ -105,7 +105,7 @@ template <class P, int K_TOTAL, Order OF_A, Order OF_B, int MI, int NJ, class Ti
 LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_step, TileB& B,
                               int j0) {
   constexpr int GROUP = NJ * P::B_REGS > 32 ? 32 / P::B_REGS : NJ;
-  [[maybe_unused]] constexpr int UNROLL = P::K == 16 ? K_TOTAL / 16 : P::K / 4;
+  [[maybe_unused]] constexpr int UNROLL = P::K == 16 ? K_TOTAL / 16 : 1;
 #pragma unroll UNROLL
   for (int k = 0; k < K_TOTAL; k += P::K) {
 #pragma unroll

@@ -51,7 +51,7 @@ void shrink(const Arguments& args) {
   launch(type, problem);
 }
 
-// y starts from `start`; without it from its values (fresh=0) or from the bias (fresh=1).
+// y starts from `start`; without it from its values (from_bias=0) or from the bias (from_bias=1).
 void expand_add(const Arguments& args) {
   const DType type = args.type("y");
   ExpandProblem problem{};
@@ -60,8 +60,8 @@ void expand_add(const Arguments& args) {
   problem.r = rank(args, "F", 1);
   problem.y = args.output("y", type, problem.M, problem.N);
   if (args.has("start"))
-    problem.start = args.output("start", type, problem.M, problem.N);
-  else if (args.number("fresh") == 0)
+    problem.start = args.output("start", type, problem.M, problem.N);  // must have y's type
+  else if (args.number("from_bias") == 0)
     problem.start = problem.y;
   problem.u = args.input("u", type, problem.M, problem.r);
   problem.F = args.input("F", type, problem.N, problem.r);
@@ -330,7 +330,7 @@ void gemm_lotr(const Arguments& args) {
 const std::vector<Kernel>& kernels() {
   static const std::vector<Kernel> table = {
       {"shrink", "x A u [ seed core h ]", "p=0 scale=1 core_scale=1", shrink},
-      {"expand_add", "y u F [ seed start bias ]", "p=0 fresh=0", expand_add},
+      {"expand_add", "y u F [ seed start bias ]", "p=0 from_bias=0", expand_add},
       {"factor_grad", "D x v [ seed ]", "p=0 accumulate=1", factor_grad},
       {"shrink_grad", "g F u du Q", "accumulate=0", shrink_grad},
       {"fold", "B core F", "scale=1", fold},

@@ -41,7 +41,8 @@ py::dict counters_dict() {
   py::list launches;
   for (const LaunchRecord& launch : c.launches)
     launches.append(py::dict("name"_a = launch.name, "shared_bytes"_a = launch.shared_bytes,
-                             "early"_a = launch.early, "let_next"_a = launch.let_next,
+                             "early"_a = launch.early,
+                             "launched_dependents"_a = launch.launched_dependents,
                              "grid"_a = triple(launch.grid), "block"_a = triple(launch.block)));
   return py::dict(
       "blocks"_a = c.blocks, "threads"_a = c.threads, "switches"_a = c.switches,
@@ -124,8 +125,7 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def(
       "skip_synchronization",
       [](const std::string& file, int line) { skip_synchronization({file, line}); }, "file"_a,
-      "line"_a,
-      "Such calls at this line do nothing from now on, as if it were deleted; ('', 0) ends it");
+      "line"_a, "The calls that synchronize at this line do nothing from now on; ('', 0) ends it");
   m.def("sparse_array", &sparse_array, "shape"_a, "dtype"_a,
         "Zeros whose pages take memory only when touched, for matrices beyond 2^31 elements");
 }

@@ -120,7 +120,7 @@ void early_launches() {
     ptx::launch<early>({dim3(3), dim3(128), 0, nullptr, dim3(1, 1, 1), "early", is_early},
                        x.data());
   for (const simt::LaunchRecord& l : simt::counters().launches)
-    printf("%d %lu ", l.early, l.let_next);
+    printf("%d %lu ", l.early, l.launched_dependents);
   printf("%g\n", double(x[127]));
 }
 

@@ -90,15 +90,15 @@ KERNEL(plain_access) {
   p.y[threadIdx.x] = p.x[threadIdx.x];
 }
 
-template <auto KERNEL>
+template <auto FUNCTION>
 void run(const char* name, unsigned threads, unsigned blocks = 1) {
   alignas(32) static float x[4096], y[4096], z[4096];
   simt::clear_arrays();
   simt::register_array("x", x, sizeof x);
   simt::register_array("y", y, sizeof y);
   simt::reset_counters();
-  ptx::launch<KERNEL>({dim3(blocks), dim3(threads), sizeof(Smem), nullptr, dim3(1, 1, 1), name},
-                      Params{x, y, z});
+  ptx::launch<FUNCTION>({dim3(blocks), dim3(threads), sizeof(Smem), nullptr, dim3(1, 1, 1), name},
+                        Params{x, y, z});
   const simt::Counters c = simt::counters();
   printf("{\"kernel\": \"%s\"", c.launches.at(0).name.c_str());
   for (const simt::Traffic& a : c.arrays)
