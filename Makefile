@@ -13,10 +13,9 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 # Each test process has one thread of torch. The tests of a file share fixtures, so they stay in one
-# process.
+# process. Files start in their order, and not the one with the most tests first.
 PYTEST_JOBS := -n 2 --dist loadfile --no-loadscope-reorder
 ARGS ?=
-DOCS_ARGS ?=
 
 # A change in any of these files rebuilds the extension. ninja compiles only what changed.
 NATIVE := $(shell find csrc -type f -not -path 'csrc/simt/*' -not -name README.md) \
@@ -33,7 +32,7 @@ help:
 	@echo "make test        the tests; with the slow ones, as in CI: make test ARGS='-m \"not full\"'"
 	@echo "make bench       the benchmarks; ARGS=--quick only shows that they run"
 	@echo "make gpu         on a machine with a GPU, without network: build, tests and benchmarks"
-	@echo "                 in ARGS=\"--budget 540\" seconds"
+	@echo "                 in nine minutes (ARGS=\"--budget 1800\": in thirty)"
 	@echo "make docs        the site, in build-docs/"
 	@echo "make lint        checks style and the order of imports; make format corrects the layout"
 	@echo "make wheel       one wheel for Python 3.10+ and torch 2.10+, for CPUs and GPUs, in dist/"
@@ -111,11 +110,11 @@ gpu:
 
 # Not mkdocs --quiet, which would hide warnings from --strict.
 docs: $(STAMPS)/need-docs $(STAMPS)/build
-	@NO_MKDOCS_2_WARNING=1 sh .ci/quiet '/^INFO/!p' $(PY) -m mkdocs build --strict $(DOCS_ARGS)
+	@NO_MKDOCS_2_WARNING=1 sh .ci/quiet '/^INFO/!p' $(PY) -m mkdocs build --strict $(ARGS)
 	@echo "docs: open build-docs/index.html"
 	@echo "docs: for its search, run python3 -m http.server -d build-docs"
 
-# The end of a lint command whose failure means that a file's layout is not the formatter's.
+# Appended to each check of the layout: says how to correct it, and fails.
 LAYOUT_DIFFERS := { echo "lint: make format corrects the layout" >&2; false; }
 lint: $(STAMPS)/need-lint
 	@$(PY) -m ruff check --quiet .

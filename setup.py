@@ -36,6 +36,10 @@ def stop(message: str) -> None:
     sys.exit(f"lotr_ext: {message}")
 
 
+if sys.version_info < (3, 10):  # noqa: UP036  (setup.py run by hand checks no requires-python)
+    stop(f"expected Python >= 3.10, got {sys.version.split()[0]}")
+
+
 def major_minor(version: str) -> tuple[int, ...]:
     """Returns (2, 10) for "2.10.0+cpu"."""
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
@@ -159,9 +163,6 @@ class BuildPython(build_py):
         shutil.rmtree(Path(self.build_lib) / "lotr_ext", ignore_errors=True)
         super().run()
 
-
-if sys.version_info < (3, 10):  # noqa: UP036  (setup.py run by hand checks no requires-python)
-    stop(f"expected Python >= 3.10, got {sys.version.split()[0]}")
 
 if {"build_ext", "bdist_wheel", "dist_info", "editable_wheel"} & set(sys.argv):
     check_packages()  # before setuptools prints anything, so that this line is the last one

@@ -1,4 +1,4 @@
-"""Checks the includes in csrc: no circles, and each layer includes only layers below it.
+"""Checks the includes in csrc: no cycles, and each layer includes only layers below it.
 
     python .ci/check_includes.py [FOLDER]     prints a line per wrong include, and exits with 1
 
@@ -59,15 +59,15 @@ def read_includes(folder: Path) -> dict[str, list[str]]:
     return graph
 
 
-def circles(graph: dict[str, list[str]]) -> list[str]:
-    """Returns a line per circle that a walk from any file meets."""
+def cycles(graph: dict[str, list[str]]) -> list[str]:
+    """Returns a line per cycle of includes."""
     finished: set[str] = set()
     lines: list[str] = []
 
     def walk(name: str, path: list[str]) -> None:
         if name in path:
-            circle = [*path[path.index(name) :], name]
-            lines.append("a circle: " + " -> ".join(circle))
+            cycle = [*path[path.index(name) :], name]
+            lines.append("a cycle: " + " -> ".join(cycle))
         elif name not in finished:
             for target in graph.get(name, ()):
                 walk(target, [*path, name])
@@ -103,7 +103,7 @@ def wrong_includes(graph: dict[str, list[str]]) -> list[str]:
 
 def main(folder: Path) -> int:
     graph = read_includes(folder)
-    lines = circles(graph) + wrong_includes(graph)
+    lines = cycles(graph) + wrong_includes(graph)
     for line in lines:
         print(f"{folder.name}: {line}", file=sys.stderr)
     return int(bool(lines))

@@ -30,6 +30,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def check_layer(m: int, dtype: torch.dtype) -> None:
     """Compares a layer of m tokens with float64, forward and backward."""
+    # In the order of lotr_linear's arguments.
     shapes = {"x": (m, K), "W": (N, K), "bias": (N,), "A": (K, R), "B": (N, R), "core": (R, R)}
     rounded = {}
     exact = {}

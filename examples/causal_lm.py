@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import RESULTS, downloaded, parse_options, train
+from common import RESULTS, parse_options, require_download, train
 from data import KJV, SMOLLM2
 from lotr_ext import (
     LoTRConfig,
@@ -33,7 +33,7 @@ def language_model(folder: Path) -> tuple[nn.Module, AutoTokenizer]:
     Raises:
         FileNotFoundError: If the folder has no model.
     """
-    downloaded(folder / "config.json", "smollm2 kjv")
+    require_download(folder / "config.json", "smollm2 kjv")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     return model.eval(), tokenizer
@@ -66,8 +66,8 @@ def held_out_loss(model: nn.Module, rows: Tensor) -> float:
 
 
 @torch.no_grad()
-def write(model: nn.Module, tokenizer, prompt: str, tokens: int) -> str:
-    """Returns the greedy continuation of a prompt, in which no three tokens are repeated."""
+def continue_prompt(model: nn.Module, tokenizer, prompt: str, tokens: int) -> str:
+    """Returns a prompt and its greedy continuation. No three tokens are repeated."""
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     ids = model.generate(
         **encoded,
@@ -80,10 +80,10 @@ def write(model: nn.Module, tokenizer, prompt: str, tokens: int) -> str:
     return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
-def main(words: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     options = parse_options(
         __doc__,
-        words,
+        argv,
         model=SMOLLM2,
         text=KJV,
         out=RESULTS / "causal-lm",
@@ -98,12 +98,12 @@ def main(words: list[str] | None = None) -> None:
     )
     torch.manual_seed(0)
     model, tokenizer = language_model(options.model)
-    limit = max(160, options.batch * options.steps)
+    limit = max(160, options.batch * options.steps)  # 160 rows: 8 are held out
     rows, held_out = rows_of(options.text, tokenizer, options.length, limit)
     apply_lotr(model, LoTRConfig(rank=options.rank, target_modules=options.targets))
     print(trainable_summary(model))
     loss_before = held_out_loss(model, held_out)
-    text_before = write(model, tokenizer, options.prompt, options.new_tokens)
+    text_before = continue_prompt(model, tokenizer, options.prompt, options.new_tokens)
     print(f"\nheld-out loss {loss_before:.3f} before: {text_before!r}\n", flush=True)
 
     def next_loss() -> Tensor:
@@ -113,13 +113,13 @@ def main(words: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(lotr_parameters(model), lr=options.lr, weight_decay=0.0)
     train("LoTR", options.steps, optimizer, next_loss)
     loss_after = held_out_loss(model, held_out)
-    text_after = write(model, tokenizer, options.prompt, options.new_tokens)
+    text_after = continue_prompt(model, tokenizer, options.prompt, options.new_tokens)
     print(f"\nheld-out loss {loss_after:.3f} after {options.steps} steps: {text_after!r}\n")
 
     save_adapter(model, options.out)
     fresh, _ = language_model(options.model)
     loss_merged = held_out_loss(merge(load_adapter(fresh, options.out)), held_out)
-    assert abs(loss_merged - loss_after) < 0.02 * loss_after
+    assert abs(loss_merged - loss_after) < 1e-3 * loss_after  # merging rounds the weights
     size = sum(file.stat().st_size for file in options.out.iterdir())
     print(
         f"adapter of {size / 1024:,.0f} KiB in {options.out}; "

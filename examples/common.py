@@ -39,12 +39,12 @@ def progress_bar(name: str, steps: int) -> tqdm:
     return tqdm(range(steps), desc=name, mininterval=0.1 if sys.stderr.isatty() else 10)
 
 
-def parse_options(doc: str, words: list[str] | None, **defaults: object) -> argparse.Namespace:
-    """Parses the options of a program and sets the number of threads.
+def parse_options(doc: str, argv: list[str] | None, **defaults: object) -> argparse.Namespace:
+    """Parses the options of a program, and prepares the process: threads, no network, RESULTS.
 
     Args:
         doc: The docstring of the program. Its first line describes it.
-        words: The command line. None stands for sys.argv.
+        argv: The command line. None stands for sys.argv.
         defaults: A default per option, which also gives its type. A list makes an option with
             several words, False a flag.
     """
@@ -60,16 +60,17 @@ def parse_options(doc: str, words: list[str] | None, **defaults: object) -> argp
             kind = {"type": type(default)}
         # Without a help text, ArgumentDefaultsHelpFormatter would not print the default.
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=" ", **kind)
-    options = parser.parse_args(words)
+    options = parser.parse_args(argv)
     print(f"{parser.prog}: loading packages and data", flush=True)  # seconds without other output
     torch.set_num_threads(options.threads)
+    # Models are in data/. Without effect where transformers is imported first, as in causal_lm.py.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     RESULTS.mkdir(exist_ok=True)
     return options
 
 
-def downloaded(path: Path, names: str) -> Path:
+def require_download(path: Path, names: str) -> Path:
     """Returns a path in data/.
 
     Raises:
@@ -91,7 +92,7 @@ def rated_texts(file: str, held_out: int) -> tuple[list[Example], list[Example]]
     Raises:
         FileNotFoundError: If the file was not downloaded.
     """
-    path = downloaded(DATA / file, "minilm snippets")
+    path = require_download(DATA / file, "minilm snippets")
     examples = []
     for line in path.read_text(encoding="utf-8").splitlines():
         rating, text = line.split("\t", 1)
@@ -133,7 +134,7 @@ def minilm_classifier(
     Raises:
         FileNotFoundError: If the model was not downloaded.
     """
-    folder = downloaded(MINILM, "minilm snippets")
+    folder = require_download(MINILM, "minilm snippets")
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
@@ -224,7 +225,7 @@ def train(
 
 
 def running_mean(values: list[float], count: int) -> list[float]:
-    """Returns the mean of the last `count` values at each place."""
+    """Returns the mean of the last `count` values at each position."""
     return [statistics.fmean(values[max(0, i + 1 - count) : i + 1]) for i in range(len(values))]
 
 

@@ -172,14 +172,15 @@ def fetch(name: str, pip_options: list[str]) -> None:
             (folder / file).rename(DATA / file)
 
 
-def main(words: list[str]) -> None:
-    names = [word for word in words if word in SOURCES]
-    if not names or words[: len(names)] != names:
-        received = " ".join(words) or "nothing"
+def main(argv: list[str]) -> None:
+    # The names come first. What follows them goes to pip.
+    names = [word for word in argv if word in SOURCES]
+    if not names or argv[: len(names)] != names:
+        received = " ".join(argv) or "nothing"
         sys.exit(f"data: expected one or more of {', '.join(SOURCES)}, got {received}")
     for name in names:
         try:
-            fetch(name, words[len(names) :])
+            fetch(name, argv[len(names) :])
         except (subprocess.CalledProcessError, OSError, ValueError, KeyError) as error:
             sys.exit(f"data: could not fetch {name}: {error}")
 

@@ -73,10 +73,10 @@ def run_generation(
     return rewards.mean().item()
 
 
-def main(words: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     options = parse_options(
         __doc__,
-        words,
+        argv,
         generations=60,
         pairs=8,
         rows=32,

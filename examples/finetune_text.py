@@ -128,10 +128,10 @@ def report(runs: list[dict], held_out: int, path: Path) -> None:
     draw(path, curves, xlabel="step", ylabel="training loss (mean of 15 steps)")
 
 
-def main(words: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     options = parse_options(
         __doc__,
-        words,
+        argv,
         rank=16,
         targets=["query", "value"],
         lr=2e-3,

@@ -3,10 +3,10 @@
     python examples/data.py minilm snippets
     python examples/many_tasks.py                     about two minutes on two cores
 
-Four tasks of MiniLM are trained together, with rows of all tasks in each batch: is a film review, a
-tweet, a product review, a sentence of an editorial positive? Then batches of 64 rows with 1 to 64
-of 1,000 tasks are timed, next to the model without an adapter. A task has one core for each of 36
-linear layers. Writes demo_results/many_tasks.png.
+Four tasks of MiniLM are trained together, with rows of all tasks in each batch: is a text
+positive, for film reviews, tweets, product reviews and sentences of editorials? Then batches of 64
+rows with 1 to 64 of 1,000 tasks are timed, next to the model without an adapter. A task has one
+core for each of 36 linear layers. Writes demo_results/many_tasks.png.
 """
 
 import statistics
@@ -112,8 +112,8 @@ def time_forwards(model: nn.Module, most_tasks: int, rounds: int) -> dict[int, f
     return {count: statistics.median(values) for count, values in milliseconds.items()}
 
 
-def main(words: list[str] | None = None) -> None:
-    options = parse_options(__doc__, words, tasks=1000, rank=16, steps=80, held_out=300, rounds=15)
+def main(argv: list[str] | None = None) -> None:
+    options = parse_options(__doc__, argv, tasks=1000, rank=16, steps=80, held_out=300, rounds=15)
     model, tokenize = minilm_classifier()
     apply_lotr(
         model,

@@ -22,7 +22,7 @@ def named_cores(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def gradients(model: nn.Module, bank: TaskBank, batch: Batch) -> list[Tensor]:
-    """Returns, per layer, the gradient of each example's loss in its core [examples, r_in, r_out].
+    """Returns, per layer, each example's gradient with respect to the core [examples, r_in, r_out].
 
     The loss is a sum over the examples, so that no gradient is divided by their number.
     """
@@ -43,8 +43,8 @@ def gradients_by_a_loop(model: nn.Module, batch: Batch) -> list[Tensor]:
     return [torch.stack(layer) for layer in zip(*gradients_of_examples)]
 
 
-def main(words: list[str] | None = None) -> None:
-    options = parse_options(__doc__, words, examples=32, rank=8)
+def main(argv: list[str] | None = None) -> None:
+    options = parse_options(__doc__, argv, examples=32, rank=8)
     model, tokenize = minilm_classifier()
     apply_lotr(model, LoTRConfig(rank=options.rank, target_modules=["query", "value"]))
     for core in named_cores(model).values():

@@ -126,10 +126,10 @@ def serve(options: argparse.Namespace) -> None:
     os.execve(sys.executable, command, environment)
 
 
-def main(words: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     options = parse_options(
         __doc__,
-        words,
+        argv,
         model=SMOLLM2,
         text=KJV,
         steps=40,

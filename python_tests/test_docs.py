@@ -97,7 +97,7 @@ def check_trainer_block(names: dict[str, object], output: str, folder: Path) -> 
     """
     labels = [example["labels"] for example in names["data"][1600:]]
     assert 0.4 < sum(labels) / len(labels) < 0.6
-    assert names["held_out"] > 0.7
+    assert names["held_out_accuracy"] > 0.7
 
 
 CHECKS = {README: check_readme, DOCS / "hugging_face.md": check_trainer_block}

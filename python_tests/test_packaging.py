@@ -88,6 +88,12 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
             "m.version = lambda n: '69.5' if n == 'setuptools' else version(n)",
             ["package wheel", "setuptools wheel"],
         ),
+        (
+            # Python 3.9 fails at `str | None`, as here at any class that follows the check.
+            "import setuptools.command.build_ext as b\n"
+            "b.build_ext = None\nsys.version_info = (3, 9)",
+            ["Python >= 3.10"],
+        ),
     ],
 )
 def test_setup_ends_with_one_line_that_says_what_to_do(

@@ -58,7 +58,8 @@ struct Problem {
     for (float& v : u) v = NAN;
     const dim3 grid((M + step.tokens - 1) / step.tokens);
     lotr::simt::launch(
-        {step.name, grid, dim3(unsigned(step.threads)), dim3(1, 1, 1), step.shared, false},
+        {step.name, grid, dim3(unsigned(step.threads)), /*cluster=*/dim3(1, 1, 1), step.shared,
+         /*early=*/false},
         step.kernel, steps::Params{x.data(), A.data(), u.data(), M, K});
   }
   bool right() {
@@ -83,7 +84,7 @@ bool right_in_all_orders(const Step& step) {
   for (const Order order : {Order::forward, Order::reverse, Order::random}) {
     Options options;
     options.order = order;
-    options.preempt = order == Order::random ? 16 : 0;
+    options.preempt = order == Order::random ? 16 : 0;  // a switch at one access in 16
     lotr::simt::set_options(options);
     ragged.run(step);
     if (!ragged.right()) return false;

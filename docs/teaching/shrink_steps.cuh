@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(256) tiled(const Params p) {
           inside ? ptx::load(reinterpret_cast<const uint4*>(p.x + size_t(m0 + m) * p.K + k0 + k))
                  : none);
     }
-    if (t < COLS * R / 8)
+    if (t < COLS * R / 8)  // one 16-byte chunk per thread, two per row of A
       ptx::store_shared(reinterpret_cast<uint4*>(&s.A[t / 2][t % 2 * 8]),
                         ptx::load(reinterpret_cast<const uint4*>(p.A + size_t(k0) * R) + t));
     __syncthreads();  // the tile is complete
@@ -120,10 +120,10 @@ struct Stage {
   tile::Shared<bf16, ROWS, COLS> x;
   tile::Shared<bf16, COLS, R> A;
 };
-using Product = tile::Half<bf16>;
+using Product = tile::Half<bf16>;                       // bfloat16 operands, float32 sums
 constexpr int WARPS = ROWS / 16, THREADS = 32 * WARPS;  // a warp multiplies 16 tokens
 
-// Stores the sums of a warp, from the registers in which mma.sync leaves them.
+// Stores d[0][nj], 16 tokens x 8 columns per nj, from the registers in which mma.sync leaves them.
 LOTR_DEVICE void store_sums(const Params& p, const float (&d)[1][2][4], int m0) {
   const int lane = int(threadIdx.x) % 32;
 #pragma unroll
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(THREADS) tensor_cores(const Params p) {
                       ptx::load(reinterpret_cast<const uint4*>(p.A + size_t(k0) * R) + t));
     __syncthreads();
     tile::warp_product<Product, COLS, tile::Order::along_k, tile::Order::across_k>(
-        d, s.x, t / 32 * 16, 16, s.A, 0);
+        d, s.x, t / 32 * 16, 16, s.A, 0);  // x from row t / 32 * 16, A from column 0
     __syncthreads();
   }
   store_sums(p, d, m0 + t / 32 * 16);
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(THREADS) ring(const Params p) {
     fetch(step + STAGES - 1);  // into the stage of that tile
     Stage& stage = s.stage[step % STAGES];
     tile::warp_product<Product, COLS, tile::Order::along_k, tile::Order::across_k>(
-        d, stage.x, t / 32 * 16, 16, stage.A, 0);
+        d, stage.x, t / 32 * 16, 16, stage.A, 0);  // x from row t / 32 * 16, A from column 0
   }
   store_sums(p, d, m0 + t / 32 * 16);
 }
