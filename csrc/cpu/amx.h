@@ -49,14 +49,14 @@ template <int tile>
 LOTR_INLINE void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(tile));
 }
-// `step` bytes between rows. The clobber keeps a load after the stores to what it reads.
+// `row_bytes` from one row to the next. The clobber keeps a load after the stores to what it reads.
 template <int tile>
-LOTR_INLINE void tile_load(const void* from, int64_t step) {
-  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(tile), "r"(from), "r"(step) : "memory");
+LOTR_INLINE void tile_load(const void* from, int64_t row_bytes) {
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(tile), "r"(from), "r"(row_bytes) : "memory");
 }
 template <int tile>
-LOTR_INLINE void tile_store(void* to, int64_t step) {
-  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(tile), "r"(to), "r"(step) : "memory");
+LOTR_INLINE void tile_store(void* to, int64_t row_bytes) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(tile), "r"(to), "r"(row_bytes) : "memory");
 }
 template <int sums, int a, int b>
 LOTR_INLINE void tile_multiply() {
@@ -101,10 +101,10 @@ LOTR_INLINE void multiply_tiles(Operand a, Operand b, int64_t steps, const char*
       tile_multiply<2, 5, 6>();
     }
     if constexpr (RA == 2 && RB == 2) tile_multiply<3, 5, 7>();
-    for (int64_t i = 0; i < rows_below; ++i) __builtin_prefetch(below + i * a.row, 0, 2);
+    for (int64_t i = 0; i < rows_below; ++i)
+      __builtin_prefetch(below + t * a.step + i * a.row, 0, 2);
     a.first += a.step;
     b.first += b.step;
-    below += a.step;
   }
 }
 // To c, whose rows are ldc apart.
@@ -179,14 +179,14 @@ inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, in
                             const float* bias) {
   constexpr int64_t kUnit = sizeof(typename K::Unit);
   constexpr int64_t kWidth = kMaxVectors * K::kLanes;
-  const int64_t of_step = units_of_step(units);
-  const int64_t steps = units / of_step;
+  const int64_t step_units = units_of_step(units);
+  const int64_t steps = units / step_units;
   alignas(64) float sums[2 * kSide * kWidth];
-  each_row_block(rows, of_step, [&](auto ra, int64_t i, int64_t n) {
+  each_row_block(rows, step_units, [&](auto ra, int64_t i, int64_t n) {
     constexpr int RA = decltype(ra)::value;
-    const Operand a{u.data + i * u.step, u.step, kSide * u.step, of_step * kUnit};
+    const Operand a{u.data + i * u.step, u.step, kSide * u.step, step_units * kUnit};
     for (int64_t v = 0; v < kMaxVectors; v += 2) {
-      const auto b = Operand::of(f + v * kSide, kWidth, kSide, of_step * kWidth);
+      const auto b = Operand::of(f + v * kSide, kWidth, kSide, step_units * kWidth);
       zero_tiles<RA, 2>();
       multiply_tiles<RA, 2>(a, b, steps);
       store_tiles<RA, 2>(sums + v * kSide, kWidth);
@@ -216,10 +216,10 @@ inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, in
   });
 }
 
-// v [units][ldv], zero filled to full steps, as tiles of A: to[vectors of r][steps][16][16 units].
+// Transposes v [units][ldv], zero filled to full steps: to[vectors of r][steps][16][16 units] of A.
 template <typename K>
-inline void turn_units(typename K::Unit* to, typename K::Unit* v, int64_t ldv, int64_t units,
-                       int64_t r) {
+inline void transpose_units(typename K::Unit* to, typename K::Unit* v, int64_t ldv, int64_t units,
+                            int64_t r) {
   static_assert(K::kLanes == kSide);
   const int64_t steps = ceil_div(units, kSide);
   for (int64_t i = units * ldv; i < steps * kSide * ldv; ++i) v[i] = 0;
@@ -253,11 +253,11 @@ inline void pair_tiles(typename K::Unit* to, const uint16_t* x, int64_t row_stri
   }
 }
 
-// S[r][32] (+)= v^T x for 32 columns of a tile of x, as outer_columns (outer.h). turned: v;
+// S[r][32] (+)= v^T x for 32 columns of a tile of x, as outer_columns (outer.h). transposed_v: v;
 // x_units: room for the units of these columns. prefetch: also the columns to the right.
 template <typename K>
-inline void outer_in_tiles(Sums<K> S, const Rectangle& x, const typename K::Unit* turned, int64_t r,
-                           typename K::Unit* x_units, bool prefetch) {
+inline void outer_in_tiles(Sums<K> S, const Rectangle& x, const typename K::Unit* transposed_v,
+                           int64_t r, typename K::Unit* x_units, bool prefetch) {
   constexpr int64_t kTile = kSide * kSide;
   const int64_t row = x.a.row_stride;
   const int64_t steps = ceil_div(x.rows, K::kPair * kSide);
@@ -270,7 +270,7 @@ inline void outer_in_tiles(Sums<K> S, const Rectangle& x, const typename K::Unit
   const Tiles full(kSide, kSide);
   each_column_block(ceil_div(r, kSide), [&](auto ra, int64_t v) {  // of v: the rows of S
     constexpr int RA = decltype(ra)::value;
-    auto a = Operand::of(turned + v * steps * kTile, kSide, steps * kTile, kTile);
+    auto a = Operand::of(transposed_v + v * steps * kTile, kSide, steps * kTile, kTile);
     auto b = Operand::of(x_units, kSide, kTile, 2 * kTile);
     zero_tiles<RA, 2>();
     if (v == 0) {

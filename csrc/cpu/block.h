@@ -189,7 +189,7 @@ inline void sum_tile(const Sums<K>& c, const Broadcast& a, int64_t rows, const F
   // Bytes from one row of a to the next.
   const int64_t next_row = kAlongRow ? a.step : int64_t(sizeof(typename K::Unit));
   for (int64_t v = 0; v < b.vectors;) {
-    // Groups of even size: 5 vectors are 3 + 2, not 4 + 1.
+    // Groups of about equal size: 5 vectors are 3 + 2, not 4 + 1.
     const int64_t left = b.vectors - v;
     const int64_t groups = ceil_div(left, kMaxVectors);
     const int64_t group = ceil_div(left, groups);

@@ -31,7 +31,7 @@ template <>
 inline constexpr decltype(Table::fold_grad) fold_grad_of<double> = &fold_grad<double>;
 
 // Few tokens: the core is multiplied with the tokens. Folding it into B would take N r_in r_out
-// multiplications, more than the rest of the layer. Between products a token's r numbers are kept
+// multiplications, more than the rest of the adapter. Between products a token's r numbers are kept
 // in Acc, and rounded to T before they are multiplied with T.
 template <typename T>
 struct FewTokens {
@@ -104,7 +104,7 @@ struct FewTokens {
     Scratch memory(size_t(m * (r_in + r_out)) * sizeof(Acc) + size_t(m * r_out) * sizeof(T));
     Acc* wide = memory.get<Acc>();
     Acc* h = wide + m * r_in;
-    T* h_t = reinterpret_cast<T*>(h + m * r_out);
+    T* h_t = reinterpret_cast<T*>(h + m * r_out);  // h rounded to T
     widen(wide, u);
     const Drop last = scaled_core(h_t, h, wide, m, core, scaling);
     Ops::expand(y, dense(h_t, m, r_out, x.dtype), B, last, start);
@@ -118,12 +118,12 @@ struct FewTokens {
     const DType acc = dtype == DType::float64 ? DType::float64 : DType::float32;
     Scratch memory(size_t(2 * m * (r_in + r_out)) * sizeof(Acc) +
                    size_t(m * (r_in + r_out)) * sizeof(T));
-    Acc* scaled_dh = memory.get<Acc>();  // scaling g B, never rounded
-    Acc* du = scaled_dh + m * r_out;     // scaled_dh core^T
-    Acc* u = du + m * r_in;              // the given u
-    Acc* u_core = u + m * r_in;          // scaling u core
-    T* du_t = reinterpret_cast<T*>(u_core + m * r_out);
-    T* u_core_t = du_t + m * r_in;
+    Acc* scaled_dh = memory.get<Acc>();                  // scaling g B, never rounded
+    Acc* du = scaled_dh + m * r_out;                     // scaled_dh core^T
+    Acc* u = du + m * r_in;                              // the given u
+    Acc* u_core = u + m * r_in;                          // scaling u core
+    T* du_t = reinterpret_cast<T*>(u_core + m * r_out);  // du rounded to T
+    T* u_core_t = du_t + m * r_in;                       // u_core rounded to T
     if (args.dx.data || args.dA.data || args.dcore.data)
       Ops::shrink(dense(scaled_dh, m, r_out, acc), args.g, args.B, scaled_by(args.scaling));
     if (args.dx.data || args.dA.data) {

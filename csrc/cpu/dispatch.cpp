@@ -10,8 +10,8 @@
 
 namespace lotr::cpu {
 
-// cpu_sets.def is CMakeLists.txt's: LOTR_SET(set, f32, f64, bf16, f16) for each instruction set of
-// this build, ascending, with the set that each element type's table is compiled for.
+// CMakeLists.txt writes cpu_sets.def: LOTR_CPU_NOTE, a hint that ends errors, and for each set of
+// this build, ascending, LOTR_SET with the set that each element type's table is compiled for.
 #define LOTR_SET(set, f32, f64, bf16, f16) \
   extern const Table table_##f32##_f32, table_##f64##_f64, table_##bf16##_bf16, table_##f16##_f16;
 #include "cpu_sets.def"

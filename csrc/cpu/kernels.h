@@ -17,7 +17,7 @@ namespace lotr::cpu {
 struct Drop {
   bool on = false;
   uint32_t threshold = 0;  // p * 2^32
-  double scale = 1.0;      // 1 / (1 - p)
+  double scale = 1.0;      // 1 / (1 - p), or without dropout any factor (scaled_by)
   uint64_t seed = 0;
 };
 

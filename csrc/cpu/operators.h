@@ -35,7 +35,7 @@ inline void run_rows(int64_t rows, int64_t work, F&& body) {
 
 // Rows of a sum over tokens that are summed independently. The sums are added in order, and their
 // size depends only on m, so the number of threads changes no bit. Up to 1024 rows a chunk has 128,
-// and beyond there are 8 to 64 chunks: 1000 rows are 8 of 128 (the last has 104), 3000 rows 8 of
+// and beyond there are 5 to 64 chunks: 1000 rows are 8 of 128 (the last has 104), 3000 rows 8 of
 // 384, 65536 rows 64 of 1024.
 struct Chunks {
   int64_t count;
@@ -56,16 +56,16 @@ template <typename K>
 struct ChunkSums {
   using Acc = typename K::Acc;
   const bool one_thread = threads() == 1;
-  const int64_t transposed;  // columns of x that are summed in S
+  const int64_t S_cols;  // columns of x that are summed in S
   const int64_t r;
   const int64_t size;  // of a block
   const int64_t blocks;
   Scratch memory;
 
-  ChunkSums(const Chunks& chunks, int64_t tile_rows, int64_t cols, int64_t transposed, int64_t r)
-      : transposed(transposed),
+  ChunkSums(const Chunks& chunks, int64_t tile_rows, int64_t cols, int64_t S_cols, int64_t r)
+      : S_cols(S_cols),
         r(r),
-        size(OuterSums<K>::size(cols, transposed, r)),
+        size(OuterSums<K>::size(cols, S_cols, r)),
         blocks(block_count(one_thread, chunks, tile_rows)),
         memory(size_t(blocks * size) * sizeof(Acc)) {}
   static int64_t block_count(bool one_thread, const Chunks& chunks, int64_t tile_rows) {
@@ -76,7 +76,7 @@ struct ChunkSums {
     return memory.template get<Acc>() + larger(0, smaller(chunk, blocks - 1)) * size;
   }
   OuterSums<K> of_chunk(int64_t chunk) const {
-    return OuterSums<K>::in_block(block_of(chunk), transposed, r);
+    return OuterSums<K>::in_block(block_of(chunk), S_cols, r);
   }
   bool fresh(int64_t chunk) const { return chunk == 0 || blocks > 1; }
   void finish(int64_t chunk) const {
@@ -89,7 +89,7 @@ struct ChunkSums {
 
   // out [cols, r] (+)= scale * the sum of all chunks. Its first rows are S^T, the others P.
   void add_to(const TensorView& out, double scale, bool add) const {
-    constexpr int kRowsAtOnce = kPairColumns<K>;  // which divides `transposed`
+    constexpr int kRowsAtOnce = kPairColumns<K>;  // which divides `S_cols`
     const int64_t ld = padded_rank<K>(r);
     const OuterSums<K> first = of_chunk(0);
     const int64_t count = one_thread ? smaller(1, blocks) : blocks;
@@ -100,12 +100,12 @@ struct ChunkSums {
       for (int64_t i = i0; i < i1; i += kRowsAtOnce) {
         const int64_t rows = smaller(kRowsAtOnce, i1 - i);
         for (int64_t j = 0; j < r; j += K::kLanes) {
-          if (i < transposed) {
-            add_transposed(tile + j, ld, first.S + j * transposed + i, smaller(K::kLanes, r - j),
+          if (i < S_cols) {
+            add_transposed(tile + j, ld, first.S + j * S_cols + i, smaller(K::kLanes, r - j),
                            count);
             continue;
           }
-          const Acc* P = first.P + (i - transposed) * ld + j;
+          const Acc* P = first.P + (i - S_cols) * ld + j;
           for (int64_t row = 0; row < rows; ++row)
             store(tile + row * ld + j, sum(P + row * ld, count));
         }
@@ -117,7 +117,7 @@ struct ChunkSums {
   void add_transposed(Acc* tile, int64_t ld, const Acc* S, int64_t n, int64_t count) const {
     for (int64_t column = 0; column < kPairColumns<K>; column += K::kLanes) {
       decltype(load(S)) square[K::kLanes] = {};
-      for (int64_t j = 0; j < n; ++j) square[j] = sum(S + j * transposed + column, count);
+      for (int64_t j = 0; j < n; ++j) square[j] = sum(S + j * S_cols + column, count);
       transpose<K::kLanes>(square);
       for (int64_t i = 0; i < K::kLanes; ++i) store(tile + pair_at(column + i) * ld, square[i]);
     }
@@ -226,12 +226,12 @@ struct Operators {
     });
   }
 
-  // D (+)= scale * drop(x)^T v: summed in D itself, for few tokens without copies, or in chunks.
+  // D (+)= scale * drop(x)^T v: in D itself, or for few tokens without copies, or in chunks.
   static void factor_grad(const TensorView& D, const TensorView& x, const TensorView& v,
                           const Drop& drop, bool add) {
-    const bool sums_dtype =
+    const bool has_sum_dtype =
         D.dtype == (std::is_same_v<Acc, double> ? DType::float64 : DType::float32);
-    const bool holds_sums = sums_dtype && D.col_stride == 1;
+    const bool holds_sums = has_sum_dtype && D.col_stride == 1;
     // AMX sums S, which D does not hold.
     const bool better_in_tiles =
         in_tiles<K> && Outer<T>::transposed_columns(x, drop) > 0 && x.rows >= kSide;
@@ -254,7 +254,7 @@ struct Operators {
       const Outer<T> outer(memory.get<char>(), v.cols);
       const int64_t c0 = begin * kTileColumns;
       const int64_t c1 = smaller(end * kTileColumns, x.cols);
-      const OuterSums<K> sums{nullptr, 0, static_cast<Acc*>(D.data), D.row_stride};
+      const OuterSums<K> sums{/*S=*/nullptr, /*S_cols=*/0, static_cast<Acc*>(D.data), D.row_stride};
       OuterRange range{0, x.rows, c0, c1, tile_rows};
       range.fresh = !add;
       outer.add(sums, x, drop, v, range);
@@ -290,8 +290,8 @@ struct Operators {
                               const Drop& drop, bool add) {
     const Chunks chunks(x.rows);
     const int64_t tile_rows = Outer<T>::tile_rows(x, drop, v.cols);
-    const int64_t transposed = Outer<T>::transposed_columns(x, drop);
-    const ChunkSums<K> chunk_sums(chunks, tile_rows, x.cols, transposed, v.cols);
+    const int64_t S_cols = Outer<T>::transposed_columns(x, drop);
+    const ChunkSums<K> chunk_sums(chunks, tile_rows, x.cols, S_cols, v.cols);
     // With fewer chunks than threads x is cut by columns too, which changes no sum. Example: with
     // 16 threads, the 8 chunks of x [1000, 4096] are cut into 4 ranges of 1056 columns or fewer.
     const int64_t cuts = chunks.count ? ceil_div(2 * threads(), chunks.count) : 1;
@@ -327,8 +327,8 @@ struct Operators {
     }
     const Chunks chunks(g.rows);
     const int64_t ld = padded_rank<K>(F.cols);
-    const int64_t transposed = Outer<T>::transposed_columns(g, Drop{});
-    const ChunkSums<K> chunk_sums(chunks, tile_rows, g.cols, transposed, F.cols);
+    const int64_t S_cols = Outer<T>::transposed_columns(g, Drop{});
+    const ChunkSums<K> chunk_sums(chunks, tile_rows, g.cols, S_cols, F.cols);
     run_tasks(chunks.count, 2 * g.rows * g.cols * F.cols, [&](int64_t begin, int64_t end) {
       const PackedFactor<K, T> packed(F);
       const size_t du_bytes = size_t(tile_rows * ld) * sizeof(Acc);
@@ -344,8 +344,8 @@ struct Operators {
           for (int64_t i0 = i; i0 < tile_end; i0 += kTileRows) {
             ShrinkRows rows{i0, smaller(kTileRows, tile_end - i0)};
             rows.cold = chunk == begin && i == first;
-            // Outer::add prefetches the rows below too. With pairs only its last blocks do, in
-            // bursts, so some of these rows are prefetched here.
+            // Outer::add prefetches the rows below too. With pairs only the last block of each 32
+            // columns does, in bursts, so some of those rows are prefetched here.
             rows.prefetch_below = pairs<K>;
             shrink_tile<K, T>(du_sums, ld, g, Drop{}, packed.units, rows, space);
             write_rows<K>(du, i0, rows.count, du_sums, ld, /*scale=*/1.0, /*add=*/false);

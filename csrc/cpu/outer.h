@@ -78,7 +78,7 @@ inline void outer_block(Sums<K> S, RowPairs x, typename K::Unit* x_units, const 
   }
 }
 
-// S[r][32] (+)= v^T x for 32 columns of a tile of x. v: its rows of v as units, [units][ldv].
+// S[r][32] (+)= v^T x for 32 columns of a tile of x. v: the same rows of v as units, [units][ldv].
 // x_units: room for the units of these columns. S's columns are in the order of pairs_of (vec.h).
 template <typename K>
 inline void outer_columns(const Sums<K>& S, const Rectangle& x, const typename K::Unit* v,
@@ -100,20 +100,20 @@ inline void outer_columns(const Sums<K>& S, const Rectangle& x, const typename K
   });
 }
 
-// Where x^T v is summed: S[r][transposed] for the first columns of x, P[..][ld] for the others.
+// Where x^T v is summed: S[r][S_cols] for the first columns of x, P[..][ld] for the others.
 template <typename K>
 struct OuterSums {
   typename K::Acc* S;
-  int64_t transposed;
+  int64_t S_cols;  // columns of x in S
   typename K::Acc* P;
   int64_t ld;  // full vectors
 
   // In a block of size(..) numbers: S, then P.
-  static OuterSums in_block(typename K::Acc* block, int64_t transposed, int64_t r) {
-    return {block, transposed, block + r * transposed, padded_rank<K>(r)};
+  static OuterSums in_block(typename K::Acc* block, int64_t S_cols, int64_t r) {
+    return {block, S_cols, block + r * S_cols, padded_rank<K>(r)};
   }
-  static int64_t size(int64_t cols, int64_t transposed, int64_t r) {
-    return r * transposed + (cols - transposed) * padded_rank<K>(r);
+  static int64_t size(int64_t cols, int64_t S_cols, int64_t r) {
+    return r * S_cols + (cols - S_cols) * padded_rank<K>(r);
   }
 };
 
@@ -131,7 +131,7 @@ class Outer {
   using K = typename KindOf<T>::type;
   using Unit = typename K::Unit;
   using Acc = typename K::Acc;
-  static constexpr int64_t kCopiesOfV = in_tiles<K> ? 2 : 1;  // a second one is turned for AMX
+  static constexpr int64_t kCopiesOfV = in_tiles<K> ? 2 : 1;  // a second one is transposed for AMX
 
  public:
   static int64_t bytes(int64_t r) {
@@ -143,7 +143,7 @@ class Outer {
   Outer(char* memory, int64_t r) {
     x_ = reinterpret_cast<Unit*>(memory);
     v_ = x_ + kDeepUnits * kTileColumns;
-    turned_ = v_ + kDeepUnits * padded_rank<K>(r);
+    transposed_v_ = v_ + kDeepUnits * padded_rank<K>(r);
     mask_ = reinterpret_cast<uint32_t*>(v_ + kCopiesOfV * kDeepUnits * padded_rank<K>(r));
     two_rows_ = reinterpret_cast<uint16_t*>(mask_ + kTileColumns + kMaskSlack);
   }
@@ -186,18 +186,18 @@ class Outer {
           ahead.now = Rectangle{x, below, range.tile_rows, range.c0, width};
         }
       };
-      const int64_t transposed = smaller(range.c1, sums.transposed);
+      const int64_t S_end = smaller(range.c1, sums.S_cols);
       if constexpr (in_tiles<K>) {
-        if (c < transposed) turn_units<K>(turned_, v_, tile_of_v.ld, units, v.cols);
-        for (; c < transposed; c += kPairColumns<K>) {
+        if (c < S_end) transpose_units<K>(transposed_v_, v_, tile_of_v.ld, units, v.cols);
+        for (; c < S_end; c += kPairColumns<K>) {
           const bool right = !range.warm && c + kPairColumns<K> < range.c1;
-          outer_in_tiles<K>({sums.S + c, sums.transposed, fresh}, {x, i, rows, c, kPairColumns<K>},
-                            turned_, v.cols, x_, right);
+          outer_in_tiles<K>({sums.S + c, sums.S_cols, fresh}, {x, i, rows, c, kPairColumns<K>},
+                            transposed_v_, v.cols, x_, right);
         }
       } else if constexpr (pairs<K>) {
-        for (; c < transposed; c += kPairColumns<K>) {
+        for (; c < S_end; c += kPairColumns<K>) {
           prefetch_next(kPairColumns<K>);
-          outer_columns<K>({sums.S + c, sums.transposed, fresh}, {x, i, rows, c, kPairColumns<K>},
+          outer_columns<K>({sums.S + c, sums.S_cols, fresh}, {x, i, rows, c, kPairColumns<K>},
                            tile_of_v.data, tile_of_v.ld, v.cols, x_, ahead);
         }
       }
@@ -205,7 +205,7 @@ class Outer {
         const int64_t cols = smaller(kTileColumns, range.c1 - c);
         prefetch_next(kTileColumns);
         const Broadcast a = columns_of_x({x, i, rows, c, cols}, drop);
-        Acc* const P = sums.P + (c - sums.transposed) * sums.ld;
+        Acc* const P = sums.P + (c - sums.S_cols) * sums.ld;
         sum_tile<K, Layout::down_columns>({P, sums.ld, fresh}, a, cols, tile_of_v, units, ahead);
       }
     }
@@ -229,7 +229,7 @@ class Outer {
     return Broadcast::of(x_, kTileColumns);
   }
 
-  Unit *x_, *v_, *turned_;  // a part of x, a tile of v, and that tile turned (turn_units, amx.h)
+  Unit *x_, *v_, *transposed_v_;  // a part of x, a tile of v, and its tiles of A (amx.h)
   uint32_t* mask_;
   uint16_t* two_rows_;
 };

@@ -26,7 +26,7 @@ LOTR_INLINE vq multiply_low(vq a, uint32_t b) {
 #endif
 }
 
-// Lanes odd, n + odd, 2 + odd, n + 2 + odd, ..
+// Lanes of a and b in turn: the even ones (odd = 0) or the odd ones (odd = 1) of both.
 template <int odd, int... I>
 LOTR_INLINE vq every_other(vq a, vq b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, ((I % 2) * kCounters + I / 2 * 2 + odd)...);

@@ -1,8 +1,8 @@
 // u = x A: a tile of rows of x times a packed factor (shrink_tile), written and rounded once
 // (write_rows). Also du = g F and F = s B G^T.
 //
-// A tile is summed step by step along k. A step's part of the packed factor stays in half of L1
-// while all rows of the tile use it. Each sum runs over k in ascending order in one accumulator.
+// A tile is summed in steps along k: a step's part of the packed factor stays in half of L1 while
+// all rows use it. A sum takes the steps in order: each is summed in registers, and then added.
 //
 // Example: x [200, 1001] in bfloat16 with AVX-512, r = 40. A row has 501 units (pairs) and r is 3
 // vectors of 16, so a step has 16384 / 4 / 48 = 85 units. Tiles of 96, 96 and 8 rows walk 5 steps
@@ -177,7 +177,7 @@ inline void write_rows(const TensorView& out, int64_t i0, int64_t rows, const ty
 
 template <typename K>
 constexpr int64_t kPanel = kMaxVectors * K::kLanes;
-// Rows of a block: few where there are registers to spare. Out-of-order execution then sees the
+// Rows of a block. With AVX-512 fewer than registers hold: out-of-order execution then sees the
 // next block's loads and this one's stores during the multiplications, and rows a power of two
 // apart do not push each other out of L1.
 constexpr int64_t kExpandRows = LOTR_VB == 64 ? 2 : kRows[kMaxVectors];
@@ -185,10 +185,10 @@ constexpr int64_t kExpandRows = LOTR_VB == 64 ? 2 : kRows[kMaxVectors];
 // The panels of F^T, and the memory in which one is packed and masked.
 template <typename K>
 struct Panels {
-  int64_t units;  // of the rank
-  int64_t count;  // panels of F^T
-  int64_t size;   // units of a panel
-  size_t row_bytes, mask_bytes;
+  int64_t units;                 // of the rank
+  int64_t count;                 // panels of F^T
+  int64_t size;                  // units of a panel
+  size_t row_bytes, mask_bytes;  // pack_panel's buffer; the masks of a block's rows
 
   explicit Panels(const TensorView& F)
       : units(packed_units<K>(F.cols)),

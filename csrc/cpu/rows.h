@@ -94,7 +94,7 @@ struct RowProducts {
       out[b] = sum * scaling;
     }
   }
-  // The same for a core with contiguous columns: kLanes of them at a time, each by its lanes.
+  // The same for a core with contiguous columns, kLanes at a time, each with one sum per lane.
   template <typename S>
   static void times_columns_of_core(Acc* out, const Acc* in, const S* core, const TensorView& shape,
                                     Acc scaling) {
@@ -196,7 +196,7 @@ struct RowProducts {
   static void row_core_grad(const TensorView& dcores, int64_t core_stride, const TensorView& g,
                             const TensorView& u, const int64_t* token, const Groups& by_core,
                             double scaling) {
-    auto groups = [&](int64_t begin, int64_t end) {
+    auto run_groups = [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
         const int64_t first = by_core.first[group];
         const int64_t n = by_core.first[group + 1] - first;
@@ -217,8 +217,8 @@ struct RowProducts {
     };
     // With few groups each product is divided among the threads: inside a task, calls of the pool
     // run in the calling thread.
-    if (by_core.count < 2 * threads()) return groups(0, by_core.count);
-    run_tasks(by_core.count, by_core.first[by_core.count] * u.cols * g.cols, groups);
+    if (by_core.count < 2 * threads()) return run_groups(0, by_core.count);
+    run_tasks(by_core.count, by_core.first[by_core.count] * u.cols * g.cols, run_groups);
   }
 
   // du_t = the sum of a token's rows of row_du, in their order, rounded once.

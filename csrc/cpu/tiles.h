@@ -87,7 +87,7 @@ constexpr int64_t packed_units(int64_t n) {
   return in_tiles<K> ? round_up(units, units_of_step(units)) : units;
 }
 
-// What an element becomes in a tile: its bits in a pair, else its value, rounded to T, as an Acc.
+// An element in a tile or native tensor: its bits in a pair, else its value, rounded to T, as Acc.
 template <typename K>
 using Part = std::conditional_t<pairs<K>, uint16_t, typename K::Acc>;
 
@@ -199,7 +199,7 @@ inline void pair_rows(typename K::Unit* units, const uint16_t* low, const uint16
   for (; j < n; ++j) units[j] = uint32_t(low[j]) | uint32_t(high[j]) << 16;
 }
 
-// The same where a unit is a pair, made from two rows. buffer: room for two rows of parts.
+// tile_down_columns where a unit is a pair, made from two rows. buffer: room for two rows of parts.
 template <typename K, typename T, typename S>
 inline void pairs_down_columns(typename K::Unit* tile, int64_t ld, const Rectangle& from,
                                uint16_t* buffer, const Drop& drop, uint32_t* mask) {

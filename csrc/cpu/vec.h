@@ -90,7 +90,7 @@ struct Narrow<f16> {
     b &= 0x7fffffffu;
     if (b > 0x7f800000u) return {uint16_t(sign | 0x7e00u | (b >> 13 & 0x3ffu))};
     if (b >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // 65520 and above: infinity
-    if (b < 0x38800000u) {  // below 2^-14: a multiple of 2^-24, as the sum with 0.5 is
+    if (b < 0x38800000u) {  // below 2^-14: adding 0.5 rounds to a multiple of 2^-24
       float sum;
       std::memcpy(&sum, &b, 4);
       sum += 0.5f;
@@ -243,8 +243,8 @@ LOTR_INLINE V zip(V a, V b) {
   return zip_lanes<half>(a, b, std::make_integer_sequence<int, n>{});
 }
 
-// The pairs a[i] | b[i] << 16, half of them each, in the order that costs one instruction: half 0
-// has the first four of every eight, half 1 the others. pair_at says where.
+// The pairs a[i] | b[i] << 16 in the order that costs one instruction: half 0 has the first four of
+// every eight pairs, half 1 the others. pair_at computes the column of each.
 template <int half, int... I>
 LOTR_INLINE vi pair_lanes(VecOf<uint16_t>::type a, VecOf<uint16_t>::type b,
                           std::integer_sequence<int, I...>) {

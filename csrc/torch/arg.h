@@ -43,13 +43,13 @@ inline const std::array<DtypeInfo, 6>& dtypes() {
        {ScalarType::Int, "torch.int32", aoti_torch_dtype_int32(), 4}}};
   return all;
 }
-// The dtype of a tensor. Unlike Tensor::scalar_type it accepts every dtype, because errors name
-// dtypes that no argument may have. These have torch's names: Short, Byte, ComplexFloat.
+// The row of a dtype. One that no argument may have gets torch's name, for errors: Short, Byte, ..
 inline DtypeInfo dtype_info(ScalarType type) {
   for (const DtypeInfo& info : dtypes())
     if (info.type == type) return info;
   return {type, torch::headeronly::toString(type), int32_t(type), 0};
 }
+// The dtype of a tensor. Unlike Tensor::scalar_type it accepts dtypes outside the table.
 inline DtypeInfo dtype_info(AtenTensorHandle t) {
   int32_t code = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &code));
@@ -107,7 +107,7 @@ struct Arg {
   // -1 if all rows have one common stride.
   int64_t split = -1;
 
-  explicit Arg(const char* name) : name(name) {}
+  explicit Arg(const char* name) : name(name) {}  // an argument that is not given (yet)
   Arg(const char* name, const Tensor& t) : name(name) { set(t); }
   Arg(const char* name, const OptionalTensor& t) : name(name) { set(t); }
   explicit operator bool() const { return tensor; }
@@ -156,7 +156,7 @@ struct Arg {
         split = i;
       expected = stride[i] * size[i];
     }
-    if (matrix.row_stride == 0 && matrix.rows <= 1) matrix.row_stride = matrix.cols;
+    if (matrix.rows <= 1) matrix.row_stride = matrix.cols;  // there is no second row: as if dense
   }
 };
 

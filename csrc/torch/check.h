@@ -112,8 +112,8 @@ struct Check {
       reach += (size - 1) * stride;
     }
   }
-  // A tensor that is written shares no memory with another argument, because kernels read and write
-  // in no particular order.
+  // Kernels read and write in no particular order, so a written tensor and another argument must
+  // not overlap. Interleaved ones (columns of one buffer) count as overlapping.
   void apart(const Arg& written, const Bytes& written_bytes, const Arg& other,
              const Bytes& other_bytes) const {
     if (written_bytes.first < other_bytes.end && other_bytes.first < written_bytes.end)
@@ -123,7 +123,7 @@ struct Check {
   }
 };
 
-// What a dimension counts. LEADING: the tokens of [.., K], all leading dimensions as one.
+// What a dimension counts. L: cores. LEADING: the tokens of [.., K], all leading dimensions as one.
 enum Dim : uint8_t { NO_DIM, M, K, N, R, R_IN, R_OUT, L, ROWS, LEADING };
 constexpr const char* DIM_NAMES[] = {"", "M", "K", "N", "r", "r_in", "r_out", "L", "rows", ".."};
 

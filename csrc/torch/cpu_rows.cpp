@@ -83,7 +83,7 @@ class Grouping {
   }
 
   int64_t bound_;
-  std::vector<int64_t> row_, key_, first_;
+  std::vector<int64_t> row_, key_, first_;  // of cpu::Groups (cpu/kernels.h)
 };
 
 // A new tensor. It is zeroed if some of its elements are not written.
@@ -103,7 +103,7 @@ TensorView first_matrix(const Arg& arg, void* data) {
   const int64_t* stride = arg.stride + arg.dim - 2;
   return {data, size[0], size[1], stride[0], stride[1], kernel_dtype(arg.dtype)};
 }
-TensorView write_view(const Tensor& t) {
+TensorView output_view(const Tensor& t) {
   const Arg arg("", t);
   return first_matrix(arg, write_data(arg));
 }
@@ -136,13 +136,13 @@ Tensor gradient_of_u(const RowArgs& args, const Sizes& sizes, const Rows& rows, 
   const ScalarType dtype = args.tokens ? acc_dtype(args.u.dtype) : args.u.dtype;
   const Tensor row_du =
       new_tensor<2>(args.u, {rows.count, sizes[R_IN]}, dtype, rows.all_have_cores());
-  cpu::row_core(write_view(row_du), read_view(args.g), nullptr, transposed, args.cores.stride[0],
+  cpu::row_core(output_view(row_du), read_view(args.g), nullptr, transposed, args.cores.stride[0],
                 rows.by_core.view(), scaling);
   if (!args.tokens) return row_du;
   const Grouping by_token(rows.tokens, sizes[M]);
   const Tensor du =
       new_tensor<2>(args.u, {sizes[M], sizes[R_IN]}, args.u.dtype, by_token.has_all_keys());
-  cpu::sum_rows(write_view(du), write_view(row_du), by_token.view());
+  cpu::sum_rows(output_view(du), output_view(row_du), by_token.view());
   return du;
 }
 
@@ -150,7 +150,7 @@ Tensor gradient_of_cores(const RowArgs& args, const Sizes& sizes, const Rows& ro
                          double scaling) {
   const Tensor dcores = new_tensor<3>(args.u, {sizes[L], sizes[R_IN], sizes[R_OUT]},
                                       acc_dtype(args.u.dtype), rows.by_core.has_all_keys());
-  cpu::row_core_grad(write_view(dcores), sizes[R_IN] * sizes[R_OUT], read_view(args.g),
+  cpu::row_core_grad(output_view(dcores), sizes[R_IN] * sizes[R_OUT], read_view(args.g),
                      read_view(args.u), rows.token(), rows.by_core.view(), scaling);
   return dcores;
 }
@@ -161,7 +161,7 @@ Tensor CpuProducts::row_core(const RowArgs& args, const Sizes& sizes, double sca
   const Rows rows(op_, args, sizes);
   const Tensor h =
       new_tensor<2>(like_, {rows.count, sizes[R_OUT]}, like_.dtype, rows.all_have_cores());
-  cpu::row_core(write_view(h), read_view(args.u), rows.token(),
+  cpu::row_core(output_view(h), read_view(args.u), rows.token(),
                 first_matrix(args.cores, read_data(args.cores)), args.cores.stride[0],
                 rows.by_core.view(), scaling);
   return h;

@@ -52,7 +52,7 @@ std::string gemm_lotr_refusal(int64_t K, int64_t N, int64_t r, ScalarType dtype,
   problem.W = {aligned, K, 1, Access::vector};
   problem.u = {aligned, padded_rank, 1, Access::vector};
   problem.F = {aligned, padded_rank, 1, Access::vector};
-  problem.M = 2;
+  problem.M = 2;  // with one row its stride would not be checked
   problem.N = N;
   problem.K = K;
   problem.r = int32_t(r);

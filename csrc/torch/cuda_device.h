@@ -53,8 +53,8 @@ struct Device {
 
 // Makes the device current, and reads its properties from the driver once.
 //
-// This module links another CUDA runtime than torch, and torch's device guard sets the device of
-// torch's. The two agree where the thread has a current context, which both follow.
+// This module links a second CUDA runtime, and torch's device guard sets the device of torch's.
+// Both follow the context that is current in the thread; a thread without one gets the device here.
 inline const Device& device_of(const char* op, int32_t device) {
   constexpr int32_t MAX_DEVICES = 64;
   static std::array<Device, MAX_DEVICES> devices;

@@ -18,15 +18,15 @@ struct Rows {
       : index(contiguous(args.index)),
         offs(contiguous(args.offs)),
         tokens(contiguous(args.tokens)) {}
-  RowIndex index_in(const Sizes& sizes) const {
-    RowIndex x{};
-    if (index) x.core = static_cast<const int64_t*>(index->const_data_ptr());
-    if (offs) x.ends = static_cast<const int32_t*>(offs->const_data_ptr());
-    if (tokens) x.token = static_cast<const int64_t*>(tokens->const_data_ptr());
-    x.rows = sizes[tokens ? ROWS : M];
-    x.tokens = sizes[M];
-    x.cores = sizes[L];
-    return x;
+  RowIndex row_index(const Sizes& sizes) const {
+    RowIndex indices{};
+    if (index) indices.core = static_cast<const int64_t*>(index->const_data_ptr());
+    if (offs) indices.ends = static_cast<const int32_t*>(offs->const_data_ptr());
+    if (tokens) indices.token = static_cast<const int64_t*>(tokens->const_data_ptr());
+    indices.rows = sizes[tokens ? ROWS : M];
+    indices.tokens = sizes[M];
+    indices.cores = sizes[L];
+    return indices;
   }
   static OptionalTensor contiguous(const Arg& arg) {
     return arg ? OptionalTensor(torch::stable::contiguous(*arg.tensor)) : std::nullopt;
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> sort(const Tensor& key) {
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
-// The rows sorted by a key below `bound`, and where the rows of each key end.
+// The rows sorted by a key from -1 (none) to bound - 1, and where the rows of each key end.
 struct Sorted {
   Tensor keys, order, ends;
 
@@ -99,15 +99,15 @@ struct Sorted {
 // du_t = s * the sum over the rows of t of g_i G_c(i)^T. Without tokens, row i is token i.
 Tensor gradient_of_u(const CudaProducts& products, const RowArgs& args, const Sizes& sizes,
                      const Rows& rows, double scaling) {
-  RowIndex index_of_g = rows.index_in(sizes);  // row i reads row i of g, not a token's
+  RowIndex index_of_g = rows.row_index(sizes);  // row i reads row i of g, not a token's
   index_of_g.token = nullptr;
   index_of_g.tokens = index_of_g.rows;
-  // Rows that are summed by token are not rounded before.
+  // Rows that are summed by token are not rounded before, and sum_rows reads them without padding.
   const ScalarType dtype = rows.tokens ? ScalarType::Float : args.u.dtype;
   OptionalTensor row_du;
-  const TensorView row_du_view = rows.tokens
-                                     ? products.make(row_du, index_of_g.rows, sizes[R_IN], dtype)
-                                     : products.make_padded(row_du, sizes[M], sizes[R_IN], dtype);
+  const TensorView row_du_view =
+      rows.tokens ? products.make(row_du, index_of_g.rows, sizes[R_IN], dtype)
+                  : products.make_padded(row_du, index_of_g.rows, sizes[R_IN], dtype);
   product(products, row_du_view, read_view(args.g), index_of_g, args.cores, Direction::backward,
           scaling);
   if (!rows.tokens) return *row_du;
@@ -129,7 +129,7 @@ Tensor gradient_of_cores(const CudaProducts& products, const RowArgs& args, cons
                          const Rows& rows, double scaling) {
   const Tensor dcores =
       empty<3>(args.u, {sizes[L], sizes[R_IN], sizes[R_OUT]}, aoti_torch_dtype_float32());
-  const RowIndex index = rows.index_in(sizes);
+  const RowIndex index = rows.row_index(sizes);
   const TensorView u = read_view(args.u);
   std::optional<Sorted> by_index;
   if (rows.index) by_index.emplace(products, args.u, *rows.index, sizes[L]);
@@ -156,7 +156,7 @@ Tensor gradient_of_cores(const CudaProducts& products, const RowArgs& args, cons
 Tensor CudaProducts::row_core(const RowArgs& args, const Sizes& sizes, double scaling) const {
   check_sizes(op_, sizes);
   const Rows rows(args);
-  const RowIndex index = rows.index_in(sizes);
+  const RowIndex index = rows.row_index(sizes);
   OptionalTensor h;
   product(*this, make_padded(h, index.rows, sizes[R_OUT], like_.dtype), read_view(args.u), index,
           args.cores, Direction::forward, scaling);

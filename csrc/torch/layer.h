@@ -55,10 +55,10 @@ struct Output {
   Tensor matrix;
   TensorView view;
   bool fresh = false;         // true: the next product is written, and later ones are added
-  const Arg* bias = nullptr;  // of y, or null: added with the first product
+  const Arg* bias = nullptr;  // of y, or null: the first product adds it, on a CPU the adapter's
 };
 
-// A sum over tokens. A default one, without data, is not needed.
+// A sum over tokens. Without data, as by default, it is one that is not needed.
 struct Sum {
   TensorView view;
   bool add = false;  // true: an argument that is added to; false: new memory that is written
@@ -316,11 +316,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_backward_rows(
                               {"B", B}, {"dx", dx},         {"dB", dB}};
   const Sizes sizes = args.check(check, need_B);
   const Products products(check, args.g);
-  const ScalarType sums = acc_dtype(args.g.dtype);
+  const ScalarType sum_dtype = acc_dtype(args.g.dtype);
   OptionalTensor new_dh;
   OptionalTensor new_dB;
   Sum dB_sum;
-  if (need_B) dB_sum = products.sum(args.dB, new_dB, sizes[N], sizes[R], sums);
+  if (need_B) dB_sum = products.sum(args.dB, new_dB, sizes[N], sizes[R], sum_dtype);
   // dh = g B and dB = g^T h are du and Q with B for F and h for u. Without need_h, B is left out.
   du_and_Q(products, new_dh, dB_sum, args.g, need_h ? args.B : Arg("B"), args.h);
   Output dx_out;
@@ -329,7 +329,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_backward_rows(
     products.base(dx_out, args.g, *args.weight.tensor);
   }
   return {args.dx ? Tensor() : dx_out.tensor, as_result(new_dh, args.g.dtype),
-          as_result(new_dB, sums)};
+          as_result(new_dB, sum_dtype)};
 }
 
 // dx += drop(du A^T); dA += drop(x)^T du, returned if it is new.
@@ -342,18 +342,18 @@ Tensor shrink_backward(const Tensor& du, const OptionalTensor& dx, const Optiona
                                 {"A", A},   {"dA", dA}, {"seed", seed}};
   const Sizes sizes = args.check(check, p);
   const Products products(check, args.du, p, args.seed);
-  const ScalarType sums = acc_dtype(args.du.dtype);
+  const ScalarType sum_dtype = acc_dtype(args.du.dtype);
   OptionalTensor new_dA;
   const TensorView du_view = read_view(args.du);
   if (args.x) {
-    const Sum dA_sum = products.sum(args.dA, new_dA, sizes[K], sizes[R], sums);
+    const Sum dA_sum = products.sum(args.dA, new_dA, sizes[K], sizes[R], sum_dtype);
     products.factor_grad(dA_sum, read_view(args.x), du_view, Mask::dropout);
   }
   if (args.dx) {
     Output dx_out = onto(args.dx);
     products.expand(dx_out, du_view, read_view(args.A), Mask::dropout);
   }
-  return as_result(new_dA, sums);
+  return as_result(new_dA, sum_dtype);
 }
 
 }  // namespace lotr

@@ -45,8 +45,8 @@ inline Tensor transposed_view(const Arg& a) {
   const int64_t stride[] = {a.stride[1], a.stride[0]};
   return view(a.handle, 2, size, stride);
 }
-// A new contiguous matrix [rows, cols] with `like`'s leading dimensions. Autograd does not see a
-// view, which users could not write into.
+// `matrix`, which is new and contiguous, with `like`'s leading dimensions. For autograd it is not a
+// view, so users can write into it.
 inline Tensor with_leading(const Tensor& matrix, const Arg& like, int64_t cols) {
   if (like.dim == 2) return matrix;
   std::vector<int64_t> size(like.size, like.size + like.dim);

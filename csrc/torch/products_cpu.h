@@ -78,7 +78,7 @@ class CpuProducts {
   // out = from + u F^T.
   void expand_from(const Output& out, const TensorView& from, const TensorView& u,
                    const TensorView& F) const {
-    cpu::expand(out.view, u, F, {}, {from, {}});
+    cpu::expand(out.view, u, F, cpu::Drop{}, {from, /*bias=*/{}});
   }
   TensorView shrink_grad(OptionalTensor& owner, const Sum& Q, const TensorView& g, const Arg& F,
                          const Arg& u) const {

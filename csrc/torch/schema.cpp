@@ -20,8 +20,8 @@
 //   layer_forward_projected      starts at u:  F = s B G^T
 //   layer_forward_rows           starts at h:  h B^T in place of u F^T
 //
-// Their backwards compute a gradient for each argument "if given", and add it to another or return
-// it:
+// Each backward computes a gradient if the argument "if given" is given (or true), and adds it to
+// the argument "added to" if that is given, else returns it:
 //
 //   operator                     if given    gradient                added to    else returned as
 //   layer_backward_,             weight      dx = g W + drop(du A^T)             dx
@@ -41,8 +41,8 @@
 // that is added to has acc(T); dx and du have T.
 //
 // Only the LibTorch stable ABI is used: one build runs under torch 2.10 and later. Autograd, fake
-// kernels and version counters are registered in Python (lotr_ext/core/operators.py), where that
-// ABI has no place for them.
+// kernels and version counters are registered in Python (lotr_ext/core/operators.py), because
+// that ABI cannot register them.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
