@@ -145,8 +145,7 @@ def lotr_grouped_linear(
         bias: [e, n].
         tokens: The row of x that each row reads [rows] (int64), also for rows past the last end.
             x A is then computed once per token.
-        core_index: The task of each row of x (int64), -1 for none. A row uses the core of its task
-            and its expert.
+        core_index: The task of each row of x (int64), -1 for none. Task and expert choose the core.
 
     Raises:
         TypeError, ValueError: If an argument has the wrong type, shape or value. The message names

@@ -323,7 +323,7 @@ EXPERTS: list[Row] = [
     ("row_core, offs descending", "offs", partial(row_core, offs=torch.tensor([3, 2]).int())),
     ("row_core, offs too large", "offs", partial(row_core, offs=torch.tensor([3, 5]).int())),
     ("row_core, too many offs", "offs", partial(row_core, offs=torch.tensor([1, 2, 4]).int())),
-    # With one operand on meta, torch calls the fake kernel, which returns memory that nobody wrote.
+    # With one operand on meta, torch calls the fake kernel, which returns memory without values.
     (
         "grouped_mm, weight on meta",
         "grouped_mm",

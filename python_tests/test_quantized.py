@@ -165,7 +165,7 @@ MERGES = {
 
 
 def dequantized_to(result: object, linear: nn.Linear) -> zoo.Dense:
-    """Returns a quantized layer whose dequantize returns something else than its weight."""
+    """Returns a quantized layer whose dequantize returns something other than its weight."""
     layer = zoo.Dense(linear)
     layer.dequantize = lambda: result
     return layer

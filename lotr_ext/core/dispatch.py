@@ -231,9 +231,8 @@ def choose_plan(
 def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
     """Computes a call by our operators.
 
-    First it replaces what they do not accept: an x that cannot be flattened, and a weight or bias
-    that is trained. Then it chooses the nodes (`choose_plan`): either one node computes the call,
-    or a projection and a node that starts from u, or from h = s u G.
+    Replaces what they do not accept: an x that cannot be flattened, a trained weight or bias. Then
+    one node computes the call, or a projection and a node that starts from u or h = s u G.
 
     Args:
         call: Arguments for which `fallback_reason` is None.
@@ -264,9 +263,8 @@ def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
     core = call.core
     if call.choice is None and private.saved_tensor_hooks():
-        # Autograd does not compare the versions of tensors that hooks save, and hooks may save the
-        # tensor itself. Without the copy, an optimizer step between forward and backward would
-        # change dB = s Q G.
+        # Hooks may save the tensor itself, and autograd then does not compare its version. Without
+        # the copy, an optimizer step between forward and backward would change dB = s Q G.
         core = call.core.clone()
     if plan is not Plan.PROJECTION:
         return nodes.layer_on_input(
