@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 import warnings
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -39,8 +38,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
     In them, the copy that examples/data.py has downloaded stands for the model of the Hub.
     """
-    text = page.read_text(encoding="utf-8")
-    text = text.replace('"sentence-transformers/all-MiniLM-L6-v2"', '"data/all-minilm-l6-v2"')
+    text = page.read_text(encoding="utf-8").replace(
+        '"sentence-transformers/all-MiniLM-L6-v2"', '"data/all-minilm-l6-v2"'
+    )
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
@@ -114,7 +114,7 @@ def test_python_blocks_run_in_order(
 
 def commands() -> list[str]:
     """Returns every line of every shell block, each once."""
-    text = "".join(chain.from_iterable(blocks(page, "sh") for page in PAGES))
+    text = "".join("".join(blocks(page, "sh")) for page in PAGES)
     return sorted({line for line in text.splitlines() if line.strip()})
 
 
@@ -188,5 +188,5 @@ def test_quoted_paths_are_in_the_repository(page: Path) -> None:
 
 
 def test_the_api_page_has_every_public_name() -> None:
-    page = (DOCS / "api.md").read_text(encoding="utf-8")
-    assert [name for name in lotr_ext.__all__ if f"::: lotr_ext.{name}\n" not in page] == []
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    assert set(lotr_ext.__all__) <= set(re.findall(r"^::: lotr_ext\.(\w+)$", text, re.MULTILINE))

@@ -18,8 +18,10 @@ from test_docs import blocks
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Builds a wheel in the build folder of `make`, which has compiled everything."""
     folder = tmp_path_factory.mktemp("wheel")
-    options = ["--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", folder]
-    process = run_python("-m", "pip", "wheel", *options, ROOT)
+    process = run_python(
+        *("-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"),
+        *("--wheel-dir", folder, ROOT),
+    )
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     (path,) = folder.glob("*.whl")
     return path
@@ -32,8 +34,9 @@ def test_the_wheel_serves_every_python_and_contains_only_the_package(wheel: Path
         (metadata_name,) = [name for name in names if name.endswith("METADATA")]
         metadata = archive.read(metadata_name).decode()
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lotr_ext").rglob("*.py")}
-    packed = {name for name in names if name.startswith("lotr_ext/")}
-    assert packed == modules | {"lotr_ext/_C.abi3.so"}
+    assert {name for name in names if name.startswith("lotr_ext/")} == modules | {
+        "lotr_ext/_C.abi3.so"
+    }
     assert all(name.startswith("lotr_ext") for name in names)
     assert "Requires-Python: >=3.10" in metadata
     assert "Requires-Dist: torch>=2.10" in metadata
@@ -108,8 +111,7 @@ version = m.version
 sys.argv = ["setup.py", "--quiet", *{build}]
 runpy.run_path("setup.py", run_name="__main__")
 """
-    environment = {name: text for name, text in os.environ.items() if name != "CXX"}
-    environment["LOTR_BUILD_DIR"] = str(tmp_path / "build")
+    environment = os.environ | {"CXX": "", "LOTR_BUILD_DIR": str(tmp_path / "build")}
     process = run_python("-c", program, cwd=ROOT, env=environment)
     assert process.returncode != 0
     last_line = process.stderr.splitlines()[-1]
