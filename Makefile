@@ -1,6 +1,6 @@
 # Every target makes what it needs. .venv has the installed packages, data/ the models and texts.
 #
-#   PYTHON=...    the interpreter of .venv
+#   PYTHON=...    the Python from which .venv is made
 #   PIP_ARGS=...  passed to pip (an index, a proxy)
 #   ARGS=...      passed to the command of a target
 SHELL := /bin/sh
@@ -12,8 +12,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
-# Each test process has one thread of torch. The tests of a file share fixtures, so they stay in one
-# process. Files start in their order, and not the one with the most tests first.
+# Two processes, each with one thread of torch. The tests of a file share fixtures, so they stay in
+# one process. Files start in the order of collection, instead of those with the most tests first.
 PYTEST_JOBS := -n 2 --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
@@ -31,16 +31,16 @@ help:
 	@echo "make check       the tests to run while you work: operators, layers, a few kernels"
 	@echo "make test        the tests; with the slow ones, as in CI: make test ARGS='-m \"not full\"'"
 	@echo "make bench       the benchmarks; ARGS=--quick only shows that they run"
-	@echo "make gpu         on a machine with a GPU, without network: build, tests and benchmarks"
-	@echo "                 in nine minutes (ARGS=\"--budget 1800\": in thirty)"
+	@echo "make gpu         on a machine with a GPU: build, test and measure in nine minutes"
+	@echo "                 (ARGS=\"--budget 1800\": in thirty); needs no network"
 	@echo "make docs        the site, in build-docs/"
 	@echo "make lint        checks style and the order of imports; make format corrects the layout"
 	@echo "make wheel       one wheel for Python 3.10+ and torch 2.10+, for CPUs and GPUs, in dist/"
 	@echo "make serve-test  the tests with vLLM (2 GB)"
 	@echo "make clean       removes what was built"
-	@echo "make frameworks, make quantized, make vllm"
-	@echo "                 install what the tests with other packages need: DeepSpeed, TRL,"
-	@echo "                 sentence-transformers; torchao, bitsandbytes; vLLM"
+	@echo "make frameworks  installs DeepSpeed, TRL and sentence-transformers for their tests"
+	@echo "make quantized   installs torchao and bitsandbytes for their tests"
+	@echo "make vllm        installs vLLM for its tests (2 GB)"
 
 # ---- set-up: each finished step leaves a file in $(STAMPS) ---------------------------------------
 
@@ -114,7 +114,7 @@ docs: $(STAMPS)/need-docs $(STAMPS)/build
 	@echo "docs: open build-docs/index.html"
 	@echo "docs: for its search, run python3 -m http.server -d build-docs"
 
-# Appended to each check of the layout: says how to correct it, and fails.
+# What lint runs if the layout of a file differs. false makes the target fail.
 LAYOUT_DIFFERS := { echo "lint: make format corrects the layout" >&2; false; }
 lint: $(STAMPS)/need-lint
 	@$(PY) -m ruff check --quiet .

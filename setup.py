@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -31,8 +32,8 @@ CMAKE_OPTIONS = ("LOTR_CUDA", "LOTR_ARCHS", "LOTR_CPU_ISAS")
 READ_ONCE = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDA_HOME", "CUDA_PATH", "CUDACXX", "CUDAHOSTCXX")
 
 
-def stop(message: str) -> None:
-    """Ends with one line that says what to do, instead of a traceback."""
+def stop(message: str) -> NoReturn:
+    """Exits with one line that says what to do, instead of a traceback."""
     sys.exit(f"lotr_ext: {message}")
 
 
@@ -58,10 +59,11 @@ def check_packages() -> None:
             "expected torch >= 2.10 in this Python, got none. Install it first (pip install "
             "torch), then: pip install --no-build-isolation ."
         )
-    torch = importlib.metadata.version("torch")
-    if major_minor(torch) < MIN_TORCH:
+    torch_version = importlib.metadata.version("torch")
+    if major_minor(torch_version) < MIN_TORCH:
         stop(
-            f"expected torch >= 2.10 in this Python, got {torch}. Upgrade it: pip install -U torch"
+            f"expected torch >= 2.10 in this Python, got {torch_version}. "
+            "Upgrade it: pip install -U torch"
         )
     has_wheel = importlib.util.find_spec("wheel") is not None
     if not has_wheel and major_minor(importlib.metadata.version("setuptools")) < (70, 1):
@@ -72,7 +74,7 @@ def check_packages() -> None:
 
 
 def check_compiler() -> None:
-    """Stops unless the compiler that CXX names exists, or a usual one if CXX is not set."""
+    """Stops unless the compiler of CXX exists or, without CXX, c++, g++ or clang++."""
     compiler = os.environ.get("CXX", "").split()  # a command and its options
     if not any(shutil.which(name) for name in (compiler[:1] or ["c++", "g++", "clang++"])):
         stop(
@@ -99,7 +101,7 @@ def find_cmake() -> str:
 
 
 def parallel_jobs() -> str:
-    """Returns how many files are compiled at a time: MAX_JOBS, or one per core up to eight."""
+    """Returns the number of parallel compilations: MAX_JOBS, or one per core, at most eight."""
     jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
     if not jobs.isdecimal() or int(jobs) < 1:
         stop(f"MAX_JOBS: expected a whole number from 1 on, got {jobs!r}. Unset or correct it.")
@@ -151,13 +153,14 @@ class CMakeBuild(build_ext):
         settings_file.write_text(settings)
 
     def copy_extensions_to_source(self) -> None:
-        """Replaces the module in the source folder, whose old file a running Python may use."""
+        """Copies the module to the source folder, for an installation in place."""
+        # A running Python may have mapped the old file, so it is replaced and not overwritten.
         (ROOT / "lotr_ext" / "_C.abi3.so").unlink(missing_ok=True)
         super().copy_extensions_to_source()
 
 
 class BuildPython(build_py):
-    """Starts from an empty folder. Setuptools would pack modules that the source no longer has."""
+    """Empties the build folder first. Setuptools would also pack modules of earlier sources."""
 
     def run(self) -> None:
         shutil.rmtree(Path(self.build_lib) / "lotr_ext", ignore_errors=True)
@@ -165,7 +168,7 @@ class BuildPython(build_py):
 
 
 if {"build_ext", "bdist_wheel", "dist_info", "editable_wheel"} & set(sys.argv):
-    check_packages()  # before setuptools prints anything, so that this line is the last one
+    check_packages()  # before setuptools prints anything, so that its message is the last line
 
 setup(
     ext_modules=[Extension("lotr_ext._C", sources=[], py_limited_api=True)],

@@ -1,10 +1,14 @@
 """Checks the includes in csrc: no cycles, and each layer includes only layers below it.
 
-    python .ci/check_includes.py [FOLDER]     prints a line per wrong include, and exits with 1
+    python .ci/check_includes.py [FOLDER]     prints one line per wrong include, and exits with 1
 
-cuda: ptx < tile < kernels < plan < launchers < torch. cpu < torch. simt < ptx. cpu and cuda do not
-include each other; both use tensor_view.h. simt/module, which is in no wheel, includes simt and
-cuda.
+The layers, from the lowest up:
+
+    simt < ptx < tile < kernels < plan < launchers < torch
+    cpu < torch
+
+cpu and cuda do not include each other; both use tensor_view.h. simt/module, which is in no wheel,
+includes simt and cuda.
 """
 
 import re
@@ -43,7 +47,7 @@ LAYERS = {
 
 
 def read_includes(folder: Path) -> dict[str, list[str]]:
-    """Returns which other files of the folder each file includes. Paths are relative to it."""
+    """Returns the files of the folder that each of its files includes, as paths relative to it."""
     folder = folder.resolve()
     graph: dict[str, list[str]] = {}
     for path in sorted(folder.rglob("*")):
@@ -60,7 +64,7 @@ def read_includes(folder: Path) -> dict[str, list[str]]:
 
 
 def cycles(graph: dict[str, list[str]]) -> list[str]:
-    """Returns a line per cycle of includes."""
+    """Returns one line per cycle of includes."""
     finished: set[str] = set()
     lines: list[str] = []
 
@@ -87,7 +91,7 @@ def layer_of(name: str) -> str | None:
 
 
 def wrong_includes(graph: dict[str, list[str]]) -> list[str]:
-    """Returns a line per include of a layer that is not below."""
+    """Returns one line per include that LAYERS does not allow."""
     lines = []
     for name, targets in graph.items():
         layer = layer_of(name)

@@ -7,8 +7,8 @@
 #   all      for a wheel: every architecture that nvcc supports
 #   AUTO     the cards of this machine that the kernels and nvcc support, else 80 and 90a
 #
-# The code of a card also runs on later minor versions (100 on 103), and the PTX of the entry
-# without "-real" runs on later cards. Hopper's entry is 90a and not 90: only 90a has wgmma.
+# Code for a compute capability also runs on its later minor versions (100 on 103). An entry without
+# "-real" adds PTX, which runs on later cards. Hopper's entry is 90a and not 90: only 90a has wgmma.
 function(lotr_archs result wanted nvcc_version)
   if(nvcc_version VERSION_LESS 12.8)
     set(all 80 86-real 89-real 90a-real)
