@@ -15,10 +15,10 @@ def table(mode: str = "plain") -> str:
     """Returns the table that the program prints.
 
     Args:
-        mode: The executor's build: "plain", "race" or "asan".
+        mode: The build of the executor: "plain", "race" or "asan".
 
     Raises:
-        CalledProcessError: If a step computes a wrong value.
+        CalledProcessError: If a step computes a wrong value, or the executor finds an error.
     """
     program = build.program(mode, HERE / "shrink_steps.cpp")
     return subprocess.run(
@@ -29,7 +29,7 @@ def table(mode: str = "plain") -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python docs/teaching/run_steps.py", description=__doc__)
     parser.add_argument(
-        "--mode", default="plain", choices=("plain", "race", "asan"), help="of the executor"
+        "--mode", default="plain", choices=("plain", "race", "asan"), help="the executor's build"
     )
     print(table(parser.parse_args(argv).mode), end="")
     return 0

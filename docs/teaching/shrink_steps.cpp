@@ -1,5 +1,5 @@
-// Runs the five steps in the SIMT executor, checks each against float64 in three orders of the
-// threads, and prints what each one moves and issues.
+// Runs the five steps in the SIMT executor, compares each with float64 in three orders of the
+// threads, and prints what each step reads and issues.
 #include "shrink_steps.cuh"
 
 #include <cmath>
@@ -17,7 +17,7 @@ struct Step {
   const char* name;
   void (*kernel)(steps::Params);
   int tokens, threads;  // of a block
-  size_t shared;
+  size_t shared;        // its bytes of shared memory
 };
 const Step STEPS[] = {
     {"1 naive", steps::naive, 16, 256, 0},
@@ -27,7 +27,7 @@ const Step STEPS[] = {
     {"5 ring of copies", steps::ring, steps::ROWS, steps::THREADS, sizeof(steps::RingSmem)},
 };
 
-// An array at a multiple of 256 bytes, as cudaMalloc returns it.
+// An array whose address is a multiple of 256, as cudaMalloc returns it.
 template <class T>
 struct Array {
   struct alignas(256) Line {
@@ -84,7 +84,7 @@ bool right_in_all_orders(const Step& step) {
   for (const Order order : {Order::forward, Order::reverse, Order::random}) {
     Options options;
     options.order = order;
-    options.preempt = order == Order::random ? 16 : 0;  // a switch at one access in 16
+    options.preempt = order == Order::random ? 16 : 0;  // switches fibers at one access in 16
     lotr::simt::set_options(options);
     ragged.run(step);
     if (!ragged.right()) return false;
@@ -112,7 +112,7 @@ int main() {
     lotr::simt::reset_counters();
     problem.run(step);
     const lotr::simt::Counters c = lotr::simt::counters();
-    // A warp's multiply-add computes 32 of the M K R products, unless tensor cores compute them.
+    // Without tensor cores, a multiply-add of a warp computes 32 of the M K R products.
     const uint64_t multiply = c.mma ? c.mma : uint64_t(problem.M) * problem.K * steps::R / 32;
     const double conflict =
         c.shared_phases ? double(c.shared_wavefronts) / double(c.shared_phases) : 0.;

@@ -1,6 +1,6 @@
-// u [M, 16] = x [M, K] A [K, 16] five times, x and A in bfloat16, sums in float32: from a naive
-// kernel to the structure of csrc/cuda/kernels/shrink.cuh.  docs/teaching/shrink.md explains the
-// steps, and shrink_steps.cpp runs them.
+// Five kernels for u [M, 16] = x [M, K] A [K, 16], from a naive one to the structure of
+// csrc/cuda/kernels/shrink.cuh. x and A are bfloat16, sums are float32. docs/teaching/shrink.md
+// explains the steps, and shrink_steps.cpp runs them.
 #pragma once
 #include "cuda/tile/mma.cuh"
 #include "cuda/tile/shared.cuh"
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(256) naive(const Params p) {
 
 // ---- 2: a warp for each token; a lane loads 16 bytes at a time ----
 
-// The eight elements of a 16-byte chunk: a bfloat16 is the upper half of a float.
+// Converts the eight elements of a 16-byte chunk. A bfloat16 is the upper half of a float.
 LOTR_DEVICE void unpack(float (&to)[8], const uint4& chunk) {
   const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(256) tiled(const Params p) {
   const int t = int(threadIdx.x);
   const int m0 = int(blockIdx.x) * ROWS;
   const int row = t / 4;
-  const int j = t % 4 * 4;  // a thread has four sums of one token
+  const int j = t % 4 * 4;  // the first of this thread's four sums, all of one token
   float sum[4] = {};
   for (int k0 = 0; k0 < p.K; k0 += COLS) {
     for (int chunk = t; chunk < ROWS * COLS / 8; chunk += 256) {
@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(THREADS) ring(const Params p) {
   for (int step = 0; step < STAGES - 1; ++step) fetch(step);
   for (int step = 0; step < count; ++step) {
     ptx::cp_async_wait<STAGES - 2>();  // this thread's copies of the tile have landed
-    __syncthreads();           // those of all threads; and all have multiplied the previous tile
-    fetch(step + STAGES - 1);  // into the stage of that tile
+    __syncthreads();           // so have all threads' copies, and the previous tile is multiplied
+    fetch(step + STAGES - 1);  // into the stage of the previous tile
     Stage& stage = s.stage[step % STAGES];
     tile::warp_product<Product, COLS, tile::Order::along_k, tile::Order::across_k>(
         d, stage.x, t / 32 * 16, 16, stage.A, 0);  // x from row t / 32 * 16, A from column 0
