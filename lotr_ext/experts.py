@@ -23,7 +23,7 @@ from .checks import (
     check_range,
     check_tensor,
     check_values,
-    has_values,
+    is_cheap_to_read,
 )
 from .core import dispatch, grouped
 from .core.call import LayerCall, RowChoice, index_from_offs
@@ -105,7 +105,7 @@ def _with_zeros(x: Tensor, is_zero: Tensor) -> Tensor:
 
     On a GPU and in a compiled graph it always copies, because looking for such rows would wait.
     """
-    if has_values(is_zero) and not bool(is_zero.any()):
+    if is_cheap_to_read(is_zero) and not bool(is_zero.any()):
         return x
     return x.masked_fill(is_zero.unsqueeze(1), 0)
 

@@ -156,6 +156,7 @@ LAYERS: list[Row] = [
     ("dtype float8", "dtype", layer(dtype=torch.float8_e4m3fn)),
     ("scaling NaN", "scaling", layer(scaling=nan)),
     ("scaling infinite", "scaling", layer(scaling=inf)),
+    ("scaling past every float", "scaling", layer(scaling=10**400)),
     ("scaling with alpha", "scaling", layer(scaling=2, alpha=8)),
     ("scaling with rslora", "scaling", layer(scaling=2, rslora=True)),
     ("scaling a string", "scaling", layer(scaling="1")),
