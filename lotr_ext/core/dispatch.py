@@ -8,7 +8,7 @@
        |
        +-- otherwise ----------> run_nodes -- choose_plan -- the autograd nodes on our operators
 
-    grouped_linear   the same for the rows of a mixture of experts, onto the grouped base product
+    grouped_linear   the same for a mixture of experts: adds the adapter to the grouped base product
 
 Arguments are not checked here (functional.py and layers.py check them).
 """
@@ -32,9 +32,9 @@ from .strategy import choose_strategy
 # or of this file changes what a compiled graph contains.
 VERSION = "lotr 8"
 
-# Layers on one x may share u = x A, but a shared node costs host time. To compute u again costs a
+# Layers on one x may share u = x A, but a shared node costs host time. Computing u again costs a
 # pass over x: x.numel() (r_in + READ_COST) multiplications. Below LITTLE_WORK of them, each layer
-# computes u itself. How much longer a step of an adapted model takes than one of the frozen model
+# computes u itself. An adapted model's step takes this much longer than the frozen model's
 # (python -m bench.model --models smollm2-135m --sequence 256):
 #
 #     tokens   each layer computes u   layers share u
@@ -133,7 +133,7 @@ def _check_base_product(x: Tensor, weight: Tensor) -> None:
     device.
 
     Raises:
-        TypeError: If the dtypes differ (autocast has cast both already), or one has no values.
+        TypeError: If the dtypes differ (autocast has cast both already), or one of them is on meta.
     """
     if x.dtype != weight.dtype or x.is_meta != weight.is_meta:
         raise TypeError(
@@ -166,6 +166,7 @@ def fallback_reason(call: LayerCall) -> str | None:
     return _dtype_obstacle(x.dtype, base.dtype, A.dtype, B.dtype, core.dtype, core.shape, x.device)
 
 
+# Cached, because these arguments are the same in all calls of a layer.
 @functools.cache
 def _dtype_obstacle(
     x_dtype: torch.dtype,
@@ -176,7 +177,6 @@ def _dtype_obstacle(
     core_shape: tuple[int, ...],
     device: torch.device,
 ) -> str | None:
-    # Cached, because a layer's calls differ in none of these arguments.
     for name, dtype in (("A", A_dtype), ("B", B_dtype), ("core", core_dtype)):
         is_wide_factor = dtype == torch.float32 and x_dtype.itemsize == 2
         if dtype != x_dtype and not is_wide_factor:
@@ -209,12 +209,13 @@ def choose_plan(
     """Chooses the nodes of a call.
 
     Args:
+        x, A: As in the call.
         tokens: Rows of x. A symbol if torch.compile traces dynamic shapes; no guard is added to it.
         layers: How many layers use A, 0 if unknown.
         p: The probability of dropout. If it is not 0, each layer draws a mask, so layers cannot
             share u, and the few-token form, which has no mask, cannot run.
-        needs_projection: Whether the call has row cores or the output of another base, which one
-            node does not compute.
+        needs_projection: Whether the call has a choice or a base_output, which one node does not
+            support.
     """
     if needs_projection or (p and x.dtype == torch.float16):
         return PROJECTION
@@ -234,7 +235,7 @@ def choose_plan(
 def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
     """Computes a call by our operators.
 
-    Replaces what they do not accept: an x that cannot be flattened, a trained weight or bias. Then
+    A copy replaces an x that cannot be flattened, and a base_output a trained weight or bias. Then
     one node computes the call, or a projection and a node that starts from u or h = s u G.
 
     Args:
@@ -247,7 +248,7 @@ def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
     trains_weight = weight is not None and weight.requires_grad
     trains_bias = bias is not None and bias.requires_grad
     if trains_weight or trains_bias:
-        # PyTorch's operator computes the base product, because autograd knows its gradients.
+        # PyTorch computes the base product, because our nodes have no gradients of weight and bias.
         y = nn.functional.linear(x, weight, bias)
         return run_nodes(call._replace(weight=None, bias=None, base_output=y), caches, layer)
     A = caches.A.summed(A)
@@ -259,12 +260,13 @@ def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
     plan = choose_plan(x, A, tokens, caches.A.layers, p, needs_projection)
     seed = None
     if p:
-        # One per call, as nn.Dropout draws a mask. So a checkpoint, which restores torch's
-        # generator, repeats the masks whatever else it shares.
+        # Each call draws one seed, as nn.Dropout draws one mask. A checkpoint restores torch's
+        # generator, so its recomputation draws the same seeds, whether or not layers share u again.
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
     if choice is None and private.saved_tensor_hooks():
-        # Hooks may save the tensor itself, and autograd then does not compare its version. Without
-        # the copy, an optimizer step between forward and backward would change dB = s Q G.
+        # Hooks may save the tensor itself, and autograd then does not compare its version. The copy
+        # keeps dB = s Q G right if only the core is written before backward. A, B and the cores of
+        # rows have no copy: like a weight in PyTorch, they must not change before backward.
         core = core.clone()
     if plan is not PROJECTION:
         few_tokens = plan is ONE_NODE_FEW_TOKENS
