@@ -286,6 +286,7 @@ def test_selects_layers(choice: Choice) -> None:
     endings = tuple(f".{ending}" for ending in choice.saved)
     saved_names = [name for name, _ in plain.named_modules() if f".{name}".endswith(endings)]
     model = apply_lotr(plain, LoTRConfig(rank=2, **choice.settings))
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
     assert list(adapted_layers(model)) == choice.adapted
     assert (model.lotr_config.modules_to_save or ()) == choice.saved
     assert list(saved_modules(model, model.lotr_config)) == saved_names
@@ -321,8 +322,9 @@ def test_wraps_hooked_and_parametrized_layers(x: Tensor) -> None:
     plain.blocks[0]["down"].register_forward_hook(mock.Mock(return_value=None))
     parametrizations.weight_norm(plain.blocks[1]["up"])
     model = apply_lotr(copy.deepcopy(plain), LoTRConfig(rank=2))
-    layers = adapted_layers(model).items()
-    wrapped = [name for name, layer in layers if isinstance(layer, LoTRWrapped)]
+    wrapped = [
+        name for name, layer in adapted_layers(model).items() if isinstance(layer, LoTRWrapped)
+    ]
     assert wrapped == ["blocks.0.down", "blocks.1.up"]
     with unchanged(model), pytest.raises(TypeError, match="blocks"):  # of the weight norm
         merge(model)
