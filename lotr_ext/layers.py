@@ -200,7 +200,7 @@ class LoTRLayer(nn.Module):
             [..., out_features].
         """
         # A call of `check_input` takes time in each layer, so it is skipped if the shape is right.
-        if not isinstance(input, Tensor) or input.shape[-1:] != (self.in_features,):
+        if not isinstance(input, Tensor) or not input.dim() or input.shape[-1] != self.in_features:
             check_input(input, self.in_features)
         if self.merged:
             return self.compute_base(input)

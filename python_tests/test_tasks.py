@@ -40,7 +40,7 @@ from lotr_ext import (
     unload,
     use_tasks,
 )
-from lotr_ext.model import adapted_layers
+from lotr_ext.adapted import adapted_layers, attached_parameters
 
 INDEX = torch.tensor([2, -1, 0, 2])  # the task of each row
 INDEX_PER_TOKEN = INDEX.unsqueeze(1).repeat(1, 5)
@@ -150,10 +150,13 @@ def test_each_token_uses_its_task(x: Tensor, model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "mixture"])
+@pytest.mark.parametrize("wrapped", [nn.Module.eval, nn.Sequential], ids=["plain", "container"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_backward_of_a_checkpoint_outside_of_the_context_raises(name: str, reentrant: bool) -> None:
-    """It would recompute without tasks. Without a checkpoint it is right."""
-    model = banked(name)
+def test_backward_of_a_checkpoint_outside_of_the_context_raises(
+    name: str, wrapped: Callable, reentrant: bool
+) -> None:
+    """It would recompute without tasks. Without a checkpoint, or a bank, it is right."""
+    model = with_bank(wrapped(trained(name)), tasks=4, taken=3)
     x = zoo.inputs(name, rows=4)
     bank = model.lotr_tasks.requires_grad_()  # a reference that outlives `del model.lotr_tasks`
     for each in (model, copy.deepcopy(model)):  # the copy refuses by the copy of the bank
@@ -165,7 +168,7 @@ def test_backward_of_a_checkpoint_outside_of_the_context_raises(name: str, reent
             z.sum().backward()
     del model.lotr_tasks
     checkpointed(model, x, reentrant=False).sum().backward()
-    assert len(bank) == 3
+    assert (len(bank), attached_parameters(model)) == (3, [])
 
 
 def test_contexts_nest_and_belong_to_a_thread(x: Tensor, model: nn.Module) -> None:
