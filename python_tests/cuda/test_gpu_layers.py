@@ -51,7 +51,7 @@ def test_tasks(device: str) -> None:
     assert relative(y.cpu(), row_by_row(truth, x.double())) < 1e-5
 
 
-# ---- models ----
+# ---- models --------------------------------------------------------------------------------------
 
 
 def gradients(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
@@ -61,7 +61,7 @@ def gradients(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> 
 
 
 def definition(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The gradients by the formula in float64."""
+    """Returns the gradients by the formula, in float64."""
     model = copy.deepcopy(model).to("cpu", torch.float64)
     plain = zoo.net("mlp").double()
     parameters = models.adapter_parameters(model)
@@ -114,7 +114,7 @@ class Trained:
 
 
 def test_a_training_step_is_captured_and_replayed() -> None:
-    """Forward, sums of the shared gradients, AdamW: replays on new batches against eager steps."""
+    """Replays of forward, backward and AdamW on new batches agree with eager steps."""
     start = models.trained("mlp")
     plain = Trained(start)
     graphed = Trained(start)
