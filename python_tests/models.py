@@ -40,7 +40,8 @@ FULL_PRECISION = [(name, way) for name, way in CASES if way != "bfloat16"]
 def config(name: str, way: str = "shape", **settings: object) -> LoTRConfig:
     """Returns the configuration that adapts the layers of zoo.TARGETS.
 
-    Its scaling keeps the outputs near the outputs of the plain network.
+    Unless the way or the settings say otherwise, the scaling is 1.5. "auto" would move the outputs
+    far from those of the plain network.
     """
     field = "target_parameters" if name == "mixture" else "target_modules"
     values = {"rank": 3, field: zoo.TARGETS[name], **WAYS[way], **settings}
