@@ -68,7 +68,7 @@ TESTS = {
     "lotr_ext/config.py": ("bad_input", "targets", "models"),
     "lotr_ext/targets.py": ("targets", "training", "models", "bad_input"),
     "lotr_ext/model.py": ("models", "targets", "training", "init", "files", "bad_input", "merging"),
-    "lotr_ext/merging.py": ("models", "merging", "targets", "bad_input"),
+    "lotr_ext/merging.py": ("models", "merging", "training", "targets", "bad_input"),
     "lotr_ext/reports.py": ("training", "targets", "models", "bad_input"),
     "lotr_ext/adapted.py": ("models", "targets", "training", "tasks", "bad_input"),
     "lotr_ext/bypasses.py": ("models", "targets", "peft", "bad_input"),
