@@ -199,8 +199,8 @@ def gradient_of(plain: nn.Module, name: str, layer: nn.Module) -> Tensor:
 def check_captured(model: nn.Module, plain: nn.Module, captured: CapturedGradient) -> None:
     """The reported shares are |B^T dW A|^2 / |dW|^2.
 
-    What is not captured is estimated by 32 random vectors. The tolerance is 30 % of it, and 0.02
-    where nothing is left.
+    What is not captured is estimated by 32 random vectors. The tolerance of a layer is 30 % of it,
+    plus 0.02.
     """
     norms = torch.zeros(2, dtype=torch.float64)  # squared: projected, total
     for name, layer in adapted_layers(model).items():

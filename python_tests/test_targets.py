@@ -421,7 +421,7 @@ def test_a_head_that_stays_frozen_is_warned_of(
     assert len(messages) == count and all("classifier stays frozen" in m for m in messages)
 
 
-# What is adapted, the settings, and the error.
+# (the network, the settings, the start of the error)
 WRONG_SETTINGS = [
     ("mlp", {"target_modules": ["blocks"]}, "target_modules: expected"),
     ("mlp", {"modules_to_save": ["nothing"]}, "modules_to_save: expected"),
@@ -430,7 +430,7 @@ WRONG_SETTINGS = [
     ("mlp", {"core": lambda places, rank: nn.Linear(2, 2)}, "core: expected"),
     ("mlp", {"core": lambda places, rank: FORMS["diagonal"](places, rank + 1)}, "core: expected"),
     *(
-        (mostly_left_out, {"target_modules": [name]}, "expected")
+        (mostly_left_out, {"target_modules": [name]}, "target_modules: expected")
         for name in ("out_proj", "router", "tied")
     ),
     (fused, {"target_modules": ["to_q"]}, "target_modules: expected"),
