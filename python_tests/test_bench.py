@@ -41,17 +41,8 @@ def program_of(name: str) -> Program:
 
 def words_of(name: str, folder: Path, *more: str) -> list[str]:
     """Returns the command line of a small run of a program, with results in a folder."""
-    common_options = [
-        "--device",
-        "cpu",
-        "--rounds",
-        "3",
-        "--clock",
-        "wall",
-        "--results",
-        str(folder),
-    ]
-    return [*SMALL[name].split(), *common_options, *more]
+    options = ["--device", "cpu", "--rounds", "3", "--clock", "wall", "--results", str(folder)]
+    return [*SMALL[name].split(), *options, *more]
 
 
 def run(name: str, folder: Path, *more: str) -> int:
