@@ -179,7 +179,7 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context) {
   machine.entry_context = context;
   machine.error.clear();
   machine.random = machine.options.seed * 0x9E3779B97F4A7C15ull | 1;
-  for (int i = 0; i < 4; ++i) next_random();  // small seeds differ only in few bits
+  for (int i = 0; i < 4; ++i) next_random();  // small seeds differ in only a few bits
   blockDim = launch.block;
   gridDim = launch.grid;
   const dim3 g = launch.grid;
