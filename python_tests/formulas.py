@@ -22,7 +22,7 @@ from lotr_ext import reference
 
 # ---- formulas in float64 -------------------------------------------------------------------------
 
-# Also `drop`, the dropout, is an argument. A sum that is absent is zero. Arguments that do not
+# `drop`, the dropout, is an argument, too. A sum that is absent is zero. Arguments that do not
 # change the numbers, like the strategy, go to `**_`. The results are those that the operator
 # returns, and those that it adds to a sum in place. Formulas only add and multiply:
 # `test_operators.exact_results` relies on it.

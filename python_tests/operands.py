@@ -19,7 +19,7 @@ SCHEMAS = {
     if schema.name.startswith("lotr::")
 }
 NO_NUMBERS = {"info", "cuda_versions", "cuda_plans", "gemm_lotr_refusal"}
-# Without `linear`, which compilers take apart.
+# Without `linear`, which compilers decompose.
 OPERATORS = sorted(set(SCHEMAS) - NO_NUMBERS - {"linear"})
 # These are written in Python. Users do not call them.
 PYTHON_OPERATORS = {"dropout_mask", "grouped_mm", "grouped_outer"}

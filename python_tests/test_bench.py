@@ -41,8 +41,8 @@ def program_of(name: str) -> Program:
 
 def words_of(name: str, folder: Path, *more: str) -> list[str]:
     """Returns the command line of a small run of a program, with results in a folder."""
-    usual = ["--device", "cpu", "--rounds", "3", "--clock", "wall", "--results", str(folder)]
-    return [*SMALL[name].split(), *usual, *more]
+    options = ["--device", "cpu", "--rounds", "3", "--clock", "wall", "--results", str(folder)]
+    return [*SMALL[name].split(), *options, *more]
 
 
 def run(name: str, folder: Path, *more: str) -> int:
@@ -76,11 +76,11 @@ def test_program_writes_a_row_per_rival_and_stage(
 def test_strategies_and_float32_adapters_are_rivals(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    on_a_cpu = {"frozen", "lotr_ext-two_pass", "lotr_ext-beta", "lotr_ext-fp32"}
-    names = ",".join([*on_a_cpu, "lotr_ext-fused"])
+    cpu_rivals = {"frozen", "lotr_ext-two_pass", "lotr_ext-beta", "lotr_ext-fp32"}
+    names = ",".join([*cpu_rivals, "lotr_ext-fused"])
     assert run("layer", tmp_path, "--dtypes", "bf16", "--rivals", names) == 1
     assert "lotr_ext, fused: ValueError: fused: it needs a GPU" in capsys.readouterr().err
-    assert {row["rival"] for row in rows_in(tmp_path, "layer")} == on_a_cpu
+    assert {row["rival"] for row in rows_in(tmp_path, "layer")} == cpu_rivals
 
 
 def test_require_kernels_refuses_the_fallback(

@@ -124,14 +124,14 @@ def test_shapes(kind: str, shape: str, form: str) -> None:
 # ---- dtypes and autocast -------------------------------------------------------------------------
 
 # (of x and the base, of the adapter)
-DTYPE_PAIRS = [
+NET_DTYPES = [
     *((dtype, dtype) for dtype in (torch.float32, *HALVES)),
     *((dtype, torch.float32) for dtype in (*HALVES, torch.float64)),
     (torch.float32, torch.float64),
 ]
 
 
-@pytest.mark.parametrize("dtype, factors", DTYPE_PAIRS, ids=lambda t: str(t).removeprefix("torch."))
+@pytest.mark.parametrize("dtype, factors", NET_DTYPES, ids=lambda t: str(t).removeprefix("torch."))
 @each_form
 def test_dtypes(kind: str, dtype: torch.dtype, factors: torch.dtype, form: str) -> None:
     net = Net(kind, dtype, factors)

@@ -347,7 +347,8 @@ def test_strides_on_cuda(name: str, dtype: torch.dtype) -> None:
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     """The fake kernels, by which torch.compile works, have the results' shapes, dtypes, strides.
 
-    Not of `linear`, which compilers take apart. Decompositions round in several steps.
+    `linear` is absent, because compilers decompose it. The tolerance is that of decompositions,
+    which round in several steps.
     """
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype in HALVES else {}
     for arguments in good_arguments(name, dtype):
