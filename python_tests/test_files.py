@@ -557,8 +557,10 @@ def use_huge_cores(document: dict[str, Any], tensors: dict[str, Tensor]) -> None
         for key in (entry["A"], entry["B"]):
             tensors[key] = torch.zeros(len(tensors[key]), 700)
         tensors[f"{name}.core"] = torch.zeros(700, 700)
-    tensors["lotr_cores.weights"] = torch.zeros(4, 700)
-    tensors["lotr_cores.slices"] = torch.zeros(1, 700, 700)
+    tensors |= {
+        "lotr_cores.weights": torch.zeros(4, 700),
+        "lotr_cores.slices": torch.zeros(1, 700, 700),
+    }
 
 
 # What may be wrong with a document, in either version.
@@ -594,6 +596,7 @@ DAMAGES = DOCUMENT_DAMAGES | {
     "a base that is a list": document_with(base=[]),
     "a base with an unknown field": document_with(base={"names": "x"}),
     "values that are a list": document_with("base", values=[1.0]),
+    "a value past every float": document_with("base", "values", x=[10**400]),
     "a value that is a word": document_with("base", "values", x=["x"]),
     "another tensor": tensor_with("extra", torch.zeros(2)),
     "one tensor less": partial(edit, change=lambda document, tensors: tensors.pop("head.bias")),
@@ -609,6 +612,11 @@ DAMAGES = DOCUMENT_DAMAGES | {
     "one byte less": rewritten(lambda data: data[:8] + data[9:]),
     "another dtype in the header": rewritten(lambda data: data.replace(b'"F32"', b'"I32"', 1)),
     "empty": rewritten(lambda data: b""),
+    "a dtype that safetensors.torch lacks": rewritten(
+        lambda data: (
+            bytes([53, *bytes(7)]) + b'{"x":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}\0'
+        )
+    ),
     "one bit of a tensor changed": rewritten(lambda data: data[:-1] + bytes([data[-1] ^ 1])),
     "one digit of the document changed": rewritten(
         lambda data: data.replace(b'\\"scaling\\": 1.5', b'\\"scaling\\": 1.6', 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from helpers import relative, worst
+from helpers import OLD_FILES, relative, worst
 from models import flags_of, moved, started, state, unchanged
 from torch import Tensor, nn
 
@@ -172,16 +172,20 @@ OTHER_SVD = {"way": "svd", "rank": 3, "scaling": 0.7}
     ("settings", "settings_in_file"), [({}, SVD), (OTHER_SVD, SVD), (SVD, {})], ids=str
 )
 def test_a_loaded_start_replaces_the_start_of_a_model(
-    settings: dict, settings_in_file: dict, tmp_path: Path
+    x: Tensor, settings: dict, settings_in_file: dict, tmp_path: Path
 ) -> None:
-    x = zoo.inputs("mlp")
-    model = moved(started("mlp", **settings), 3)
     saved = moved(started("mlp", **settings_in_file))
     save_adapter(saved, tmp_path)
-    load_adapter(model, tmp_path)
+    model = load_adapter(moved(started("mlp", **settings), 3), tmp_path)
     assert relative(model(x), saved(x)) < 1e-6
-    unload(model)
-    assert relative(model(x), zoo.net("mlp")(x)) < 1e-6
+    assert relative(unload(model)(x), zoo.net("mlp")(x)) < 1e-6
+
+
+def test_a_start_that_cannot_be_added_back_is_refused_before_a_change() -> None:
+    model = started("mlp", "svd", rank=2, modules_to_save=["head"])
+    nn.utils.spectral_norm(list(adapted_layers(model).values())[-1])  # its weight is then computed
+    with unchanged(model), pytest.raises(TypeError, match="load_adapter: expected a weight"):
+        load_adapter(model, OLD_FILES / "dense")
 
 
 # ---- from gradients ------------------------------------------------------------------------------
