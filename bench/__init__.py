@@ -1,6 +1,7 @@
-"""Benchmarks: what does LoTR cost over the frozen layer, and against what is used today?
+"""Benchmarks: what LoTR costs over the frozen layer, and compared with what is used today.
 
-python -m bench            every program that this machine can run (make bench); --quick in minutes
+python -m bench            the next five programs, and on a GPU bench.kernels (make bench)
+python -m bench --quick    the same with few rounds, in minutes
 python -m bench.layer      one adapted layer against its rivals
 python -m bench.model      a transformer trained with each method
 python -m bench.host       a stack of layers: host overhead, and the shared gradient
@@ -25,15 +26,15 @@ import os
 import sys
 from pathlib import Path
 
-# torch's profiler counts allocations for us. It would print as it starts, and warn of blocks that
-# are older than it.
+# timing.py counts allocations by torch's profiler, which would print when it starts, and warn of
+# blocks that were allocated before.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are random, or in data/
 
 
 def _prefer_installed() -> None:
-    """Moves this folder to the end of sys.path if its lotr_ext has not been built in place.
+    """Moves the repository to the end of sys.path if its lotr_ext has not been built in place.
 
     `python -m bench.layer` puts the current folder first. There the sources of lotr_ext would hide
     the installed package, which has the compiled extension.

@@ -1,7 +1,7 @@
 """python -m bench [--quick]: every measuring program that this machine can run (make bench).
 
-Each runs in a process, so that one that fails does not stop the others. The pictures are drawn at
-the end.
+Each program is a process, so that one that fails does not stop the others. At the end the pictures
+are drawn.
 """
 
 import subprocess
@@ -14,12 +14,12 @@ PROGRAMS = ["layer", "model", "host", "experts", "tasks"]
 
 def main(words: list[str]) -> int:
     programs = [*PROGRAMS, "kernels"] if torch.cuda.is_available() else PROGRAMS
-    python = [sys.executable, "-m"]
-    failed = [
-        name for name in programs if subprocess.run([*python, f"bench.{name}", *words]).returncode
-    ]
+    failed = []
+    for name in programs:
+        if subprocess.run([sys.executable, "-m", f"bench.{name}", *words]).returncode:
+            failed.append(name)
     folders = ["demo_results/bench"] if "--quick" in words else []
-    subprocess.run([*python, "bench.plot", *folders])
+    subprocess.run([sys.executable, "-m", "bench.plot", *folders])
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))

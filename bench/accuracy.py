@@ -67,7 +67,7 @@ LOTR_RATE = 0.4  # LoTR's rates over other methods' rates
 MOST_GROUPS = 250  # of held-out items in a row
 DIVERGED = 2.0  # times the validation loss of the unadapted model
 RESAMPLES = 4000
-# The rates of other methods than LoTR.
+# The rates of the methods other than LoTR.
 LADDER = [float(f"{digit}e{exponent}") for exponent in range(-8, 2) for digit in (1, 2, 5)]
 Variant = tuple[str, int]  # a method and a rank: ("lotr", 16)
 
@@ -112,9 +112,7 @@ def train(run: Run) -> dict[str, Any]:
     torch.manual_seed(run.seed)  # the adapter's first values
     model = adapt(problem.model(run.seed), task, run.method, run.rank)
     parameters, _ = parameters_and_head(model)
-    losses = []
-    if run.method != "base":
-        losses = fit(model, run.method, run.lr, run.seed, problem)
+    losses = [] if run.method == "base" else fit(model, run.method, run.lr, run.seed, problem)
     row = {**run._asdict(), "scaling": "", "parameters": sum(p.numel() for p in parameters)}
     row |= measured(model, losses, problem)
     row["seconds"] = time.perf_counter() - start
@@ -170,15 +168,16 @@ def tried_rates(runs: pd.DataFrame) -> dict[float, float]:
 
 
 def searched_rates(method: str, task: Task, runs: pd.DataFrame) -> list[float]:
-    """Returns the best of a variant's recorded rates between its neighbors.
+    """Returns a variant's best recorded rate, with its lower and its higher neighbor.
 
-    Before anything is recorded, the usual rate of the method stands for the best one.
+    Before anything is recorded, the method's first rate stands for the best one. Rates that are not
+    on the ladder, from runs with --lr, do not count.
     """
     factor = LOTR_RATE if METHODS[method].family == "lotr" else 1.0
     ladder = [float(f"{rate * factor:.6g}") for rate in LADDER]
-    usual = ladder[LADDER.index(getattr(METHODS[method].rates, task.kind))]
+    first = ladder[LADDER.index(getattr(METHODS[method].rates, task.kind))]
     tried = tried_rates(runs)
-    best = ladder.index(min(sorted(tried), key=tried.get, default=usual))
+    best = ladder.index(min((lr for lr in ladder if lr in tried), key=tried.get, default=first))
     return ladder[best - 1 : best + 2]
 
 
@@ -215,8 +214,8 @@ def next_runs(
     task = TASKS[name]
     steps = options.steps or task.steps
     # Only runs with the default scaling and of the same size are continued.
-    usual = {"task": name, "scaling": "", "steps": steps, "batch": task.batch}
-    of_task = recorded[(recorded[list(usual)] == pd.Series(usual)).all(axis=1)]
+    same = {"task": name, "scaling": "", "steps": steps, "batch": task.batch}
+    of_task = recorded[(recorded[list(same)] == pd.Series(same)).all(axis=1)]
     runs = []
     for method, rank in variants:
         of_variant = of_task[(of_task["method"] == method) & (of_task["rank"] == rank)]
@@ -288,7 +287,7 @@ def points_of(recorded: pd.DataFrame, task: str) -> list[Point]:
 def at_best_rate(runs: pd.DataFrame) -> pd.DataFrame:
     """Returns the runs of a variant at its best rate, by seed.
 
-    That is the rate with the most seeds, and of several the one with the best validation loss.
+    That is the rate with the most seeds, and of several the one of the lowest validation loss.
     """
     seeds = runs.groupby("lr")["seed"].nunique()
     of_most = runs[runs["lr"].map(seeds) == seeds.max()]
@@ -406,9 +405,9 @@ def share_of_gain(unadapted: Point, point: Point, full: Point) -> Interval:
 
 
 def comparison(rival: Point, points: list[Point]) -> dict[str, str] | None:
-    """Returns a LoRA or VeRA against the LoTR of at most its size that validation prefers.
+    """Returns a row: a LoRA or VeRA against the best LoTR of at most its size, by validation loss.
 
-    Returns None if there is nothing to compare.
+    Returns None for other methods, and without such a LoTR.
     """
     ours = [
         point
@@ -544,8 +543,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in tasks:
         if lacking := missing(TASKS[name]):
             parser.error(
-                f"tasks: expected {lacking} for {name}, found none; "
-                f"run python examples/data.py, see its help"
+                f"tasks: expected {lacking} for {name}, got none. "
+                f"Run python examples/data.py, which lists the names."
             )
     for name in tasks:
         variants = with_ranks(options.methods or variants_of(TASKS[name].methods), TASKS[name])

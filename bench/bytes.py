@@ -3,9 +3,10 @@
     python -m bench.bytes                     kernels and layer at 8192 x 4096 x 4096, r = 16
     python -m bench.bytes --shapes 2048x4096x4096x64 --multiprocessors 108
 
-A shape is tokens x in x out x rank, in bfloat16. It takes minutes. The kernels run on the CPU with
-the plan that is chosen for a GPU of so many multiprocessors. Counted bytes are exact, and the same
-in every run: all that the instructions of a warp read and write in global memory.
+A shape is tokens x in x out x rank, in bfloat16. A run takes minutes. The kernels run on the CPU
+with the plan for a GPU, by default one with the 132 multiprocessors of an H100. Counted bytes are
+exact, and the same in every run: all that the instructions of a warp read and write in global
+memory.
 
 What a kernel reads again of its factors, and partial sums, fit in a GPU's L2. A layer is therefore
 shown with the large matrices as counted and everything else once, and in the worst case with every
@@ -37,7 +38,7 @@ SHAPES = "8192x4096x4096x16"
 DIMENSIONS = ("m", "k", "n", "r")
 MULTIPROCESSORS = 132  # of an H100; 108: A100, 128: RTX 4090, 148: B200
 OPTIONS: dict[str, dict[str, Any]] = {
-    "shapes": {"type": sizes(*DIMENSIONS), "default": SHAPES, "help": f"MxKxNxR, some ({SHAPES})"},
+    "shapes": {"type": sizes(*DIMENSIONS), "default": SHAPES, "help": f"MxKxNxR,.. ({SHAPES})"},
     "multiprocessors": {"type": int, "default": MULTIPROCESSORS, "help": f"({MULTIPROCESSORS})"},
     "results": {
         "type": Path,
@@ -106,7 +107,7 @@ class Operands(NamedTuple):
 
     Attributes:
         dimensions: The dimensions of each array, a letter for each: m, n, r.
-        large: The largest array, which in a layer's kernels with tokens does not fit in the L2.
+        large: The largest array. With tokens, it is too large for the L2.
         added_to: The array that is read and written, "" if there is none.
     """
 
@@ -130,10 +131,10 @@ SUMS = ("D", "Q", "dcore", "dB")  # float32
 
 def arrays_of(kernel: str, m: int, n: int, r: int) -> dict[str, np.ndarray]:
     """Returns the arrays that the executor's `run` takes. uint16 stands for bfloat16."""
-    sizes = {"m": m, "n": n, "r": r}
+    lengths = {"m": m, "n": n, "r": r}
     return {
         array: aligned(
-            *(sizes[letter] for letter in letters),
+            *(lengths[letter] for letter in letters),
             dtype=np.float32 if array in SUMS else np.uint16,
         )
         for array, letters in OPERANDS[kernel].dimensions.items()

@@ -94,8 +94,8 @@ def reason_of(error: BaseException) -> str:
 
 def error_of(result: Tensor, truth: Tensor) -> float:
     """Returns the relative error (Frobenius)."""
-    truth = truth.double()
-    return ((result.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+    expected = truth.double()
+    return ((result.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
 def check_error(what: str, error: float, limit: float) -> float:
@@ -113,16 +113,16 @@ def check_error(what: str, error: float, limit: float) -> float:
 
 
 def commit(root: Path = ROOT) -> str:
-    """Returns the commit of a source tree, with a + if lotr_ext or csrc have changes.
+    """Returns the commit of a source tree, with a + if lotr_ext or csrc have uncommitted changes.
 
-    It is "" if the tree is not a git repository, or without git.
+    Returns "" if the tree is not a git repository or git is not installed.
     """
     if shutil.which("git") is None:
         return ""
     git = ["git", "-C", str(root)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     difference = [*git, "diff", "--quiet", "HEAD", "--", "lotr_ext", "csrc"]
-    # Its exit status is 0 without changes, and 128 outside a repository.
+    # The exit status is 0 without changes, 128 without a commit, 129 outside a repository.
     is_changed = subprocess.run(difference, capture_output=True).returncode == 1
     return head.stdout.strip() + "+" * is_changed
 
@@ -146,7 +146,7 @@ def provenance(options: argparse.Namespace) -> dict[str, Any]:
         "machine": machine(options.device),
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
-        "load": round(os.getloadavg()[0], 1),
+        "load": round(os.getloadavg()[0], 1),  # running processes, averaged over a minute
         "torch": torch.__version__,
     }
     for package in ("peft", "transformers"):
@@ -227,7 +227,7 @@ def bytes_text(count: float) -> str:
 
 
 def over_text(row: pd.Series) -> str:
-    """Returns "6.1 % (5.8 to 6.4)": the median and its interval, "-" if there is no floor."""
+    """Returns "6.1% (5.8 to 6.4)": the median and its interval, "-" if there is no floor."""
     if pd.isna(row["over"]):
         return "-"
     if pd.isna(row.get("over_low")):
@@ -240,9 +240,9 @@ def fact_text(name: str, value: float) -> str:
         return "-"
     if name.endswith("bytes"):
         return bytes_text(value)
-    usual = "{:,.4g}" if value % 1 else "{:,.0f}"
+    default = "{:,.4g}" if value % 1 else "{:,.0f}"
     formats = {"error": "{:.0e}", "of_copy": "{:.0%}"}
-    return formats.get(name, usual).format(value)
+    return formats.get(name, default).format(value)
 
 
 def case_table(frame: pd.DataFrame, floor: str, key: Sequence[str]) -> pd.DataFrame:
@@ -306,7 +306,7 @@ def show(title: str, table: pd.DataFrame) -> None:
 
 
 def sizes(*names: str) -> Callable[[str], list[Case]]:
-    """Returns a converter for an option, which makes a case with these names of each part.
+    """Returns an option's type: a function that makes a case of each comma-separated part.
 
     sizes("m", "n") converts "512x768,1x768" to [{"m": 512, "n": 768}, {"m": 1, "n": 768}].
     """
@@ -327,7 +327,7 @@ def sizes(*names: str) -> Callable[[str], list[Case]]:
 
 
 def some_of(valid: Collection[str]) -> Callable[[str], list[str]]:
-    """Returns a converter for an option, which makes a list of valid names, in their order."""
+    """Returns an option's type: a function that lists the names of a text in the order of valid."""
 
     def convert(text: str) -> list[str]:
         names = text.split(",")

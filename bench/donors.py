@@ -149,7 +149,7 @@ def problem(name: str) -> Problem:
 
 
 def layers_named(kinds: str) -> str:
-    """Returns the pattern of the adapted layers' names: all layers, or only kinds as "o,down"."""
+    """Returns the pattern of the adapted layers' names: all, or only kinds such as "o,down"."""
     return rf".*\.layers\.\d+\..*\.({kinds.replace(',', '|') or '[a-z]+'})_proj"
 
 
@@ -203,8 +203,8 @@ def shared_factors(
 
     Args:
         shapes: [n, k] of each layer's weight.
-        group_by: Which layers share a factor, as in LoTRConfig. By width, two layers may share only
-            A or only B.
+        group_by: Which layers share a factor, as in LoTRConfig. With "width", two layers may share
+            only A or only B.
         make: Makes the factor of a side for a group: make(names, side).
     """
     factors: dict[tuple[str, int], Tensor] = {}
@@ -228,7 +228,7 @@ def leading_pairs(matrices: list[dict[str, Tensor]], group_by: str, rank: int) -
     """Returns the pair of each layer: the leading directions of all matrices of its group.
 
     Args:
-        matrices: By layer, [n, k]. Each dictionary is of another text.
+        matrices: A matrix [n, k] by layer, for each text.
         group_by: Which layers share a factor, as in LoTRConfig.
         rank: How many directions.
     """
@@ -266,7 +266,7 @@ def lora_of(name: str) -> Path:
     folder = CACHE / "loras" / name
     if not folder.exists():
         text = problem(name)
-        text.task = text.task._replace(steps=LORA_STEPS)  # `fit` reads it
+        text.task = text.task._replace(steps=LORA_STEPS)  # the steps of `fit`
         torch.manual_seed(0)
         model = adapt(text.model(0), TASKS[BASE_TASK], "lora", LORA_RANK)
         fit(model, "lora", LORA_RATE, 0, text)

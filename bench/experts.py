@@ -181,7 +181,7 @@ PROGRAM = Program(
     dimensions=DIMENSIONS,
     shapes={
         "cpu": "2048x512x256x32x4x16,2048x1024x512x32x4x16",
-        # the layers of Qwen3-30B-A3B and of Mixtral
+        # The layers of Qwen3-30B-A3B, then of Mixtral.
         "cuda": "8192x2048x768x128x8x16,8192x4096x14336x8x2x16",
     },
     measurement_s=0.0,

@@ -54,7 +54,7 @@ class Form(NamedTuple):
     norm: str = ""
 
     @staticmethod
-    def of(text: str) -> "Form":
+    def parse(text: str) -> "Form":
         pair, group, rank, core, *words = text.split("/")
         r_in, _, r_out = rank.partition("x")
         return Form(
@@ -70,12 +70,17 @@ class Form(NamedTuple):
         return self.pair.startswith("trained")
 
     def pairs(self, target: str, seed: int) -> Pairs:
-        """Returns the fixed pair of each layer, or the start of a trained one.
+        """Returns the fixed pair of each layer of the form, or the start of a trained one.
 
-        There are none for a trained pair with the usual random start, and for other methods.
+        There are none for a trained pair with a random start, and for other methods.
         """
         source = re.sub("^(trained|peft)-?", "", self.pair)
-        return fixed_pairs(source, self.group, self.rank, target, seed) if source else {}
+        pairs = fixed_pairs(source, self.group, self.rank, target, seed) if source else {}
+        return {
+            name: pair
+            for name, pair in pairs.items()
+            if re.fullmatch(layers_named(self.only), name)
+        }
 
 
 def build(form: Form, target: str, seed: int) -> nn.Module:
@@ -99,9 +104,8 @@ def with_cores(model: nn.Module, form: Form, pairs: Pairs, layers: str) -> nn.Mo
     )
     apply_lotr(model, config)
     for name, (A, B) in pairs.items():
-        if re.fullmatch(layers, name):
-            values = {"A.value": INIT_GAIN * A, "B.value": INIT_GAIN * B}
-            model.get_submodule(name).factors.load_state_dict(values)
+        values = {"A.value": INIT_GAIN * A, "B.value": INIT_GAIN * B}
+        model.get_submodule(name).factors.load_state_dict(values)
     return model
 
 

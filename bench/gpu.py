@@ -37,7 +37,7 @@ FOLDER = ROOT / "build-gpu"
 MODULE = "lotr_ext/_C.abi3.so"
 CUDA_PROGRAMS = Path("/usr/local/cuda/bin")
 BUDGET_S = 540
-GRACE_S = 10  # in which a part that is stopped may end in order
+GRACE_S = 10  # for a part that is stopped to shut down cleanly
 RESTARTS = 5  # of a part at most
 PYTHON = (sys.executable, "-m")
 NOT_FAILED = ("done", "skipped")  # what the outcome of a part begins with
@@ -89,7 +89,7 @@ class Part(NamedTuple):
 
 
 def parts_of(options: argparse.Namespace) -> list[Part]:
-    """Returns all parts in order of worth: first what others need, then numbers, then speed."""
+    """Returns all parts, the most important first, because the time may not suffice for all."""
     device = ("--device", options.device)
     results = ("--results", str(options.folder / "results"))
     smoke_amount = ("--dtypes", "bf16", "--shapes", "1") if options.quick else ("--shapes", "6")
@@ -148,12 +148,12 @@ def bench_part(
     **fields: tuple[str, ...],
 ) -> Part:
     """Returns the part of a measuring program. A quick run has --quick in place of the words."""
-    usual = (
+    fixed = (
         *("--dtypes", "bf16", "--require-kernels"),
         *("--results", str(options.folder / "results"), "--device", options.device),
     )
     amount = ("--quick",) if options.quick else words
-    command = (*PYTHON, f"bench.{name}", *usual, *amount)
+    command = (*PYTHON, f"bench.{name}", *fixed, *amount)
     return Part(name, weight, command, restarts=True, **fields)
 
 
@@ -162,7 +162,7 @@ def test_part(name: str) -> Part:
     selected = (f"python_tests/cuda/test_{name}.py", "-m", "cuda and not full")
     reports = ("-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider")
     command = (*PYTHON, "pytest", *selected, *reports, *["--timeout=60"] * has_timeout)
-    # Launches that wait name the kernel that failed. test_device is about those that do not.
+    # With blocking launches an error names its kernel. test_device tests launches that do not wait.
     environment = {} if name == "device" else {"CUDA_LAUNCH_BLOCKING": "1"}
     return Part(f"test_{name}", 2.0, command, needs=("pytest",), environment=environment)
 
@@ -175,7 +175,7 @@ def sanitizer_part(tool: str, options: argparse.Namespace) -> Part:
         1.5,
         ("compute-sanitizer", *words, "bench.smoke", *amount),
         needs=("compute-sanitizer",),
-        # Memcheck checks against allocations, so each tensor must be one.
+        # Memcheck only notices what leaves an allocation, so each tensor must be one.
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
 
@@ -255,10 +255,11 @@ def _run_process(part: Part, command: tuple[str, ...], log: Path, limit_s: float
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Ends the process group of a part: by SIGINT, and if that does not help, by SIGKILL."""
+    """Ends the process group of a part: by SIGINT, and what is left of it by SIGKILL.
+
+    A part that has ended may have left children.
+    """
     for sign in (signal.SIGINT, signal.SIGKILL):
-        if process.poll() is not None:
-            return
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, sign)
             process.wait(GRACE_S)
@@ -267,7 +268,7 @@ def stop(process: subprocess.Popen) -> None:
 # ---- all parts -----------------------------------------------------------------------------------
 
 
-def work(parts: list[Part], options: argparse.Namespace) -> int:
+def run_parts(parts: list[Part], options: argparse.Namespace) -> int:
     """Runs the parts in order, and packs the results after each of them.
 
     Returns:
@@ -283,12 +284,11 @@ def work(parts: list[Part], options: argparse.Namespace) -> int:
         share = part.weight / sum(other.weight for other in parts[i:])
         log = results / f"{part.name}.log"
         begin = time.monotonic()
-        # The build may take all of the time: without it nothing else can run.
+        # The build may take all of the time, and must not be skipped: nothing else runs without it.
         outcome = outcome_of(part, log, remaining if part.name == "build" else remaining * share)
         seconds = round(time.monotonic() - begin)
         print(f"{part.name}: {outcome}, {seconds} s", flush=True)
         outcomes[part.name] = {"outcome": outcome, "seconds": seconds}
-        # A build that was skipped is a failure: without it, nothing can run.
         if not outcome.startswith("done" if part.name == "build" else NOT_FAILED):
             failed.append(part.name)
             for line in summary.error_lines(log):
@@ -315,7 +315,7 @@ def outcome_of(part: Part, log: Path, limit_s: float) -> str:
 
 
 def pack(results: Path, outcomes: summary.Outcomes, out: Path) -> None:
-    """Writes the page and the archive: two files, each replaced when it is complete."""
+    """Writes the page and the archive. An older archive stays until the new one is complete."""
     (results / "summary.json").write_text(json.dumps(outcomes, indent=1) + "\n")
     try:
         page = summary.page(results, outcomes)
@@ -338,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     options.out = options.out or options.folder
     selected = [part for part in parts_of(options) if part.name in options.parts]
     if not options.dry_run:
-        return work(selected, options)
+        return run_parts(selected, options)
     total = sum(part.weight for part in selected)
     for part in selected:
         lacking = missing((*part.needs, *part.uses))

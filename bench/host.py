@@ -3,13 +3,14 @@
     python -m bench.host                      24 layers of width 32; 1, 16, 160 tokens; fp32
     python -m bench.host --shapes 1x96x32x8,2048x24x32x8 --wirings siblings
     python -m bench.host --shapes 256x64x768x16 --wirings chained --rivals lotr-eager,lotr_ext
-    python -m bench.host --against ../other   another checkout's lotr_ext in turns with this one's
+    python -m bench.host --against ../other   this lotr_ext over that of another checkout
 
 A shape is tokens x layers x width x rank. chained: the x of a layer is the y of the one before.
 siblings: three layers on one x, as q, k and v of a block. At width 32 products take almost no time.
-At width 768 autograd's sums of the gradients of A and B take time and memory, which our one sum in
-place does not. Every rival has the same weights, and the LoTR ones are compared with the formula in
-float64 first. Times are per layer. python_tests/test_frames.py counts the Python calls of a layer.
+At width 768 autograd's sums of the gradients of A and B take time and memory. Our layers avoid it:
+they add to one sum in place. Every rival has the same weights, and the LoTR ones are compared with
+the formula in float64 first. Times are per layer. python_tests/test_frames.py counts the Python
+calls of a layer.
 
     allocated     all bytes that a backward allocates, on a CPU
 """

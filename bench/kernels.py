@@ -138,7 +138,7 @@ def operands_of(case: Case, device: str) -> dict[str, Tensor]:
 
 
 def copied(operands: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Returns copies for a call that writes. The floating-point ones get the dtype."""
+    """Returns copies for a call that writes to them, of floating-point operands in the dtype."""
     return {
         name: operand.to(dtype if operand.is_floating_point() else None, copy=True)
         for name, operand in operands.items()

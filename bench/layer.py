@@ -3,7 +3,7 @@
     python -m bench.layer                     six sizes, one CPU thread (GPU: Llama-3-8B's layers)
     python -m bench.layer --shapes 512x768x768x16,2048x4096x4096x64 --dtypes bf16 --threads 1,2
     python -m bench.layer --rivals frozen,lora-compiled,lotr_ext,lotr_ext-compiled
-    python -m bench.layer --against ../other  another checkout's lotr_ext in turns with this one's
+    python -m bench.layer --against ../other  this lotr_ext over that of another checkout
 
 A shape is tokens x in x out x rank. Every rival is checked against float64 before it is timed. The
 adapters have the dtype of the layer, so that all do the same arithmetic. "lotr_ext-fp32" has
@@ -16,7 +16,7 @@ import sys
 
 from .common import Case, dtype_of
 from .program import Program
-from .rivals import LAYERS, TOLERANCE, Tensors, check_layer, random_tokens, usual_layers
+from .rivals import LAYERS, TOLERANCE, Tensors, check_layer, default_layers, random_tokens
 from .timing import Group, Step, training
 
 DIMENSIONS = ("m", "k", "n", "r")
@@ -27,7 +27,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     dtype = dtype_of(case)
     tensors = Tensors.random(k, n, r, dtype, options.device)
     x, g = random_tokens(m, k, n, dtype, options.device)
-    names = options.rivals or usual_layers(tensors)
+    names = options.rivals or default_layers(tensors)
     # Each rival has a copy of x, and the copies are shuffled each round: on a CPU the address of x
     # changes a layer's time by up to 2 %.
     copies = [x.clone().requires_grad_() for _ in names]

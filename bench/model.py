@@ -4,7 +4,7 @@
                                               MiniLM's with query and value
     python -m bench.model --models minilm --rank 8 --targets query,key,value --batch 16
     python -m bench.model --rivals frozen,lora-peft,lotr_ext,lotr_ext-compiled
-    python -m bench.model --against ../other  another checkout's lotr_ext in turns with this one's
+    python -m bench.model --against ../other  this lotr_ext over that of another checkout
 
 Weights are random, because times do not depend on them. A step is forward, a loss, backward and
 AdamW. The frozen model goes forward and backward through all layers as well. All methods share its
@@ -31,7 +31,7 @@ from .rivals import STRATEGIES, compiled, factors_of, fused_reason, with_strateg
 from .timing import Group, Step, training
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}  # of our cores' gradients, through all layers
-USUAL = {"cpu": ["smollm2-135m", "minilm"], "cuda": ["llama-8x4096", "smollm2-135m"]}
+DEFAULT_MODELS = {"cpu": ["smollm2-135m", "minilm"], "cuda": ["llama-8x4096", "smollm2-135m"]}
 RANK = 16
 
 
@@ -177,9 +177,9 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 # ---- methods -------------------------------------------------------------------------------------
 
-# Without --rivals these run, and those that `usual_methods` adds. The others only run on request:
+# Without --rivals these run, and those that `default_methods` adds. The others only run on request:
 # on a CPU the strategies are the same products in another order, and compiling takes minutes.
-USUAL_METHODS = (
+DEFAULT_METHODS = (
     "frozen",
     "lora-peft",
     "vera-peft",
@@ -188,7 +188,7 @@ USUAL_METHODS = (
     "lotr_ext-core",
 )
 METHODS = (
-    *USUAL_METHODS,
+    *DEFAULT_METHODS,
     "lora-peft-as-lotr",
     "vera-peft-as-lotr",
     "lotr_ext-as-lora",
@@ -203,9 +203,9 @@ EQUAL_CASE = {"model": "minilm", "targets": "query,value", "r": 16}
 EQUAL_RANKS = {"lora-peft-as-lotr": 2, "vera-peft-as-lotr": 896, "lotr_ext-as-lora": 83}
 
 
-def usual_methods(base: nn.Module, case: Case) -> list[str]:
+def default_methods(base: nn.Module, case: Case) -> list[str]:
     """Returns the methods that are measured by default."""
-    methods = list(USUAL_METHODS)
+    methods = list(DEFAULT_METHODS)
     if EQUAL_CASE.items() <= case.items():
         methods += EQUAL_RANKS
     if fused_reason(square_weight(base), case["r"]) is None:
@@ -233,7 +233,7 @@ def lotr_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def in_three_lines(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Returns a forward for an adapted layer in torch operations, as README writes it."""
+    """Returns a forward for an adapted layer in plain torch, by README's formula."""
     factors = factors_of(layer)
 
     def forward(x: Tensor) -> Tensor:
@@ -283,7 +283,7 @@ def adapted_model(method: str, base: nn.Module, targets: list[str], rank: int) -
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    usual = ["tiny-lm"] if options.quick else USUAL[options.device]
+    default_models = ["tiny-lm"] if options.quick else DEFAULT_MODELS[options.device]
     return [
         {
             "model": name,
@@ -292,7 +292,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
             "sequence": options.sequence or MODELS[name].sequence,
             "r": options.rank,
         }
-        for name in options.models or usual
+        for name in options.models or default_models
     ]
 
 
@@ -343,7 +343,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         optimizer = torch.optim.AdamW([{"params": parameters}], lr=1e-3)
         return training(lambda: loss_of(model), None, parameters, optimizer, facts=facts)
 
-    return Group(options.rivals or usual_methods(base, case), step_of)
+    return Group(options.rivals or default_methods(base, case), step_of)
 
 
 PROGRAM = Program(
@@ -357,7 +357,7 @@ PROGRAM = Program(
     compared=("frozen", "lora-peft", "lotr_ext"),
     options={
         "models": {"type": some_of(MODELS), "help": f"some of {', '.join(MODELS)}"},
-        "targets": {"help": "endings of the adapted layers' names (the model's usual ones)"},
+        "targets": {"help": "endings of the adapted layers' names (the model's default)"},
         "batch": {"type": int, "help": "rows"},
         "sequence": {"type": int, "help": "tokens per row"},
         "rank": {"type": int, "default": RANK, "help": f"of LoTR and LoRA ({RANK})"},

@@ -38,9 +38,12 @@ ACCURACY_TASKS = ("minilm-movies", "smollm2-kjv", "smollm2-wycliffe", "smollm2-v
 
 
 def layer(rows: pd.DataFrame, path: Path) -> None:
-    """Draws the time over the frozen layer: a group of bars per case of at least 512 tokens."""
-    fewest_threads = rows[rows["threads"] == rows["threads"].min()]
-    shown = fewest_threads.query("stage == 'step' and m >= 512")
+    """Draws the time over the frozen layer: a group of bars per case of at least 512 tokens.
+
+    Of several thread counts it shows the lowest.
+    """
+    threads = rows["threads"].min()
+    shown = rows.query("threads == @threads and stage == 'step' and m >= 512")
     labels = ["{m} x {k} x {n}\nr {r}, {dtype}".format(**row) for row in shown.to_dict("records")]
     by_rival = shown.assign(label=labels).pivot(
         index="label", columns="rival", values=["over", "over_low", "over_high"]
@@ -64,7 +67,9 @@ def layer(rows: pd.DataFrame, path: Path) -> None:
     ax.set(xlabel="", ylabel="step, % over the frozen layer")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(ncols=2, fontsize=8, frameon=False)
-    figure.suptitle(f"One adapted layer, 1 thread, {rows['machine'].iloc[0]}", fontsize=10)
+    figure.suptitle(
+        f"One adapted layer, threads: {threads}, {rows['machine'].iloc[0]}", fontsize=10
+    )
     figure.savefig(path, dpi=110)
 
 
@@ -114,8 +119,8 @@ def accuracy(rows: pd.DataFrame, path: Path) -> None:
 
 def main(words: list[str]) -> int:
     for folder in words or [str(RESULTS)]:
-        for draw in (layer, accuracy):
-            for file in Path(folder).rglob(f"{draw.__name__}.jsonl"):
+        for program, draw in {"layer": layer, "accuracy": accuracy}.items():
+            for file in Path(folder).rglob(f"{program}.jsonl"):
                 draw(read(file), file.with_suffix(".png"))
     return 0
 

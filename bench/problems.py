@@ -69,7 +69,7 @@ class Method(NamedTuple):
 CORE = {"train": ("core",)}
 LORA_RATES = ByKind(teacher=2e-2, classifier=2e-3, language=2e-3)
 METHODS = {
-    # Without an adapter. There are no ranks, and 0 stands for the one run.
+    # Without an adapter. There are no ranks: 0 stands for the one size.
     "base": Method(
         "base",
         ranks=ByKind(teacher=(0,), language=(0,)),
@@ -253,8 +253,8 @@ class Problem:
     """Models, batches and losses of a task.
 
     A subclass sets `base` and `parts`, and defines `losses(model, batch)`. It returns two tensors
-    with a value per item: the loss, and 1.0 if the model was right, 0.0 if it was wrong, NaN if it
-    can be neither.
+    with a value per item: the loss, and the share of the model's answers that are right. A text has
+    one answer, a row of tokens one per token, and NaN stands for items without answers.
 
     Attributes:
         base: The unadapted model.
@@ -306,9 +306,8 @@ class Problem:
 class Teacher(Problem):
     """A small residual net learns what a changed copy of it computes, from noisy outputs.
 
-    The change of every weight has rank 4. `task.source` is the part of its squared norm that is in
-    spaces which all layers of one shape share. The loss is the squared error, divided by the
-    unchanged net's.
+    `task.source` is the part of a change's squared norm that is in spaces which all layers of one
+    shape share. The loss is the squared error, divided by that of the unchanged net without noise.
     """
 
     def __init__(self, task: Task):
@@ -325,7 +324,7 @@ class Teacher(Problem):
             }
             outputs = {part: teacher(x) for part, x in inputs.items()}
             differences = outputs["training"] - self.base(inputs["training"])
-        self.unit = differences.square().mean().item()  # the unchanged net has a loss of about 1
+        self.unit = differences.square().mean().item()
         noise = 0.2 * differences.std()
         self.parts = {}
         for part, y in outputs.items():
@@ -350,10 +349,10 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def changed(net: nn.Sequential, shared: float, generator: torch.Generator) -> nn.Sequential:
-    """Returns a copy of net with a change of rank 4 in every weight.
+    """Returns a copy of net with a change of low rank in every weight.
 
-    A change is sqrt(shared) L M R^T + sqrt(1 - shared) L' M' R'^T, each product of norm 1, scaled
-    to half the norm of the weight. All layers of a shape have the same L and R.
+    A change is sqrt(shared) L M R^T + sqrt(1 - shared) L' M' R'^T, each product of rank 4 and norm
+    1, scaled to half the norm of the weight. All layers of a shape have the same L and R.
     """
     teacher = copy.deepcopy(net)
 
@@ -417,7 +416,7 @@ class RatedTexts(Problem):
             chunk = sorted([next(indices) for _ in range(20 * size)], key=lambda i: len(ids[i]))
             batches = [chunk[i : i + size] for i in range(0, 20 * size, size)]
             rng.shuffle(batches)
-            # Reversed like the batches of the recorded runs, which this repeats.
+            # In reverse, so that the recorded runs can be repeated.
             for batch in reversed(batches):
                 yield ids[batch], labels[batch]
 
@@ -574,7 +573,9 @@ def start_from_gradient(model: nn.Module, problem: Problem, batches: Iterator, s
 
 
 def fit(model: nn.Module, method: str, lr: float, seed: int, problem: Problem) -> list[float]:
-    """Trains a model by AdamW without weight decay. A new head has the rate HEAD_LR.
+    """Trains a model by AdamW without weight decay.
+
+    A new head has the rate HEAD_LR, or `lr` if the method trains nothing else.
 
     Returns:
         The loss of each step. A run that diverges ends at once, and its last loss is not finite.

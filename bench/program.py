@@ -10,8 +10,8 @@ the rivals of a case. `Program.main` measures them, for example bench.layer:
     rows     a median per rival and stage, in bench/results/<machine>/layer.jsonl
 
 Nothing that was measured is lost. A rival that fails loses its column, a case that fails its rows,
-and a program that is ended keeps the rounds that it has measured. With --against, the lotr_ext of
-another checkout runs in turns with this one.
+and a program that is stopped keeps the rounds that it has measured. With --against, every round
+measures this lotr_ext and that of another checkout.
 """
 
 import argparse
@@ -70,21 +70,28 @@ from .timing import (
 )
 
 CASE_ENDING = ", {dtype}, threads: {threads}"  # of a case's title
+AGAINST_ROUNDS = 41  # by default, because two checkouts differ by less than rivals do
 DEVICE_LOST = 3  # exit status after a CUDA error
 WRITE_EVERY_S = 2.0
 
 # The options of every program. `Program.parser` adds those that depend on the program.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "quick": {"action": "store_true", "help": "few rounds of one case, into demo_results/bench"},
+    "quick": {
+        "action": "store_true",
+        "help": "3 rounds of the first case, into demo_results/bench",
+    },
     "device": {
         "choices": ("cpu", "cuda"),
         "default": "cuda" if torch.cuda.is_available() else "cpu",
     },
     "threads": {"type": sizes("threads"), "default": "1", "help": "CPU thread counts (1)"},
-    "clock": {"choices": CLOCKS, "help": "cpu (one CPU thread), wall (more), events (GPU)"},
+    "clock": {
+        "choices": CLOCKS,
+        "help": "default: cpu for one CPU thread, wall for more, events on a GPU",
+    },
     "against": {
         "type": Path,
-        "help": "another built checkout, whose lotr_ext runs in turns with ours",
+        "help": "another built checkout, whose lotr_ext every round measures as well",
     },
     "from": {
         "type": int,
@@ -94,7 +101,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "require-kernels": {
         "action": "store_true",
-        "help": "exit with status 1 if PyTorch's products would run in place of our kernels",
+        "help": "exit with status 1 if the PyTorch fallback would replace our kernels",
     },
     "results": {"type": Path, "help": "folder for the results (bench/results/<machine>)"},
     "show": {"type": Path, "help": "print the tables of a result file, and measure nothing"},
@@ -153,7 +160,7 @@ class Program:
             },
             "rounds": {
                 "type": int,
-                "help": f"rounds of all rivals per case ({self.rounds}; against: 41)",
+                "help": f"per case ({self.rounds}; with --against {AGAINST_ROUNDS})",
             },
             "rivals": {"type": some_of(self.rivals), "help": f"some of {', '.join(self.rivals)}"},
         }
@@ -172,23 +179,22 @@ class Program:
         parser = self.parser()
         words = list(sys.argv[1:] if argv is None else argv)
         options = parser.parse_args(words, argparse.Namespace(words=words))
-        # CPU seconds add up over threads, and events are recorded by a GPU: where neither measures
-        # the time that a user waits, only the wall clock is left.
-        usual_clock = "wall"
+        # CPU seconds add up over threads, and only a GPU records events.
+        clocks = ["wall"]
         if options.device == "cuda":
-            usual_clock = "events"
+            clocks = ["events", "wall"]
         elif options.threads == [{"threads": 1}]:
-            usual_clock = "cpu"
-        options.clock = options.clock or usual_clock
-        if options.clock not in ("wall", usual_clock):
+            clocks = ["cpu", "wall"]
+        options.clock = options.clock or clocks[0]
+        if options.clock not in clocks:
             parser.error(
-                f"clock: expected {' or '.join(dict.fromkeys(('wall', usual_clock)))} "
-                f"on {options.device} with these threads, got {options.clock}"
+                f"clock: expected {' or '.join(clocks)} on {options.device} with these threads, "
+                f"got {options.clock}"
             )
         if self.dimensions and options.shapes is None:
             options.shapes = sizes(*self.dimensions)(self.shapes[options.device])
-        usual_rounds = 41 if options.against else self.rounds
-        options.rounds = options.rounds or (3 if options.quick else usual_rounds)
+        default_rounds = AGAINST_ROUNDS if options.against else self.rounds
+        options.rounds = options.rounds or (3 if options.quick else default_rounds)
         if options.against and not list((options.against / "lotr_ext").glob("_C*.so")):
             parser.error(
                 f"against: expected a checkout with a built lotr_ext, got {options.against}. "
@@ -288,7 +294,7 @@ class Measurement:
         """Measures one case, and writes its rows every WRITE_EVERY_S seconds and at the end."""
         options = self.options
         torch.set_num_threads(case["threads"])
-        # A run this short only shows that everything works, so steps are not repeated.
+        # A run of few rounds only shows that everything works, so steps are not repeated.
         measurement_s = 0.0 if options.quick or options.rounds < 5 else self.program.measurement_s
         clock = Clock(options.device, options.clock)
         rounds = Rounds(self.program.build(case, options), clock, measurement_s)
@@ -329,7 +335,7 @@ class Measurement:
 
 
 def fallback_line(cases: Sequence[Case], device: str) -> str | None:
-    """Returns why our kernels cannot run one of the cases, as `explain` says it, or None."""
+    """Returns the line of `explain` for a case that runs the PyTorch fallback, None without one."""
     from lotr_ext import LoTRLinear, explain
 
     # The kernels depend on dtype and rank, not on the other sizes.
@@ -347,8 +353,8 @@ def fallback_line(cases: Sequence[Case], device: str) -> str | None:
 class Worker:
     """A process that measures with the lotr_ext of one checkout.
 
-    It answers two questions: {"case": ..} makes the rivals of a case, and its answer says which of
-    them cannot run; {"round": number} measures one round, and its answer has the times.
+    There are two requests: {"case": ..} makes the rivals of a case, and the reply has the reason of
+    each that cannot run; {"round": number} measures one round, and the reply has the times.
     """
 
     def __init__(self, name: str, argv: list[str], checkout: Path):
@@ -357,19 +363,20 @@ class Worker:
         code = (
             f"import sys; sys.path.insert(0, {str(checkout.resolve())!r}); import lotr_ext; "
             f"sys.path[0] = {str(ROOT)!r}; "
-            f"from bench.program import work; work({name!r}, {argv!r}, {other_end.fileno()})"
+            f"from bench.program import reply_to_requests; "
+            f"reply_to_requests({name!r}, {argv!r}, {other_end.fileno()})"
         )
         command = [sys.executable, "-c", code]
         self.process = subprocess.Popen(command, pass_fds=[other_end.fileno()])
         other_end.close()  # so that `recv` raises when the process has ended
 
-    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Returns the answer.
+    def request(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Sends a request, and returns the reply.
 
         Raises:
             EOFError: If the process has ended. What it printed says why.
         """
-        self.connection.send(question)
+        self.connection.send(message)
         return self.connection.recv()
 
     def close(self) -> None:
@@ -377,26 +384,26 @@ class Worker:
         self.process.wait()
 
 
-def work(name: str, argv: list[str], file_descriptor: int) -> None:
-    """Answers the questions of a `Worker` in its process, until one is None."""
+def reply_to_requests(name: str, argv: list[str], file_descriptor: int) -> None:
+    """Runs in the process of a `Worker`: replies to its requests, until one is None."""
     connection = Connection(file_descriptor)
     program = importlib.import_module(f"bench.{name}").PROGRAM
     options = program.arguments(argv)
     keep_memory()
     clock = Clock(options.device, options.clock)
-    for question in iter(connection.recv, None):
-        if "case" in question:
-            torch.set_num_threads(question["case"]["threads"])
+    for message in iter(connection.recv, None):
+        if "case" in message:
+            torch.set_num_threads(message["case"]["threads"])
             # At least 50 ms: two checkouts differ by less than rivals do.
             measurement_s = max(program.measurement_s, 0.05)
-            rounds = Rounds(program.build(question["case"], options), clock, measurement_s)
+            rounds = Rounds(program.build(message["case"], options), clock, measurement_s)
             connection.send(rounds.failures)
         else:
-            connection.send(rounds.run(question["round"]))
+            connection.send(rounds.run(message["round"]))
 
 
 def compare(program: Program, cases: Sequence[Case], options: argparse.Namespace) -> None:
-    """Measures this checkout and another one in turns, and prints the ratio of their times."""
+    """Measures this checkout and another one in each round, and prints the ratio of their times."""
     words = options.words
     if program.compared and not options.rivals:
         words = [*words, "--rivals", ",".join(program.compared)]
@@ -408,20 +415,20 @@ def compare(program: Program, cases: Sequence[Case], options: argparse.Namespace
         title = program.title(case)
         print(f"[{number}/{len(cases)}] {title}", file=sys.stderr, flush=True)
         for side, worker in workers.items():
-            for rival, reason in worker.ask({"case": case}).items():
+            for rival, reason in worker.request({"case": case}).items():
                 print(f"not measured: {side}, {named(rival)}: {reason}", file=sys.stderr)
         times: dict[str, list[Times]] = {"new": [], "old": []}
         for round_number in range(options.rounds):
             # In random order, so that no side always runs second.
             for side in random.Random(round_number).sample(list(workers), 2):
-                times[side].append(workers[side].ask({"round": round_number}))
+                times[side].append(workers[side].request({"round": round_number}))
         show(title, comparison(times["new"], times["old"], program.floor))
     for worker in workers.values():
         worker.close()
     print(
         f"\npython -m bench.{program.name} {' '.join(words)}\n"
         f"{commit()} (new) over {commit(options.against)} (old), medians of {options.rounds} "
-        f"rounds in turns, 95 % intervals\n{machine(options.device)}, {options.clock} seconds, "
+        f"rounds, 95 % intervals\n{machine(options.device)}, {options.clock} seconds, "
         f"load {os.getloadavg()[0]:.1f}"
     )
 

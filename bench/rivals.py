@@ -33,7 +33,7 @@ from .common import check_error, error_of
 
 SCALING = 2.0
 STRATEGIES = ("two_pass", "beta", "fused")  # values of LOTR_STRATEGY (docs/kernels.md)
-# The relative error of a layer's y, dx and gradients against float64.
+# The largest accepted relative error of a layer's y, dx and gradients against float64.
 TOLERANCE = {"fp32": 1e-5, "bf16": 1.5e-2, "fp16": 2e-3}
 
 
@@ -259,8 +259,8 @@ def with_strategy(
     Args:
         strategy: One of STRATEGIES.
         call: A layer, or a model.
-        weight: [n, k] of a layer in it.
-        rank: Of the adapter.
+        weight: The weight [n, k] of one of its layers.
+        rank: The rank of the adapter.
 
     Raises:
         ValueError: If the strategy cannot run here.
@@ -273,12 +273,12 @@ def with_strategy(
 
     def run(*arguments: object, **keywords: object) -> Tensor:
         # LOTR_STRATEGY is read once per process, but the rivals of a case share a process.
-        usual = dispatch.choose_strategy
+        original = dispatch.choose_strategy
         dispatch.choose_strategy = lambda tokens, x: STRATEGY_CODES[strategy]
         try:
             return call(*arguments, **keywords)
         finally:
-            dispatch.choose_strategy = usual
+            dispatch.choose_strategy = original
 
     return run
 
@@ -316,7 +316,7 @@ LAYERS: dict[str, Callable[[Tensors], Rival]] = {
 }
 
 
-def usual_layers(t: Tensors) -> list[str]:
+def default_layers(t: Tensors) -> list[str]:
     """Returns the rivals of one layer that are measured by default."""
     is_on_cpu = t.weight.device.type == "cpu"
     # Whether these rivals run only if --rivals names them. All others always run.

@@ -242,7 +242,8 @@ def run_all(
 
     count = min(MOST_PROCESSES, os.cpu_count() or 1, len(jobs))
     with ThreadPoolExecutor(count) as pool:
-        # Each takes every count-th job, so that the first dtype comes first in all of them.
+        # Each takes every count-th job, so that the first dtype comes first in all of them. `list`
+        # waits for them, and raises what a thread raised.
         list(pool.map(lambda i: run_jobs(command, jobs[i::count], report), range(count)))
 
 

@@ -98,9 +98,13 @@ def _head(results: Path, frames: dict[str, pd.DataFrame]) -> str:
         machine = last["machine"]
         lines.append(f"measured   {last['date']}, commit {last['commit'] or 'unknown'}")
         if "sm_mhz" in rows:
-            clocks = f"SM {rows['sm_mhz'].min():.0f} to {rows['sm_mhz'].max():.0f} MHz"
-            power = f"up to {rows['gpu_watts'].max():.0f} W, {rows['gpu_celsius'].max():.0f} C"
-            lines.append(f"clocks     {clocks} while measuring, {power}")
+            # A card without a sensor has rows without its column.
+            most = rows.reindex(columns=["gpu_watts", "gpu_celsius"]).max()
+            power = "up to {gpu_watts:.0f} W, {gpu_celsius:.0f} C".format(**most)
+            lines.append(
+                f"clocks     SM {rows['sm_mhz'].min():.0f} to {rows['sm_mhz'].max():.0f} MHz "
+                f"while measuring, {power}"
+            )
     return "\n".join([f"# lotr_ext on {machine}", "", *(f"    {line}" for line in lines)])
 
 
@@ -118,7 +122,7 @@ def _parts(results: Path, outcomes: Outcomes, smoke: list[dict]) -> str:
 
 
 def _details(name: str, outcome: str, log: Path, smoke: list[dict]) -> str:
-    """Returns what the table says of a part besides its outcome: counts, or where it ended."""
+    """Returns what the table shows of a part besides its outcome: counts, or where it ended."""
     details = ""
     if name == "smoke":
         kinds = [row["outcome"].partition(":")[0] for row in smoke]
@@ -221,7 +225,7 @@ def _next_steps(
 
 
 def _fused_steps(kernels: pd.DataFrame) -> list[str]:
-    """Returns whether gemm_lotr, the kernel of the fused strategy, is fast enough."""
+    """Returns a sentence on the speed of gemm_lotr, the kernel of the fused strategy."""
     rows = _kernel_rows(kernels).query("kernel == 'gemm_lotr'")
     if not len(rows):
         return []
@@ -234,7 +238,7 @@ def _fused_steps(kernels: pd.DataFrame) -> list[str]:
 
 
 def _strategy_steps(layers: pd.DataFrame) -> list[str]:
-    """Returns in how many cases each strategy was the fastest."""
+    """Returns a sentence that counts the cases in which each strategy was the fastest."""
     strategies = [f"lotr_ext-{name}" for name in ("two_pass", "beta", "fused")]
     rows = layers[(layers["stage"] == "step") & layers["rival"].isin(strategies)]
     times = rows.pivot_table(index=["m", "k", "n", "r", "dtype"], columns="rival", values="seconds")

@@ -1,6 +1,7 @@
 """A batch with a task per row, over the same batch with one adapter: a training step, and serving.
 
-    python -m bench.tasks                     64 rows of 16 tokens, 1,000 tasks, width 512, 4 blocks
+    python -m bench.tasks                     64 rows of 16 tokens, then of 1; 1,000 tasks, width
+                                              512, 4 blocks (GPU: 64 tokens, width 2,048, 8 blocks)
     python -m bench.tasks --shapes 64x1x1000x512x4x16
 
 A shape is rows x tokens per row x tasks x width x blocks x rank. The model is a small Llama of
@@ -82,7 +83,7 @@ class Batch:
         """Returns the task of each row [rows], or of each token [rows, tokens], -1 for the base."""
         tokens = torch.arange(self.case["tokens"], device=self.device)
         if rival == "lotr_ext-token":
-            # The rows' tasks in turns: token t of row r has the task of row r + t.
+            # Token t of row r has the task of row r + t, modulo the rows.
             rows = torch.arange(self.case["rows"], device=self.device).unsqueeze(1)
             return self.tasks[(rows + tokens) % self.case["rows"]]
         if rival == "lotr_ext-half":
@@ -154,7 +155,9 @@ def check_moved(cores: list[nn.Parameter], batch: Batch) -> None:
     has_gradient = torch.stack([core.grad.flatten(1).any(1) for core in cores]).any(0)
     moved = has_gradient.nonzero().flatten()
     if not torch.equal(moved, batch.tasks.unique()):
-        raise ArithmeticError(f"expected gradients of {batch.case['rows']} tasks, got {len(moved)}")
+        raise ArithmeticError(
+            f"expected gradients of the batch's tasks, got gradients of {len(moved)} tasks"
+        )
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:

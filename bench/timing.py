@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from .common import reason_of
 
 CLOCKS = ("wall", "cpu", "events")
-FLUSH_BYTES = 256 << 20  # or four times the L2, if that is more
+FLUSH_BYTES = 256 << 20  # read before a measurement; four times the L2, if that is more
 QUEUE_CYCLES = 6_000_000  # a few milliseconds, in which the CPU queues a complete step
 COPIED_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
 SAMPLED = {  # column: what nvidia-smi calls it
@@ -173,7 +173,7 @@ class Clock:
 
 @contextlib.contextmanager
 def gpu_samples(device: str) -> Iterator[Callable[[], dict[str, float]]]:
-    """Samples a GPU's clocks, temperature and power once per second.
+    """Samples clocks, temperature and power once per second, of all GPUs that nvidia-smi lists.
 
     Yields a function that returns the medians so far: none on a CPU, and none without nvidia-smi.
     """
@@ -186,8 +186,7 @@ def gpu_samples(device: str) -> Iterator[Callable[[], dict[str, float]]]:
 
         def medians() -> dict[str, float]:
             lines = io.StringIO(",".join(SAMPLED) + "\n" + Path(log.name).read_text())
-            # The last line may be incomplete. A value that is not a number, as "[N/A]", is left
-            # out.
+            # The last line may be incomplete. Values such as "[N/A]" are left out.
             samples = pd.read_csv(lines, on_bad_lines="skip").apply(pd.to_numeric, errors="coerce")
             return samples.median().dropna().to_dict()
 

@@ -1,4 +1,4 @@
-"""What share of LoRA's gain a small new task keeps, for example one of only cores on a fixed pair.
+"""The share of LoRA's gain that a small task keeps, for example only cores on a fixed pair.
 
     python -m bench.transfer --targets smollm2-kjv --forms donors/layer/16/dense --seeds 5
     python -m bench.transfer --targets none    the tables and the picture of the recorded runs
@@ -6,8 +6,8 @@
 
 A target is a text on which SmolLM2-135M is trained, all linear layers adapted, in one of several
 forms (forms.py), some with a pair of factors that was fixed before (donors.py). Tasks, training and
-losses are bench.accuracy's, whose recorded runs are compared. The program continues from
-what is recorded. Data: python examples/data.py smollm2 snippets kjv wycliffe verilog.
+losses are bench.accuracy's, whose recorded runs are in the tables as well. The program continues
+from what is recorded. Data: python examples/data.py smollm2 snippets kjv wycliffe verilog.
 
 A row of bench/results/transfer.jsonl is a run:
 
@@ -64,7 +64,7 @@ PER_KIB = 256  # float32 parameters
 
 
 class Run(NamedTuple):
-    """One training run. The form is the text that `Form.of` parses."""
+    """One training run. The form is the text that `Form.parse` parses."""
 
     target: str
     form: str
@@ -83,7 +83,7 @@ def train(run: Run) -> dict[str, Any]:
     """Makes a run with one thread: trains and measures. Returns its row."""
     start = time.perf_counter()
     torch.set_num_threads(1)
-    form = Form.of(run.form)
+    form = Form.parse(run.form)
     text = problem(run.target)
     text.task = text.task._replace(steps=run.steps)  # `fit` reads it
     model = build(form, run.target, run.seed)
@@ -118,7 +118,9 @@ def next_runs(recorded: pd.DataFrame, options: argparse.Namespace) -> list[Run]:
 def other_runs() -> pd.DataFrame:
     """Returns the runs of bench.accuracy that are compared: of the base, LoTR, LoRA, VeRA, full."""
     runs = runs_in(RESULTS / "accuracy.jsonl")
-    return runs[(runs["scaling"] == "") & runs["method"].str.match("base|lo|vera|full")].copy()
+    return runs[
+        (runs["scaling"] == "") & runs["method"].str.match("base|lotr|lora|vera|full")
+    ].copy()
 
 
 class Result(NamedTuple):
@@ -169,7 +171,7 @@ def short_runs(recorded: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(gain=(before - runs["validation"]) / (before - runs["lora"]))
 
 
-def tables(recorded: pd.DataFrame) -> None:
+def tables(recorded: pd.DataFrame, collection: pd.DataFrame) -> None:
     for target in TARGETS:
         rows = [
             {
@@ -187,8 +189,8 @@ def tables(recorded: pd.DataFrame) -> None:
     shorter = short_runs(recorded).sort_values(["target", "steps", "validation"])
     columns = ["target", "form", "lr", "steps", "parameters", "captured", "validation", "gain"]
     show("shorter runs", shorter[columns].round(3).astype(object).fillna(""))
-    collection = collection_table(read(RESULTS / "transfer_collection.jsonl"))
-    show("ten LoRAs, and banks of them", collection)
+    if len(collection):
+        show("ten LoRAs, and banks of them", collection_table(collection))
 
 
 def collection_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -222,12 +224,12 @@ PAIR_MARKS = {
     "mixed": "X",
 }
 # The other panels have a mark and a color for each family: the forms and methods with a name that
-# its regular expression matches. [^:] leaves out forms with b:, which are in the first family.
+# its regular expression matches. Forms with b: are only in the first family.
 FAMILIES = {
     "cores and a vector b": (r".*/b:.*", "s", "tab:cyan"),
     "LoTR, a trained pair": (r"trained.*|lotr(-width|-block|-diagonal)?,.*", "^", "tab:green"),
     "cores on a fixed pair": (
-        r"(?!trained|peft)[^:]+/[^:]+|lotr-(core|few).*|lora-xs.*",
+        r"(?!trained|peft|.*/b:).+/.+|lotr-(core|few).*|lora-xs.*",
         "o",
         "tab:blue",
     ),
@@ -350,12 +352,13 @@ def main(argv: list[str] | None = None) -> int:
     options = parser_of("transfer", f"{__doc__}\nA form is {Form.__doc__}", OPTIONS).parse_args(
         argv
     )
+    collection = options.results.with_name("transfer_collection.jsonl")
     if options.collection:
-        collect(options.results.with_name("transfer_collection.jsonl"))
+        collect(collection)
     elif options.targets != ["none"]:
         complete(options.results, COLUMNS, partial(next_runs, options=options), train, options.jobs)
     recorded = runs_in(options.results, COLUMNS)
-    tables(recorded)
+    tables(recorded, read(collection))
     picture(recorded, options.results.with_suffix(".png"))
     print(f"results in {options.results}")
     return 0

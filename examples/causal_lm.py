@@ -67,7 +67,7 @@ def held_out_loss(model: nn.Module, rows: Tensor) -> float:
 
 @torch.no_grad()
 def continue_prompt(model: nn.Module, tokenizer, prompt: str, tokens: int) -> str:
-    """Returns a prompt and its greedy continuation. No three tokens are repeated."""
+    """Returns a prompt and its greedy continuation, in which no three tokens in a row recur."""
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     ids = model.generate(
         **encoded,

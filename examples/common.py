@@ -63,7 +63,7 @@ def parse_options(doc: str, argv: list[str] | None, **defaults: object) -> argpa
     options = parser.parse_args(argv)
     print(f"{parser.prog}: loading packages and data", flush=True)  # seconds without other output
     torch.set_num_threads(options.threads)
-    # Models are in data/. Without effect where transformers is imported first, as in causal_lm.py.
+    # Models are in data/. This has no effect after an import of transformers, as in causal_lm.py.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     RESULTS.mkdir(exist_ok=True)
@@ -87,7 +87,7 @@ def rated_texts(file: str, held_out: int) -> tuple[list[Example], list[Example]]
     """Reads the texts of data/`file` with a clear rating.
 
     Returns:
-        The training examples and `held_out` other ones, both in random order.
+        The training examples, and `held_out` others, both in random order.
 
     Raises:
         FileNotFoundError: If the file was not downloaded.

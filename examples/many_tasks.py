@@ -4,9 +4,9 @@
     python examples/many_tasks.py                     about two minutes on two cores
 
 Four tasks of MiniLM are trained together, with rows of all tasks in each batch: is a text
-positive, for film reviews, tweets, product reviews and sentences of editorials? Then batches of 64
-rows with 1 to 64 of 1,000 tasks are timed, next to the model without an adapter. A task has one
-core for each of 36 linear layers. Writes demo_results/many_tasks.png.
+positive, for movie reviews, tweets, product reviews and sentences of editorials? Then forwards of
+64 rows with 1 to 64 of 1,000 tasks are timed, and the model without an adapter. A task has a core
+for each of 36 linear layers. Writes demo_results/many_tasks.png.
 """
 
 import statistics
@@ -81,7 +81,7 @@ def train_tasks(
 
 
 def print_accuracies(model: nn.Module, held_out_data: dict[str, Batch]) -> None:
-    """Prints a row per collection of held-out texts, with a column per task that reads them."""
+    """Prints a row per collection of held-out texts, with a column per task."""
     print(f"{'held-out accuracy with the cores of':36}", *(f"{name:>18}" for name in held_out_data))
     for name, data in held_out_data.items():
         shares = [

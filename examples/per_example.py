@@ -1,4 +1,4 @@
-"""A gradient for each example of a batch from one backward: row i uses task i, a copy of the cores.
+"""One backward, and a gradient for each example of a batch: row i uses task i, a copy of the cores.
 
     python examples/data.py minilm snippets
     python examples/per_example.py

@@ -1,12 +1,12 @@
-"""Serve three tasks of SmolLM2 by vLLM's OpenAI-compatible server. Each task is 210 KiB.
+"""Serve three tasks of SmolLM2 with vLLM's OpenAI-compatible server. Each task is 210 KiB.
 
     make vllm                                   once: vLLM for the CPU in .venv/vllm (2 GB, minutes)
     python examples/data.py smollm2 kjv
     .venv/vllm/bin/python examples/serve.py     trains the tasks (two minutes, once), then serves
                                                 on 127.0.0.1:8000
 
-The model "bible" continues in the words of the King James Bible, "shout" in capitals, and "larger"
-mostly says " 71" after "25, 71:".
+The model "bible" continues a prompt in the style of the King James Bible, "shout" continues it in
+capitals, and "larger" mostly writes " 71" after "25, 71:".
 """
 
 import argparse
@@ -98,7 +98,7 @@ def make_tasks(options: argparse.Namespace) -> None:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Replaces this process by vLLM's server."""
+    """Replaces this process with vLLM's server."""
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -39,8 +39,12 @@ class Attachment(nn.Module):
 
 def attached_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters of the attachments of a model, and of adapted models inside it."""
-    attached = [module for module in model.modules() if isinstance(module, Attachment)]
-    return [parameter for module in attached for parameter in module.parameters()]
+    return [
+        parameter
+        for module in model.modules()
+        if isinstance(module, Attachment)
+        for parameter in module.parameters()
+    ]
 
 
 def layers_in(model: nn.Module) -> dict[str, LoTRLayer]:
@@ -49,7 +53,7 @@ def layers_in(model: nn.Module) -> dict[str, LoTRLayer]:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoTRLayer]:
-    """Returns the adapted layers of a model from `apply_lotr` or built by hand, by name.
+    """Returns the adapted layers by name, of a model from `apply_lotr` or one built by hand.
 
     Raises:
         RuntimeError: If the model has no adapter.
@@ -64,7 +68,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LoTRLayer]:
 
 
 def unmerged_layers(model: nn.Module, caller: str) -> dict[str, LoTRLayer]:
-    """Returns the adapted layers of a model by name, as `adapted_layers`, of which none is merged.
+    """Returns the adapted layers of a model by name, and checks that none is merged.
 
     Args:
         model: The model.

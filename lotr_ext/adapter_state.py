@@ -45,7 +45,7 @@ _OTHER_FILES = {
 
 
 def start_key(key: str) -> str:
-    """Returns the name of the start of a factor with this name, as files since version 1 have it.
+    """Returns the name of a factor's start in a file. key is the name of the factor's value there.
 
     `lotr_factors.0.value` -> `lotr_factors.0.start`; in version 1, where one module had both
     factors, `lotr_factors.0.A` -> `lotr_factors.0.start_A`.
@@ -137,9 +137,9 @@ class AdapterState:
             tensors: By name.
 
         Raises:
-            AttributeError, LookupError, TypeError, ValueError: If a field is missing or has a wrong
-                type or value, or if the sizes of tensors do not fit each other or the
-                configuration.
+            AttributeError, LookupError, OverflowError, TypeError, ValueError: If a field is missing
+                or has a wrong type or value, or if the sizes of tensors do not fit each other or
+                the configuration.
         """
         config = document["config"]
         tied = document.get("tied")
@@ -208,7 +208,8 @@ class AdapterState:
 
         Raises:
             TypeError, ValueError: If there is none, or a damaged or newer one. The message names
-                the file, what was expected and what was found.
+                the file or the directory, what was expected and what was found.
+            OSError: If the directory cannot be looked up, for example without permission.
         """
         path = directory / FILE_NAME
         old_path = directory / old_files.JSON_NAME
@@ -220,8 +221,7 @@ class AdapterState:
             raise ValueError(
                 f"directory: expected a folder with {FILE_NAME}, got {_what_is_at(directory)}"
             )
-        # The checksum excludes damage, but not an edited document: its first mistake is then the
-        # error.
+        # The checksum rules out damage, but not an edited document. Its first mistake is the error.
         with errors_of(str(directory)):
             return AdapterState.from_document(document, tensors)
 
@@ -230,7 +230,8 @@ class AdapterState:
 
         Raises:
             FileExistsError: If directory is a file.
-            OSError: If the disk refuses. An adapter that was there is then unchanged.
+            OSError: If the disk refuses. An adapter that was there is then unchanged, unless only
+                the removal of an older version's files failed: the new one is then in place.
         """
         text = json.dumps(self.document, allow_nan=False)  # NaN is not JSON
         # In the order of the checksum, see `_document_of`.
@@ -268,7 +269,7 @@ def _document_of(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _what_is_at(directory: Path) -> str:
-    """Says what stands in place of an adapter's folder, and what to do."""
+    """Describes what is there instead of an adapter's folder, and says what to do."""
     for name, other in _OTHER_FILES.items():
         if (directory / name).is_file():
             return f"{directory}, which has {other}"

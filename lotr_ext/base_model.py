@@ -36,7 +36,8 @@ class BaseModel:
         """Returns the base that `dataclasses.asdict` wrote as a JSON object.
 
         Raises:
-            TypeError, ValueError: If a field is unknown, or a value is not a number.
+            OverflowError, TypeError, ValueError: If a field is unknown, or a value is not a number
+                or exceeds every float.
         """
         base = BaseModel(**values)
         # float raises here, and not at the comparison, when the model is adapted already.
@@ -74,7 +75,7 @@ class BaseModel:
         Args:
             model: An adapted model.
             gather: Returns the full tensor of one that may be sharded.
-            refuse: Whether to raise, and not to warn.
+            refuse: Whether to raise instead of warning.
 
         Raises:
             ValueError: If the base is another one and refuse is set.

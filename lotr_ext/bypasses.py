@@ -4,7 +4,7 @@ nn.MultiheadAttention              reads out_proj.weight: that layer cannot be a
 nn.TransformerEncoderLayer         its fast path reads linear1 and linear2: turned off
 nn.TransformerEncoder              makes nested tensors for that fast path: turned off
 attention of diffusers             fuse_projections copies the weights of to_q, to_k and to_v
-                                   into a new layer: refused; later to_q is not called any more
+                                   into a new layer: refused. If it has run, to_q cannot be adapted
 models of transformers             resize_token_embeddings copies the weight of the output layer
                                    into a new layer: refused if the output layer is adapted
 """
@@ -35,7 +35,7 @@ def call_obstacle(parent: nn.Module, child: str) -> str | None:
     if getattr(parent, "fused_projections", False):
         for fused, replaced in _FUSED_LAYERS.items():
             if child in replaced and hasattr(parent, fused):
-                return f"fuse_qkv_projections has replaced it by {fused}"
+                return f"fuse_qkv_projections has replaced it with {fused}"
     return None
 
 
@@ -55,7 +55,7 @@ def block_bypasses(model: nn.Module, layer_type: type[nn.Module] = LoTRLayer) ->
                 setattr(module, attribute, False)
         if callable(getattr(module, "fuse_projections", None)) and _contains(module, layer_type):
             module.fuse_projections = _refuse_to_fuse
-        # The method resizes both embeddings. For the input embedding only, it would be right.
+        # The method also resizes the output layer. Without an adapter there, its result is right.
         if callable(getattr(module, "resize_token_embeddings", None)):
             output = module.get_output_embeddings()
             if output is not None and _contains(output, layer_type):

@@ -3,7 +3,7 @@
 Not here: checks that need a model (targets.py) or a layer (layers.py).
 """
 
-import math
+import sys
 from collections.abc import Collection, Mapping
 
 import torch
@@ -61,8 +61,8 @@ def check_number(name: str, value: object) -> None:
     """Checks that value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    # Dynamo cannot trace isfinite of a symbol.
-    if not torch.compiler.is_compiling() and not math.isfinite(value):
+    # A comparison with a symbol of torch.compile would add a guard. An int may exceed every float.
+    if not torch.compiler.is_compiling() and not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name}: expected a finite number, got {value!s:.40}")
 
 
@@ -131,11 +131,11 @@ def check_range(name: str, index: Tensor, start: int, end: int) -> None:
 
     Args:
         name: The argument, for the error.
-        index: Of integers.
+        index: A tensor of integers.
         start: The least value that is allowed.
         end: The value after the largest one.
     """
-    if not has_values(index) or not index.numel():
+    if not is_cheap_to_read(index) or not index.numel():
         return
     least = int(index.min())
     most = int(index.max())
@@ -143,7 +143,7 @@ def check_range(name: str, index: Tensor, start: int, end: int) -> None:
         raise ValueError(f"{name}: expected values in [{start}, {end}), got {least} to {most}")
 
 
-def has_values(tensor: Tensor) -> bool:
+def is_cheap_to_read(tensor: Tensor) -> bool:
     """Whether reading the tensor's values neither waits for a GPU nor breaks a graph."""
     return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
 

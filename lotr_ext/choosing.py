@@ -1,9 +1,9 @@
 """rank_for: the recipe of docs/choosing.md for one model.
 
-    parameters of the adapter    form                                     size in the recipe
-    below LoRA of rank 0.1       dense cores, one pair per shape          a tenth of LoRA of rank 1
-    below LoRA of rank 2         diagonal cores, one pair per shape       LoRA of rank 1
-    more                         dense cores, one pair per shape, block   LoRA of rank 4
+    the adapter's parameters     form                                       size in the recipe
+    fewer than LoRA of rank 0.1  dense cores, one pair per shape            1/10 of LoRA of rank 1
+    fewer than LoRA of rank 2    diagonal cores, one pair per shape         LoRA of rank 1
+    more                         dense cores, one pair per shape and block  LoRA of rank 4
 
 The rank is the largest one with at most this number of parameters.
 """
@@ -18,9 +18,9 @@ from .checks import check_dimension
 from .config import LoTRConfig
 from .targets import Selection, select
 
-# The forms of the table: (the rank of a LoRA below whose size it is used, the form). The ranks
-# separate the sizes that docs/choosing.md measured. 2 is the geometric mean of 1 and 4.
-_FORMS = (
+# The rows of the table: (the rank of a LoRA below whose size a form is used, the form's settings).
+# The ranks separate the sizes that docs/choosing.md measured. 2 is the geometric mean of 1 and 4.
+_RECIPE = (
     (0.1, {"group_by": "shape", "core": "dense"}),
     (2.0, {"group_by": "shape", "core": "diagonal"}),
     (math.inf, {"group_by": "block", "core": "dense"}),
@@ -39,7 +39,7 @@ def rank_for(
     Args:
         model: A plain model. It is not changed.
         like: "lora:<rank>": as many parameters as a LoRA of this rank over the same layers.
-        numbers: The number of trained parameters of the adapter, instead of like.
+        numbers: The number of parameters in A, B and the cores, instead of like.
         settings: Other fields of `LoTRConfig`, such as target_modules or dropout.
 
     Raises:
@@ -66,7 +66,7 @@ def rank_for(
         budget = int(match[1]) * lora_rank_1
     else:
         raise ValueError(f'like: expected "lora:<rank>", such as "lora:1", got {like!r}')
-    form = next(form for limit, form in _FORMS if budget < limit * lora_rank_1)
+    form = next(form for limit, form in _RECIPE if budget < limit * lora_rank_1)
     # Again, because this form's group_by may group the layers differently.
     selection = select(model, LoTRConfig(**settings, **form))
     rank = 0
@@ -82,7 +82,7 @@ def rank_for(
 
 
 def _size(selection: Selection, rank: int) -> int:
-    """Returns the number of trained parameters of an adapter of this rank."""
+    """Returns the number of parameters in A, B and the cores at this rank."""
     core = rank if selection.config.core == "diagonal" else rank * rank
     factors = sum(sum(targets[0].sizes) for targets in selection.groups.values())
     return rank * factors + core * len(selection.targets)

@@ -17,7 +17,7 @@ from .cores import FORMS
 from .factors import Scaling, scaling_of
 from .init import CORE_INITS, FACTOR_INITS
 
-# The values of LoTRConfig's fields: group_by, train and task_type.
+# What the fields group_by, train and task_type of LoTRConfig may be.
 GROUPS = ("shape", "block", "name", "layer", "width")
 GroupBy = str | Mapping[str, str] | Callable[[str, nn.Module], str]
 PARTS = ("A", "B", "core")
@@ -36,14 +36,14 @@ LORA_SETTINGS = {
     "bias": "To train biases, use lotr_ext.peft. Its configuration has this field.",
     "lora_bias": "An adapter has no bias.",
     "use_dora": "LoTR has no magnitudes.",
-    "magnitude": "LoTR has no magnitudes.",
+    "magnitude": "LoTR has no magnitudes.",  # a field of lotr_ext 0.1, not of LoRA
     "fan_in_fan_out": "Conv1D layers are recognized without it.",
     "layers_to_transform": "Pass a regular expression as target_modules.",
     "layers_pattern": "Pass a regular expression as target_modules.",
     "layer_replication": "Replicate the layers before they are adapted.",
     "trainable_token_indices": "Name the embedding in modules_to_save.",
-    "target_parameters": "apply_lotr adapts experts.",
-    "loftq_config": "The base weights stay as they are.",
+    "target_parameters": "To adapt experts, use apply_lotr. LoTRConfig has this field.",
+    "loftq_config": "Quantize the model before it is adapted.",
     "eva_config": "lotr_ext.init_from_gradient starts an adapter from data.",
     "corda_config": "lotr_ext.init_from_gradient starts an adapter from data.",
 }
@@ -95,11 +95,11 @@ class LoTRConfig:
         scaling: s itself, or "auto", with which LoRA's learning rate suits every rank
             (`lotr_ext.factors.scaling_of`).
         dropout: The probability of dropping an element of the adapter's x in training, in [0, 1).
-        target_modules: Name endings in full dotted parts (["query", "value"]), a regular expression
-            for the full name, or "all-linear". None means "all-linear", or no linear layer with
-            target_parameters. "all-linear" leaves out layers that cannot be adapted, layers that
-            share their weight with another module and, as PEFT does, the output layer or head
-            (transformers, timm). `trainable_summary` lists what was left out.
+        target_modules: A list of name endings, which match full dotted parts (["query", "value"]);
+            a regular expression for the full name; or "all-linear". None means "all-linear", but no
+            linear layer if target_parameters is given. "all-linear" leaves out layers that cannot
+            be adapted, layers that share their weight with another module and, as PEFT does, the
+            output layer or head (transformers, timm). `trainable_summary` lists what was left out.
         exclude_modules: Name endings, or a regular expression, to leave out.
         modules_to_save: Name endings of modules that are fully trained, and saved with the adapter,
             such as a new head.
@@ -110,16 +110,16 @@ class LoTRConfig:
             n, over all adapted layers. Or a mapping from layer name to group, or a callable
             (name, module) -> group.
         init: "orthonormal", "normal", "kaiming" or "svd" (lotr_ext.init).
-        train: Which of "A", "B" and "core" are trained. The rest stays as it starts.
+        train: Which of "A", "B" and "core" are trained. The others keep their initial values.
         adapter_dtype: The dtype of A, B and the cores: float32, float64, bfloat16 or float16.
         core_init: "zero", or "identity" (B then starts at zero).
         target_parameters: Name endings of the 3-D parameters of a transformers mixture's experts,
             as PEFT matches them: ["experts.gate_up_proj", "experts.down_proj"].
-        core: "dense": each layer has a core. Or cores that are computed from fewer parameters,
-            which layers share (`lotr_ext.cores`): "diagonal", "cp", "tucker", "train", "few", or a
-            callable (places, rank) -> Cores. A place is a layer's (layer, kind), such as
-            ("model.layers.3", "self_attn.q_proj"). The configuration of a saved adapter has
-            "custom" for a callable.
+        core: "dense" (a parameter [r_in, r_out] per layer), or a form that computes the cores from
+            fewer parameters, which layers share (`lotr_ext.cores`): "diagonal", "cp", "tucker",
+            "train", "few", or a callable (places, rank) -> Cores. A place is a layer's (layer,
+            kind), such as ("model.layers.3", "self_attn.q_proj"). The configuration of a saved
+            adapter has "custom" for a callable.
         task_type: PEFT's name of the task. With "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS",
             `apply_lotr` adds the model's head to modules_to_save. "CAUSAL_LM", "SEQ_2_SEQ_LM" and
             "FEATURE_EXTRACTION" change nothing.
@@ -179,8 +179,8 @@ class LoTRConfig:
 
     def _check_combinations(self) -> None:
         svd = self.init == "svd"
-        # At the start, one part has a gradient: zero cores, or B with identity cores. With "svd",
-        # all parts have one.
+        # Only one part has a nonzero gradient at the start: the cores if they are zero, B if they
+        # are the identity. With "svd", every part has one.
         needed = "core" if self.core_init == "zero" else "B"
         can_learn = len(self.train) > 0 if svd else needed in self.train
         if not can_learn or not set(self.train) <= set(PARTS):
@@ -204,7 +204,7 @@ class LoTRConfig:
             )
 
     def __getattr__(self, name: str) -> Any:
-        """Explains what is missing to `peft.get_peft_model`, which reads these names first."""
+        """Raises. Says which class `peft.get_peft_model` needs, which reads these names first."""
         if name in ("base_model_name_or_path", "peft_type"):
             raise AttributeError(
                 "peft_config: expected a LoTRPeftConfig, got a LoTRConfig, which is for "
@@ -238,8 +238,8 @@ class LoTRConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns a dictionary for JSON. A callable core becomes "custom".
 
-        A callable group_by has no such form. `apply_lotr` keeps the mapping that it returned in
-        model.lotr_config.
+        A callable group_by has no JSON form. In model.lotr_config, `apply_lotr` replaces it with
+        a mapping from each layer to its group.
         """
         return {
             **asdict(self),
@@ -270,7 +270,7 @@ def _names(field: str, value: object) -> tuple[str, ...] | None:
     is_list = isinstance(value, (Sequence, Set)) and not isinstance(value, str)
     if not is_list or not value or not all(isinstance(name, str) and name for name in value):
         raise TypeError(f"{field}: expected a list of at least one name, or None, got {value!r}")
-    # A set has another order in each process, and so would the file.
+    # The order of a set differs between processes, and so would the saved configuration.
     return tuple(sorted(value)) if isinstance(value, Set) else tuple(value)
 
 

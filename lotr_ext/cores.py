@@ -11,7 +11,7 @@
 
 Many published relatives of LoTR are LoTR with one of these forms (docs/relatives.md). A place
 identifies the core of a layer: (layer, kind), or any name for the forms that use neither. All forms
-start at G = 0 with a nonzero gradient, so the model starts unchanged.
+start at G = 0, so the model starts unchanged, and with a nonzero gradient.
 
 Not here: how a layer uses a form (`LoTRLayer.use_core`).
 """
@@ -39,7 +39,7 @@ class CoreAt(nn.Module):
     def __init__(self, cores: "Cores", index: int, owned: bool = True):
         super().__init__()
         self.index = index
-        # As a child of every layer, the parameters would be in state_dict once per layer.
+        # If every layer registered `cores`, state_dict would have them once per layer.
         if owned:
             self.cores = cores
         else:
@@ -122,7 +122,7 @@ class LayersAndKinds(Cores):
 
     def __init__(self, places: Sequence[tuple[Hashable, Hashable]], rank: int | tuple[int, int]):
         super().__init__(places, rank)
-        # In the order of the places, by which the rows in a file are assigned.
+        # In order of appearance. A file has one row for each of them, in this order.
         self.layers = list(dict.fromkeys(layer for layer, _ in self.places))
         self.kinds = list(dict.fromkeys(kind for _, kind in self.places))
         self.places = [(layer, kind) for layer in self.layers for kind in self.kinds]
@@ -146,8 +146,8 @@ class DiagonalCores(Cores):
 class CPCores(LayersAndKinds):
     """G_lk = diag(a[l] * b[k]): the canonical polyadic form, with A and B as the other two modes.
 
-    LoRTA (arXiv 2410.04060) and CaRA, without their modes of heads. State: `layer` [layers, r],
-    `kind` [kinds, r].
+    LoRTA (arXiv 2410.04060) and CaRA, without their modes for attention heads. State: `layer`
+    [layers, r], `kind` [kinds, r].
     """
 
     def __init__(self, places: Sequence[tuple[Hashable, Hashable]], rank: int):
@@ -230,8 +230,8 @@ class TrainCores(LayersAndKinds):
 class FewCores(Cores):
     """G_p = sum_j v[p, j] R[j] with fixed random R: few parameters per layer, or for all layers.
 
-    TinyLoRA (arXiv 2602.04118), with frozen factors from the SVD of each layer. State: `numbers`
-    [places or 1, numbers], and the buffer `random` [numbers, r_in, r_out].
+    TinyLoRA (arXiv 2602.04118) has this form over frozen factors from the SVD of each layer. State:
+    `numbers` [places or 1, numbers], and the buffer `random` [numbers, r_in, r_out].
 
     Args:
         places: As for `Cores`, as is rank.

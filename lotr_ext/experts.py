@@ -23,7 +23,7 @@ from .checks import (
     check_range,
     check_tensor,
     check_values,
-    has_values,
+    is_cheap_to_read,
 )
 from .core import dispatch, grouped
 from .core.call import LayerCall, RowChoice, index_from_offs
@@ -70,7 +70,7 @@ class Routing:
         task = tasks if self.tokens is None else tasks[self.tokens]
         experts = cores.shape[1]
         expert = index_from_offs(self.offs, len(task), experts)
-        # A row of no task is the base model's. A row past the last end has no expert.
+        # A row without a task computes only the base. A row past the last end has no expert.
         has_core = (task >= 0) & (expert >= 0)
         # The core of task t and expert c has the index t e + c in the flattened cores.
         index = torch.where(has_core, task * experts + expert, -1)
@@ -79,7 +79,8 @@ class Routing:
     def zero_unread_rows(self, x: Tensor) -> Tensor:
         """Returns x with zeros in the rows that no expert reads.
 
-        They may hold anything, also NaN, which dA = x^T du would spread: zero times NaN is NaN.
+        Such rows may hold anything, even NaN, which would spread in dA = x^T du: zero times NaN is
+        NaN.
         """
         if self.reads is None:
             return self.zero_past_end(x)
@@ -89,9 +90,9 @@ class Routing:
         return _with_zeros(x, is_unread.index_fill(0, read, False)[: len(x)])
 
     def zero_past_end(self, rows: Tensor) -> Tensor:
-        """Returns rows with zeros past the last end, where their gradient then is zero as well.
+        """Returns rows with zeros past the last end.
 
-        A gradient of NaN there would spread in dB = g^T h.
+        Their gradient there is then zero, too. If it were NaN, it would spread in dB = g^T h.
         """
         return _with_zeros(rows, self._is_past_end(rows))
 
@@ -103,9 +104,10 @@ class Routing:
 def _with_zeros(x: Tensor, is_zero: Tensor) -> Tensor:
     """Returns x with zeros in some rows, x itself if there are none.
 
-    On a GPU and in a compiled graph it always copies, because looking for such rows would wait.
+    On a GPU and in a compiled graph it always copies. Looking for such rows would wait for the GPU,
+    or break the graph.
     """
-    if has_values(is_zero) and not bool(is_zero.any()):
+    if is_cheap_to_read(is_zero) and not bool(is_zero.any()):
         return x
     return x.masked_fill(is_zero.unsqueeze(1), 0)
 
@@ -143,8 +145,8 @@ def lotr_grouped_linear(
         cores: [e, r_in, r_out], or [t, e, r_in, r_out] with a core_index.
         scaling: s.
         bias: [e, n].
-        tokens: The row of x that each row reads [rows] (int64), also for rows past the last end.
-            x A is then computed once per token.
+        tokens: The row of x that each row reads [rows] (int64). Rows past the last end need a valid
+            entry, too. x A is then computed once per token.
         core_index: The task of each row of x (int64), -1 for none. Task and expert choose the core.
 
     Raises:
@@ -153,7 +155,7 @@ def lotr_grouped_linear(
     """
     check_tensor("weight", weight, "e", "n", "k")
     e, n, k = weight.shape
-    _check_routing(x, offs, tokens, experts=e, in_features=k)
+    _check_routing(x, offs, tokens, experts=e, in_features=k, dtype=weight.dtype)
     check_tensor("A", A, k, "r_in")
     check_tensor("B", B, n, "r_out")
     lead = () if core_index is None else ("t",)
@@ -176,10 +178,12 @@ def lotr_grouped_linear(
 
 
 def _check_routing(
-    x: Tensor, offs: object, tokens: object, *, experts: int, in_features: int
+    x: Tensor, offs: object, tokens: object, *, experts: int, in_features: int, dtype: torch.dtype
 ) -> None:
     # With tokens, rows may read one row of x more than once.
     check_tensor("x", x, "rows" if tokens is None else "m", in_features)
+    if x.dtype != dtype and dispatch.autocast_dtype(x) is None:
+        raise TypeError(f"x: expected the weight's dtype {dtype}, got {x.dtype}. Convert x.")
     check_integers("offs", offs, torch.int32)
     if offs.shape != (experts,):
         raise ValueError(
@@ -208,7 +212,8 @@ class LoTRExperts(LoTRLayer):
 
     Args:
         num_experts: e.
-        in_features: k. This and all further arguments are as for `LoTRLinear`.
+        in_features: k. This and all further arguments are as for `LoTRLinear`, but `bias` is False
+            by default.
 
     Raises:
         TypeError, ValueError: If an argument has the wrong type or value. The message names it.
@@ -230,7 +235,7 @@ class LoTRExperts(LoTRLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        # Before the weight is allocated, which may take gigabytes.
+        # Checked before the weight is allocated, which may take gigabytes.
         check_dimension("num_experts", num_experts)
         factors = factors_for(factors, rank, (in_features, out_features), device, dtype)
         s = scaling_of(factors.rank, alpha, rslora, scaling)
@@ -255,7 +260,14 @@ class LoTRExperts(LoTRLayer):
         Returns:
             [rows, out_features].
         """
-        _check_routing(x, offs, tokens, experts=self.num_experts, in_features=self.in_features)
+        _check_routing(
+            x,
+            offs,
+            tokens,
+            experts=self.num_experts,
+            in_features=self.in_features,
+            dtype=self.weight.dtype,
+        )
         routing = Routing(offs, reads=tokens, tokens=tokens)
         y = self.routed(
             routing.zero_unread_rows(x), self.weight, self.bias, routing, request_input=x
@@ -278,8 +290,8 @@ class LoTRExperts(LoTRLayer):
             weight: [e, n, k], full (unsharded) during the forward of the module that owns it.
             bias: [e, n].
             routing: The expert and the token of each row of y.
-            request_input: The tokens [m, ..] before they are sent to experts. A request has their
-                tasks.
+            request_input: The tokens [m, ..] before they are sent to experts, to which the tasks of
+                a request belong.
         """
         state = state_of(self)
         # Nothing has to be added back, because experts cannot have init "svd".

@@ -39,7 +39,7 @@ def scaling_of(
     """Returns the scaling s of an adapter.
 
     "auto" is 4 (8 / r)^1.5 / INIT_GAIN^3. INIT_GAIN = 0.4 is the constant by which the initial
-    factors are multiplied. With both, a learning rate that suits LoRA suits LoTR at every rank
+    factors are multiplied. With these two, a learning rate that suits LoRA suits LoTR at every rank
     (docs/choosing.md).
 
     Args:
@@ -99,9 +99,12 @@ class LoTRFactor(nn.Module):
         features: in_features for an A, out_features for a B.
         rank: The number of columns.
         init: "orthonormal" (orthonormal columns, or rows if the rank exceeds the features),
-            "normal" (N(0, 1), as in the paper) or "kaiming", times INIT_GAIN.
+            "normal" (N(0, 1), as in the paper's code) or "kaiming", times INIT_GAIN.
         device: As for torch.empty.
         dtype: float32, float64, bfloat16 or float16. torch's default dtype if None.
+
+    Attributes:
+        value: The parameter [features, rank].
 
     Raises:
         TypeError, ValueError: If an argument has the wrong type or value. The message names it.
@@ -157,7 +160,7 @@ class LoTRFactors(nn.Module):
         in_features: The in_features of the layers.
         out_features: The out_features of the layers.
         rank: An int, or (r_in, r_out).
-        init: As for `LoTRFactor`, like device and dtype, with the same errors and warnings.
+        init: As for `LoTRFactor`, as are device, dtype, the errors and the warnings.
 
     Attributes:
         A: The `LoTRFactor` [in_features, r_in].

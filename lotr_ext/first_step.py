@@ -87,8 +87,8 @@ def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
             "model's adapter has a gradient. Call the model inside use_tasks(model, index)."
         )
     cores = {name: trained.intersection(layer.core_parameters()) for name, layer in layers.items()}
-    # A core has a gradient after a forward and a backward of its layer. If no core has one, all may
-    # be replaced by tasks.
+    # A core has a gradient if the forward and backward reached its layer. If no core has one, a
+    # bank's tasks may have taken the place of all cores.
     called = [name for name in cores if cores[name] & with_gradient]
     idle = [name for name in cores if cores[name] and name not in called]
     if called and idle:
@@ -101,15 +101,16 @@ def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
 
 
 def _has_trained(model: nn.Module, optimized: set[nn.Parameter]) -> bool:
-    """Whether a step has trained what the model trains: its tasks if it has some, else its cores.
+    """Whether a step has trained the first of these that the model trains: tasks, cores, A and B.
 
     Otherwise the step was of another optimizer, and the next step is checked, too.
     """
     tasks = {p for p in attached_parameters(model) if p.requires_grad}
-    cores = {
-        parameter
+    parts = {
+        parameter: part
         for layer in layers_in(model).values()
-        for parameter in layer.core_parameters()
+        for part, parameter in layer.parts()
         if parameter.requires_grad
     }
-    return any(p.grad is not None for p in (tasks or cores) & optimized)
+    cores = {parameter for parameter, part in parts.items() if part == "core"}
+    return any(p.grad is not None for p in (tasks or cores or parts.keys()) & optimized)

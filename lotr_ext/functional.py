@@ -29,13 +29,13 @@ def lotr_linear(
 ) -> Tensor:
     """Computes y = x W^T + bias + scaling ((drop(x) A) core) B^T (arXiv 2402.01376).
 
-    Differentiable in x, A, B and core, and in weight and bias if they require grad.
+    Differentiable in every tensor but core_index.
 
     Args:
         x: [.., k].
         weight: W [n, k]. Like bias, it has x's dtype unless autocast is on.
         bias: [n].
-        A: [k, r_in]. float32, or x's dtype, as are B and core.
+        A: [k, r_in]. Like B and core, it has x's dtype or float32.
         B: [n, r_out].
         core: G [r_in, r_out], or [t, r_in, r_out] with core_index.
         scaling: s.

@@ -27,7 +27,7 @@ def report() -> list[str]:
         ValueError: If LOTR_STRATEGY names no strategy.
     """
     build = build_info()
-    # By the names in their metadata, without importing any: transformers takes seconds.
+    # From the metadata of the installed packages: importing transformers would take seconds.
     installed = {
         distribution.metadata["Name"]: distribution.version
         for distribution in importlib.metadata.distributions()
@@ -46,9 +46,9 @@ def report() -> list[str]:
     ]
     if build["cuda"]["built"]:
         runtime, driver = torch.ops.lotr.cuda_versions()
-        supported = f"driver for CUDA {_cuda_version(driver)}" if driver else "no driver"
-        lines.append(f"CUDA       kernels built by CUDA {_cuda_version(runtime)}; {supported}")
-        # Also without a GPU: an old driver hides the one that is there.
+        driver_text = f"driver for CUDA {_cuda_version(driver)}" if driver else "no driver"
+        lines.append(f"CUDA       kernels built by CUDA {_cuda_version(runtime)}; {driver_text}")
+        # Even if torch sees no GPU, because an old driver hides it.
         obstacle = cuda_obstacle(0)
         if obstacle is not None:
             lines.append(f"           they cannot run: {obstacle}")
@@ -75,11 +75,11 @@ def _cuda_summary() -> str:
     build = build_info()["cuda"]
     if not build["built"]:
         return "not built"
-    gpu_count = torch.cuda.device_count()
-    if gpu_count == 0:
+    obstacles = [cuda_obstacle(index) for index in range(torch.cuda.device_count())]
+    if not obstacles:
         where = "no GPU here"
-    elif cuda_obstacle(0) is None:
-        where = f"they run on {gpu_count} GPU{'s' * (gpu_count > 1)} here"
+    elif None in obstacles:
+        where = f"they run on {obstacles.count(None)} of {len(obstacles)} GPUs here"
     else:
         where = "they cannot run here"
     return f"built for {build['archs'].replace('-real', '')}, {where}"

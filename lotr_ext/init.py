@@ -98,7 +98,7 @@ def fill_core_(tensor: Tensor, init: str) -> Tensor:
 
 # ---- from the weights ----------------------------------------------------------------------------
 
-_DENSE = 640  # features up to which a dense decomposition takes a fraction of a second
+_DENSE_LIMIT = 640  # features up to which a dense decomposition takes a fraction of a second
 _EXTRA_COLUMNS = 10  # columns of a subspace iteration in addition to those that are kept
 
 
@@ -113,11 +113,11 @@ def leading_vectors(blocks: Sequence[Tensor], r: int) -> Tensor:
     d = blocks[0].shape[0]
     columns = sum(block.shape[1] for block in blocks)
     # With few columns, all of them are in the span of a small basis.
-    if columns < d and r <= columns <= _DENSE:
+    if columns < d and r <= columns <= _DENSE_LIMIT:
         q, upper = torch.linalg.qr(torch.cat(list(blocks), 1))
         return q @ torch.linalg.svd(upper)[0][:, :r]
     # Few rows, or so many vectors that nine steps would cost as much as the decomposition.
-    if d <= _DENSE or 8 * (r + _EXTRA_COLUMNS) >= d:
+    if d <= _DENSE_LIMIT or 8 * (r + _EXTRA_COLUMNS) >= d:
         gram = sum(block @ block.T for block in blocks)
         return torch.linalg.eigh(gram)[1].flip(1)[:, :r].contiguous()
     return _leading_vectors_by_iteration(blocks, r)
@@ -126,7 +126,7 @@ def leading_vectors(blocks: Sequence[Tensor], r: int) -> Tensor:
 def _leading_vectors_by_iteration(blocks: Sequence[Tensor], r: int) -> Tensor:
     """Computes `leading_vectors` by nine steps from a fixed random block.
 
-    They are exact for a matrix of a rank of at most r + 10.
+    The result is exact for a matrix of rank at most r + _EXTRA_COLUMNS.
     """
     # From a seed, so that the same weights give the same factors in every process.
     generator = torch.Generator("cpu").manual_seed(0)
@@ -141,7 +141,7 @@ def _leading_vectors_by_iteration(blocks: Sequence[Tensor], r: int) -> Tensor:
 
 
 def padded(vectors: Tensor, r: int) -> Tensor:
-    """Returns vectors [d, c] as [d, r], with unit vectors in the columns past c."""
+    """Returns vectors [d, c] as [d, r], c <= r, with unit vectors in the columns past c."""
     d, c = vectors.shape
     unit = torch.eye(d, dtype=vectors.dtype, device=vectors.device)
     missing = torch.arange(max(r - c, 0), device=vectors.device) % d
@@ -153,7 +153,7 @@ def tucker2(weights: Sequence[Tensor], rank: tuple[int, int]) -> tuple[Tensor, T
     """Computes the Tucker-2 factorization of a stack of weights: W_l ~= B G_l^T A^T.
 
     Least squares over all l at once. HOSVD gives the start (De Lathauwer et al., 2000a). At most 20
-    steps of HOOI (2000b) then improve A and B in turns, see `tucker2_from_products`. The result is
+    steps of HOOI (2000b) then improve B and A in turn, see `tucker2_from_products`. The result is
     exact if the stack has that multilinear rank.
 
     Args:
@@ -185,9 +185,9 @@ def tucker2_from_products(
     n: int,
     rank: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes `tucker2` of matrices W_l [n, k] that it reads only by their products.
+    """Computes `tucker2` of matrices W_l [n, k] that it reads only through products with them.
 
-    So they may be products of smaller matrices themselves (convert/to_lotr.py).
+    So each W_l may itself be a product of smaller matrices (convert/to_lotr.py).
 
     Args:
         blocks: For each l a matrix [k, c_l] that has the same left singular vectors and singular
@@ -209,7 +209,7 @@ def tucker2_from_products(
         if captured - previous <= 1e-9 * captured:
             break
     cores = torch.zeros(len(blocks), *rank, dtype=torch.float64, device=A.device)
-    cores[:, : A.shape[1], : B.shape[1]] = torch.stack([A.T @ product for product in left(B)])
+    cores[:, : A.shape[1], : B.shape[1]] = torch.stack([A.T @ product for product in products])
     return padded(A, rank[0]), padded(B, rank[1]), cores
 
 
@@ -223,7 +223,7 @@ _PROBES = 32  # random vectors that estimate what A does not capture
 class CapturedGradient(NamedTuple):
     """The share of the gradients' squared norm that A and B capture, from 0 to 1.
 
-    A higher rank captures more. The part outside A is estimated, to about 10 %.
+    A higher rank captures more. The part outside A is estimated, to about 10%.
 
     Attributes:
         total: The share over all adapted layers.
@@ -239,12 +239,12 @@ class _GradientProducts:
 
     Args:
         layer: The layer.
-        V: [k, c].
-        U: [n, c].
+        V: [k, c_V].
+        U: [n, c_U].
 
     Attributes:
-        right: dW V = g^T (x V).
-        left: dW^T U = x^T (g U).
+        right: dW V = g^T (x V) [n, c_V].
+        left: dW^T U = x^T (g U) [k, c_U].
     """
 
     def __init__(self, layer: nn.Module, V: Tensor, U: Tensor):
@@ -289,7 +289,8 @@ def start_from_gradients(
     """Sets A and B to INIT_GAIN times the leading directions of the gradients dW_l = g^T x.
 
     Shared A and B span the leading directions of all their layers' dW_l, by three steps of subspace
-    iteration from a random start, each one pass over the batches:
+    iteration from a random start. A step is one pass over the batches, in which both products are
+    with the A and B of the step before:
 
         P_l = dW_l A = g^T (x A)      B <- leading left singular vectors of [P_1 .. P_L]
         T_l = dW_l^T B = x^T (g B)    A <- leading left singular vectors of [T_1 .. T_L]
@@ -336,7 +337,7 @@ def start_from_gradients(
 
 
 def _random_directions(factor: nn.Module, generator: torch.Generator) -> Tensor:
-    """Returns orthonormal columns [features, rank + extra ones] on the factor's device."""
+    """Returns orthonormal columns, up to _EXTRA_DIRECTIONS more than the rank, on its device."""
     columns = min(factor.rank + _EXTRA_DIRECTIONS, factor.features)
     drawn = torch.empty(factor.features, columns, device="cpu")
     # The iteration needs columns of length 1, without INIT_GAIN.
@@ -415,7 +416,7 @@ def _sum_over_batches(
                     "loss: expected one that depends on the adapted layers, got one in which none "
                     "has a part. Under checkpointing, use_reentrant=False is needed."
                 )
-    # Every process has other batches, and all of them need the same A and B.
+    # The batches of the processes differ, but all processes need the same A and B.
     if dist.is_available() and dist.is_initialized():
         for products in all_products:
             dist.all_reduce(products.right)

@@ -106,7 +106,8 @@ class LoTRLayer(nn.Module):
                 training.
 
         Raises:
-            TypeError: If linear is not a layer that this class adapts, or is adapted already.
+            TypeError: If linear is not a layer that this class adapts, or is adapted already; or if
+                an argument has the wrong type.
             ValueError: If the factors have other sizes, or an argument has a wrong value.
         """
         # Adapting freezes all parameters inside, so an adapter that is already there would stop
@@ -199,7 +200,7 @@ class LoTRLayer(nn.Module):
             [..., out_features].
         """
         # A call of `check_input` takes time in each layer, so it is skipped if the shape is right.
-        if not isinstance(input, Tensor) or input.shape[-1:] != (self.in_features,):
+        if not isinstance(input, Tensor) or not input.dim() or input.shape[-1] != self.in_features:
             check_input(input, self.in_features)
         if self.merged:
             return self.compute_base(input)
@@ -230,7 +231,7 @@ class LoTRLayer(nn.Module):
         bias: Tensor | None = None,
         base_output: Tensor | None = None,
     ) -> Tensor:
-        """Runs the adapter with the base product of weight and bias, or onto `base_output`."""
+        """Adds the adapter to the base product of weight and bias, or to `base_output`."""
         factors = self.factors
         p = self.dropout if self.training else 0.0
 
@@ -398,6 +399,7 @@ class LoTRLayer(nn.Module):
 
         Raises:
             RuntimeError: If the layer is not merged.
+            TypeError: If the weight has become computed or sharded since the merge.
         """
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not merged")
@@ -414,7 +416,7 @@ class LoTRLayer(nn.Module):
         self.weight_backup = None
 
     def _weight_to_write(self, caller: str) -> Tensor:
-        """Returns `weight_matrix()`, checked to be a tensor to which a write is not lost.
+        """Returns `weight_matrix()`. Checks that a write to it is not lost.
 
         Raises:
             TypeError: If it is computed in each forward, or sharded.
@@ -435,7 +437,7 @@ class LoTRLayer(nn.Module):
 
         Without the adapter, the layer then computes what its base did before.
         """
-        # A merged weight has nothing to add back: the adapter, which began as the start, is in it.
+        # A merged weight contains the trained adapter, which takes the place of the initial one.
         if self.start_core is None or self.merged:
             return
         factors = self.factors
@@ -598,7 +600,7 @@ def check_plain(module: nn.Module, caller: str, name: str = "weight") -> None:
 
 
 def _described(core: object) -> str:
-    """Describes a core by what it must have in common with one that replaces it."""
+    """Returns what a core and its replacement must have in common, as text."""
     if not isinstance(core, Tensor):
         return type(core).__name__
     return f"tensor {list(core.shape)}, {core.dtype}, on {core.device}"

@@ -67,6 +67,7 @@ def load_adapter(
         TypeError, ValueError, RuntimeError: If there is no such adapter; if its file is damaged or
             newer; if layers, shapes, dtypes or ties do not fit the model; if the model is merged or
             has a TaskBank. The model is then unchanged.
+        OSError: If the path cannot be looked up, for example without permission.
 
     Warns:
         UserWarning: If strict allows a difference.
@@ -205,8 +206,7 @@ def _check_can_load(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
         )
     for name, layer in layers.items():
         # A parametrized tensor is computed in each read, so a copy into it would be lost.
-        modules = (layer, layer.factors.A, layer.factors.B)
-        if any(hasattr(module, "parametrizations") for module in modules):
+        if any(hasattr(m, "parametrizations") for m in (layer, layer.factors.A, layer.factors.B)):
             raise TypeError(
                 f"{name}: expected an adapter without parametrizations, got one. Remove them "
                 f"before loading."
@@ -216,8 +216,7 @@ def _check_can_load(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
 def _check_order(model: nn.Module, layers: Mapping[str, LoTRLayer], state: AdapterState) -> None:
     """Checks that layers with computed cores, which depend on the order, have the file's order."""
     config = getattr(model, "lotr_config", None)
-    has_computed_cores = config is not None and config.core != "dense"
-    if has_computed_cores and list(state.layers) != list(layers):
+    if config is not None and config.core != "dense" and list(state.layers) != list(layers):
         raise ValueError(
             "layers: expected the model's order, on which computed cores depend, got another "
             "one in the adapter"
@@ -264,15 +263,17 @@ def _tensors_like_starts(layers: Mapping[str, LoTRLayer], state: AdapterState) -
     """Returns, by the name of each start in the file, a tensor of the shape and dtype it must have.
 
     Raises:
-        TypeError: If a start could not be subtracted from the weight of its layer.
+        TypeError: If a start could not be subtracted from the weight of its layer, or the model's
+            could not be added back.
     """
     like_starts: dict[str, Tensor] = {}
     for name, layer in layers.items():
         keys = start_keys(name, state.layers[name])
         has_start = not state.tensors.keys().isdisjoint(keys)
+        if has_start or layer.start_core is not None:
+            layer._weight_to_write("load_adapter")  # for its check
         # A layer with a computed core has no start, so a file with one has a name too many.
         if has_start and layer.core_source() is None:
-            layer._weight_to_write("load_adapter")  # for its check
             like_starts |= zip(keys, (layer.factors.A.value, layer.factors.B.value, layer.core))
     return like_starts
 

@@ -31,7 +31,8 @@ def merge(
         model: An adapted model.
         safe: Whether to check that every merged weight is finite.
         keep_backup: Whether to keep a copy of each weight, so that `unmerge` restores it bit for
-            bit. Without the copies, `unmerge` subtracts, which is exact up to rounding.
+            bit. Without the copies, `unmerge` subtracts, which is exact up to rounding, and raises
+            for a layer that was quantized.
         dequantize: Whether to replace each quantized layer (torchao, bitsandbytes) by a plain
             nn.Linear, or the floating dtype of that nn.Linear. `unmerge` restores the quantized
             layers from their backup.
@@ -46,14 +47,14 @@ def merge(
         RuntimeError: If the model has no adapter, is merged already, or is on the meta device; or
             if a weight is tied to another module.
     """
-    # Merged again, the adapter would be in the weights twice.
+    # Raises if a layer is merged: a second merge would add its adapter twice.
     layers = unmerged_layers(model, "merge")
     merge_layers(model, layers, safe=safe, dequantize=dequantize)
-    # Only now: until the last layer is merged, the copies undo the others.
+    # Only now: if a layer cannot be merged, the copies restore those before it.
     if not keep_backup:
         for layer in layers.values():
             layer.drop_backup()
-    # An optimizer step on a merged adapter is one of the mistakes that it reports.
+    # `watch` warns of mistakes, such as an optimizer step on a merged adapter.
     watch(model)
     return model
 

@@ -7,8 +7,8 @@ refer to them.
     select (targets.py)   finds the layers and their groups, and checks them
     make_pair             makes A and B of a group
     _adapt_target         puts an adapted layer into each place of a target, and makes its core
-    install               does this for all groups, freezes the rest and starts the watches of
-                          bypasses.py and first_step.py
+    install               does this for all groups, freezes the rest, blocks what would bypass the
+                          adapter (bypasses.py) and starts the checks of first_step.py
 
 Not here: the selection (targets.py), merging (merging.py), reports (reports.py), files (saving.py,
 loading.py).
@@ -51,8 +51,8 @@ from .wrapped import LoTRWrapped, adapt, layer_class, matrix_of
 def apply_lotr(model: Model, config: LoTRConfig) -> Model:
     """Adapts a model in place: y = x W^T + bias + s ((x A) G_l) B^T (arXiv 2402.01376).
 
-    Each targeted layer l gets a core G_l [r_in, r_out], and each group of layers one pair A [K,
-    r_in], B [N, r_out], in config.adapter_dtype. With target_parameters, each expert of a
+    Each targeted layer l gets a core G_l [r_in, r_out], and each group of layers one pair A [k,
+    r_in], B [n, r_out], in config.adapter_dtype. With target_parameters, each expert of a
     transformers mixture gets a core. All other parameters are frozen, except modules_to_save. The
     output does not change at first (with init "svd", except for one rounding of each weight). Use
     the learning rate that you would use for LoRA.
@@ -238,8 +238,8 @@ def make_cores(
         dtype: The dtype of the cores.
 
     Raises:
-        TypeError, ValueError: If the form is not one of `lotr_ext.cores`, or cannot have the ranks
-            or the start of the configuration.
+        TypeError, ValueError: If core is not a form of `lotr_ext.cores`, or the form does not
+            support the configuration's rank or core_init.
     """
     if config.core == "dense":
         return None
@@ -291,15 +291,15 @@ def _svd_starts(selection: Selection) -> dict[str, tuple[Tensor, Tensor, Tensor]
 
 @torch.no_grad()
 def set_start(layer: LoTRLayer, A: Tensor, B: Tensor, core: Tensor) -> None:
-    """Gives a layer a start, which it must not have yet. The layer still computes as its base.
+    """Sets the initial A, B and core of a layer for init "svd", once. Its output does not change.
 
     The weight is reduced by s B G^T A^T, which the adapter adds.
 
     Args:
-        layer: The layer.
-        A: [K, r_in]. The factors belong to all layers of the group, so each of these must get the
+        layer: A layer whose weight has not been reduced yet.
+        A: [k, r_in]. The factors belong to all layers of the group, so each of these must get the
             same A and B.
-        B: [N, r_out].
+        B: [n, r_out].
         core: [r_in, r_out].
     """
     for factor, value in ((layer.factors.A, A), (layer.factors.B, B)):
@@ -321,9 +321,9 @@ def set_start(layer: LoTRLayer, A: Tensor, B: Tensor, core: Tensor) -> None:
 
 @contextmanager
 def disabled(model: Model) -> Iterator[Model]:
-    """Computes without the adapter inside the context. modules_to_save stay as they are now.
+    """Computes without the adapter inside the context. modules_to_save keep their current values.
 
-    The context is in force for the thread that opened it, and for the backwards that it starts.
+    The context applies to the thread that opened it, and to the backwards that it starts.
 
     Raises:
         RuntimeError: If the model has no adapter, or a merged one.
@@ -350,8 +350,9 @@ def init_from_gradient(
         loss: (model, batch) -> a scalar.
 
     Returns:
-        The share of the gradients' squared norm that the new A and B capture, in all and per layer.
-        Larger ranks capture more. It does not predict the loss after training (docs/choosing).
+        The share of the gradients' squared norm that the new A and B capture, in total and per
+        layer. Larger ranks capture more. It does not predict the loss after training
+        (docs/choosing).
 
     Raises:
         TypeError: If experts are adapted.
@@ -360,7 +361,7 @@ def init_from_gradient(
         RuntimeError: If the model has no adapter, or a merged one; or if the loss is not a scalar.
     """
     layers = unmerged_layers(model, "init_from_gradient")
-    # At zero cores, the gradient of W is the one at which training starts.
+    # With zero cores, the adapted model computes as the base, whose gradients are used below.
     for name, layer in layers.items():
         if layer.num_experts:
             raise TypeError(
@@ -381,8 +382,8 @@ def init_from_gradient(
 def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype = False) -> Model:
     """Removes the adapter: plain layers in their old places, no factors, no cores.
 
-    modules_to_save stay as they are now, and frozen parameters stay frozen. Hooks on adapted layers
-    go with them.
+    modules_to_save keep their current values, and frozen parameters stay frozen. Hooks on adapted
+    layers are removed with the layers.
 
     Args:
         model: An adapted model.
@@ -399,23 +400,29 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
         TypeError, ValueError, RuntimeError: As for `merge` and `unmerge`.
     """
     layers = adapted_layers(model)
-    # Checked before anything is merged.
+    # Checked before any layer is merged or changed.
     for name, layer in layers.items():
         # `LoTRLayer.to_base` returns what a layer keeps as `original`, which LoTRExperts lack.
         if type(layer).to_base is LoTRLayer.to_base and not hasattr(layer, "original"):
             raise TypeError(
                 f"unload: expected layers with a plain form, got {name!r}, a {type(layer).__name__}"
             )
+        # Init "svd" has changed the weight, and `to_base` writes to it again.
+        if layer.start_core is not None:
+            layer._weight_to_write("unload")
     if merge:
-        unmerged = {name: layer for name, layer in layers.items() if not layer.merged}
-        merge_layers(model, unmerged, dequantize=dequantize)
+        merge_layers(
+            model,
+            {name: layer for name, layer in layers.items() if not layer.merged},
+            dequantize=dequantize,
+        )
     elif any(layer.merged for layer in layers.values()):
         unmerge(model)
     return without_adapters(model, layers)
 
 
 def without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
-    """Puts the plain layers back: the part of `unload` that cannot fail."""
+    """Puts the plain layers back: the part of `unload` after its checks."""
     # By layer, because a layer with several names has one base.
     bases = {layer: layer.to_base() for layer in layers.values()}
     restore_bypasses(model)

@@ -109,7 +109,7 @@ def config_of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _document_of_version_1(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a document of version 1 as one of the present version. Other checks follow it."""
+    """Returns a document of version 1 as one of the present version, not checked yet."""
     entries = {}
     for name, entry in document["layers"].items():
         A, B = factor_names(entry["factors"])

@@ -57,8 +57,8 @@ def parameter_groups(
 
     Args:
         model: An adapted model.
-        lr: The rate of all groups. The optimizer's if None. You may change a group's "lr".
-        other_lr: The rate of "other" if it differs.
+        lr: The learning rate of all groups, the optimizer's if None. You may change a group's "lr".
+        other_lr: The learning rate of "other" if it differs.
 
     Raises:
         RuntimeError: If the model has no adapter.
@@ -116,17 +116,17 @@ class TrainableSummary(NamedTuple):
         return "\n".join(lines)
 
 
-def _shortened(names: Sequence[str], most: int) -> str:
-    """Lists names in at most `most` entries. If there are more, the last entry counts the rest."""
-    if len(names) <= most:
+def _shortened(names: Sequence[str], limit: int) -> str:
+    """Lists names in at most `limit` entries. If there are more, the last entry counts the rest."""
+    if len(names) <= limit:
         return ", ".join(names)
-    return ", ".join([*names[: most - 1], f"{len(names) - most + 1} more"])
+    return ", ".join([*names[: limit - 1], f"{len(names) - limit + 1} more"])
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
     """Counts adapted and trained parameters, and lists what is trained and what was left out.
 
-    An adapter of S layers of width d has S r^2 + 2 r d parameters per group.
+    A group of S layers [d, d] has S r^2 + 2 r d parameters in its cores, A and B.
 
     Raises:
         RuntimeError: If the model has no adapter.
@@ -170,7 +170,7 @@ def explain(model: nn.Module, x: Tensor) -> str:
     """
     layers = adapted_layers(model).values()
     # Token ids go through an embedding, which has the first parameter. The weight of a quantized
-    # layer has another dtype than its input.
+    # layer has a different dtype from its input.
     dtype = next(t.dtype for t in (x, *model.parameters()) if t.dtype.is_floating_point)
     lines = Counter(_line(layer, x.new_empty(0, dtype=dtype)) for layer in layers)
     return "\n".join(f"{count} x {line}" for line, count in lines.items())

@@ -69,7 +69,8 @@ def push_to_hub(model: nn.Module, repo_id: str, **options: Any) -> str:
     """Uploads a model's adapter to a repository on a hub, from which `load_adapter` loads it.
 
     Args:
-        model: As for `save_adapter`.
+        model: As for `save_adapter`. If several processes train it, only process 0 may call this:
+            the others write no file, and would upload an empty folder.
         repo_id: "user/name". The repository is created if it does not exist.
         options: For `huggingface_hub.create_repo`, such as private and token.
 

@@ -61,7 +61,7 @@ def save_adapter(model: nn.Module, directory: FilePath) -> None:
         directory: As for `lotr_ext.save_adapter`, as are errors and warnings.
 
     Raises:
-        RuntimeError: In all other processes if one of them fails.
+        RuntimeError: In the other processes if process 0 cannot write.
     """
     inner, _ = saving.unwrap(model)
     path = Path(directory)

@@ -103,7 +103,7 @@ def copy_full(target: Tensor, value: Tensor) -> None:
     next step would otherwise restore the old value.
     """
     if _is_zero3(target):
-        # Process 0 stands for all, which write the same.
+        # All processes write the same value, of which process 0's is kept.
         with _gathered_by_zero3(target, modifier_rank=0):
             target.data.copy_(value)
     elif is_dtensor(target):

@@ -47,7 +47,14 @@ def errors_of(where: str) -> Iterator[None]:
     """Turns whatever Python raises for a malformed document into one ValueError that names it."""
     try:
         yield
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (
+        AttributeError,
+        LookupError,
+        OverflowError,  # of float, for an integer past every float
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         # With its type, because a KeyError prints only the key.
         raise ValueError(
             f"{where}: expected a well-formed adapter, got {type(error).__name__}: {error!s:.500}"
@@ -82,7 +89,7 @@ def put_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, s
 
     Raises:
         FileExistsError: If the directory is a file.
-        OSError: If the disk refuses. The directory is then unchanged.
+        OSError: If the disk refuses. The files in the directory are then unchanged.
     """
     from safetensors.torch import save
 
@@ -126,7 +133,8 @@ def tensors_in(
         The tensors and the metadata.
 
     Raises:
-        ValueError: If there is no such file, or it is damaged.
+        ValueError: If there is no such file, it is damaged, or it has a dtype that
+            safetensors.torch lacks.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -143,6 +151,11 @@ def tensors_in(
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{argument}: expected a safetensors file {path}, got {error}") from None
+    # Of `load`, which looks the dtype up by its name in the file.
+    except KeyError as error:
+        raise ValueError(
+            f"{argument}: expected dtypes that safetensors.torch reads in {path}, got {error}"
+        ) from None
     return tensors, header.get("__metadata__") or {}
 
 

@@ -36,7 +36,7 @@ _HEADS = (
 # The reasons for which "all-linear" leaves out experts and output layers.
 _UNNAMED_EXPERTS = "3-D parameters of experts: name them in target_parameters"
 _OUTPUT_LAYER = (
-    "the output layer or a head: name it to adapt it, or to train it, in modules_to_save"
+    "the output layer or a head: adapt it with target_modules, or train it with modules_to_save"
 )
 
 
@@ -45,7 +45,7 @@ class Target:
     """A layer to be adapted.
 
     Attributes:
-        names: All its names in the model. The first one is used.
+        names: All its names in the model. The first one identifies it (`name`).
         module: The layer, or a mixture's experts module.
         sizes: (in_features, out_features).
         group: The layers of one group share A and B.
@@ -69,13 +69,13 @@ class Selection:
     """What a configuration selects in a model.
 
     Attributes:
-        config: The configuration, with the model's heads in modules_to_save if its task_type has
-            one.
+        config: The configuration, with the model's heads in modules_to_save if its task_type needs
+            a head.
         targets: The layers to be adapted, in the model's order.
         saved: The modules that are fully trained, by name.
         groups: The targets by group.
         left_out: The names of the layers that target_modules matches and that are not adapted, by
-            the reason.
+            reason.
     """
 
     config: LoTRConfig
@@ -128,7 +128,7 @@ def _check_model(model: nn.Module) -> None:
         )
     for name, module in model.named_modules():
         class_name = type(module).__name__
-        # Adapting freezes the model, so another adapter would stop training without an error.
+        # Adapting freezes the model, and would silently freeze the adapter that it has.
         if isinstance(module, LoTRLayer):
             raise RuntimeError(
                 f"model: expected one with no adapter, got a LoTR one at {name!r}. Call "
@@ -162,8 +162,8 @@ def _check_patterns(model: nn.Module, config: LoTRConfig) -> None:
         value = getattr(config, field)
         if field == "target_modules" and config.adapts_all_linear:
             continue
-        # A string is one pattern. Each ending of a list is a pattern by itself, so that a misspelt
-        # name among others is noticed.
+        # A string is one pattern. Each ending of a list is a pattern by itself, so that a
+        # misspelled name among others is noticed.
         patterns = [value] if isinstance(value, str) else [[ending] for ending in value or ()]
         for pattern in patterns:
             if not any(name_matches(name, pattern) for name in names):
@@ -202,9 +202,9 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def output_layers(model: nn.Module) -> dict[nn.Module, str]:
-    """Returns the layers that "all-linear" leaves out, as in PEFT, with the reason.
+    """Returns the output layers and heads of transformers' and timm's models, each with a reason.
 
-    The output layers and heads of transformers' and timm's models.
+    "all-linear" leaves them out, as PEFT does.
     """
     outputs = list(heads(model).values())
     for module in model.modules():
@@ -219,7 +219,7 @@ def output_layers(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _with_heads(model: nn.Module, config: LoTRConfig) -> LoTRConfig:
-    """Returns config with the model's heads in modules_to_save, if its task_type has one.
+    """Returns config with the model's heads in modules_to_save, if its task_type needs a head.
 
     Raises:
         ValueError: If no head is known.
@@ -234,8 +234,8 @@ def _with_heads(model: nn.Module, config: LoTRConfig) -> LoTRConfig:
             f"{type(model).__name__} without one of the known names ({', '.join(_HEADS)}). Name "
             f"its head in modules_to_save."
         )
-    new = [name for name in known_heads if not name_matches(name, saved)]
-    return replace(config, modules_to_save=(*saved, *new))
+    missing = [name for name in known_heads if not name_matches(name, saved)]
+    return replace(config, modules_to_save=(*saved, *missing))
 
 
 def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
@@ -246,13 +246,14 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
     """
     saved: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        # An adapted model, whose file this is called for, also has lotr_factors and the like. Their
+        # A model that is saved is adapted, so it also has lotr_factors and the like. Their
         # children are named by numbers, which a name in modules_to_save may match.
         is_of_adapter = any(part.startswith("lotr_") for part in name.split("."))
         if is_of_adapter or not name_matches(name, config.modules_to_save):
             continue
         for inner_name, p in module.named_parameters():
             is_plain = type(p) is nn.Parameter or is_dtensor(p)
+            # One byte per element: int8, uint8 and float8 are formats of quantized weights.
             if not is_plain or p.dtype.itemsize < 2:
                 raise ValueError(
                     f"modules_to_save: expected parameters that can be trained, got "
@@ -282,7 +283,7 @@ def _linear_targets(
         inside_saved: The modules in modules_to_save.
 
     Returns:
-        The targets, and as `Selection.left_out` the names of the others by the reason.
+        The targets, and the names of the other layers by reason, as `Selection.left_out`.
     """
     tied = tied_names(model)
     outputs = output_layers(model) if config.adapts_all_linear else {}
@@ -298,7 +299,7 @@ def _linear_targets(
         elif any(name_matches(name, config.exclude_modules) for name in names):
             reason = "exclude_modules"
         elif config.adapts_all_linear:
-            # Not for a layer that the user names, which `linear_target` refuses.
+            # If the user names a layer with an obstacle, `linear_target` raises instead.
             reason = obstacle or outputs.get(module)
         if reason is None:
             targets.append(linear_target(names, module, obstacle, config.group_by))
@@ -363,11 +364,16 @@ def _returns_rows(module: nn.Linear) -> bool:
 
     Routers of mixtures return tuples (Llama 4).
     """
-    on_meta = copy.copy(module)  # shallow: only its dictionaries are replaced
-    for name in ("_parameters", "_buffers"):
-        tensors = {key: t if t is None else t.to("meta") for key, t in vars(module)[name].items()}
-        setattr(on_meta, name, tensors)
     try:
+        # Shallow copies of the module and its children, with dictionaries that `.to` may change.
+        copies = {original: copy.copy(original) for original in module.modules()}
+        for original, copied in copies.items():
+            vars(copied).update(
+                _parameters=dict(original._parameters),
+                _buffers=dict(original._buffers),
+                _modules={name: copies.get(child) for name, child in original._modules.items()},
+            )
+        on_meta = copies[module].to("meta")
         y = on_meta.forward(on_meta.weight.new_empty(1, module.in_features))
     except Exception:  # of any kind: it is not our forward
         return False
@@ -498,22 +504,22 @@ def in_groups(targets: Sequence[Target]) -> dict[str, list[Target]]:
     return groups
 
 
-def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) -> str:
+def group_of(name: str, module: nn.Module | None, sizes: tuple[int, int], group_by: GroupBy) -> str:
     """Returns the group of a layer. The layers of a group share A and B.
 
     Args:
         name: The layer's name.
-        module: The layer.
+        module: The layer, which only a callable group_by reads. None for a layer in a file.
         sizes: (in_features, out_features).
-        by: The configuration's group_by.
+        group_by: As in the configuration.
 
     Raises:
         TypeError: If the group is not a string, or a mapping lacks the layer.
     """
-    if callable(by):
-        group = by(name, module)
-    elif isinstance(by, dict):
-        group = by.get(name)
+    if callable(group_by):
+        group = group_by(name, module)
+    elif isinstance(group_by, dict):
+        group = group_by.get(name)
     else:
         shape = f"{sizes[0]}x{sizes[1]}"
         # Groups are names of modules in PEFT's files, so they have no dots.
@@ -524,7 +530,7 @@ def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) 
             "block": "_".join(filter(None, (block, shape))),
             "name": f"{name.rpartition('.')[2]}_{shape}",
             "layer": name.replace(".", "_"),
-        }[by]
+        }[group_by]
     if not isinstance(group, str):
         raise TypeError(
             f"group_by: expected a string for each adapted layer, got {group!r} for {name!r}"

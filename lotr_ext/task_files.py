@@ -24,7 +24,7 @@ from .config import GroupBy
 from .storage import checksum, expect_names, tensors_in
 from .targets import group_of
 
-_ANOTHER_ADAPTER = "Load the adapter that it was trained with."
+_ADVICE = "Load the adapter that it was trained with."
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TaskFormat:
     group_by: GroupBy
 
     def check(self, tensors: Mapping[str, Tensor], where: str) -> None:
-        """Checks that tensors are the cores of a task: names, shapes and kind.
+        """Checks that tensors are the cores of a task: their names, shapes and floating dtypes.
 
         Args:
             tensors: By name.
@@ -62,7 +62,7 @@ class TaskFormat:
             if tuple(core.shape) != shape:
                 raise ValueError(
                     f"{name}: expected the ranks of the adapter, shape {shape}, got "
-                    f"{tuple(core.shape)}. {_ANOTHER_ADAPTER}"
+                    f"{tuple(core.shape)}. {_ADVICE}"
                 )
 
     def read(self, path: Path, where: str) -> dict[str, Tensor]:
@@ -83,12 +83,12 @@ class TaskFormat:
             if metadata.get(key) != expected[key]:
                 raise ValueError(
                     f"{where}: expected a task with {key} {expected[key]:.200}, as the adapter "
-                    f"has, got {metadata.get(key)!s:.200} in {path}. {_ANOTHER_ADAPTER}"
+                    f"has, got {metadata.get(key)!s:.200} in {path}. {_ADVICE}"
                 )
         if metadata.get("factors") != expected["factors"]:
             raise ValueError(
                 f"{where}: expected a task for the A and B of this adapter, got one that was made "
-                f"for other A and B in {path}. {_ANOTHER_ADAPTER}"
+                f"for other A and B in {path}. {_ADVICE}"
             )
         return tensors
 
@@ -106,28 +106,33 @@ class TaskFormat:
     def _factors(self) -> list[tuple[str, Tensor]]:
         """Returns ("A" or "B", value) of each factor once, in the order of the groups' names.
 
-        The order of the layers does not matter: a model, its copy with layers in another order, and
-        its file have one checksum.
+        After `apply_lotr`, no two factors have the same group and part, so the order of the layers
+        does not matter: a copy of the model with its layers in a different order has the same
+        checksum. In a model built by hand, factors of one shape are in the order of the layers.
         """
-        # (owner, part, value) by id(value), because layers share a factor as one object.
+        # (group, part, value) by id(value), because layers share a factor as one object.
         factors: dict[int, tuple[str, str, Tensor]] = {}
         for name, (A, B) in self.pairs.items():
             # Without the layer's module, which only a callable group_by would read.
             group = group_of(name, None, (len(A), len(B)), self.group_by)
             for part, value in (("A", A), ("B", B)):
-                owner = f"{part}_{len(value)}" if self.group_by == "width" else group
-                factors.setdefault(id(value), (owner, part, value))
+                # By width, a group of layers has no pair of its own.
+                factor_group = f"{part}_{len(value)}" if self.group_by == "width" else group
+                factors.setdefault(id(value), (factor_group, part, value))
         in_order = sorted(factors.values(), key=lambda factor: factor[:2])
         return [(part, value) for _, part, value in in_order]
 
 
 def task_format_of(adapter: AdapterState) -> TaskFormat:
     """Returns what a task over the factors of an adapter consists of."""
-    tensors = adapter.tensors
-    layers = adapter.layers
     return TaskFormat(
-        shapes={f"{name}.core": tuple(tensors[f"{name}.core"].shape) for name in layers},
-        scalings=tuple(entry.scaling for entry in layers.values()),
-        pairs={name: (tensors[entry.A], tensors[entry.B]) for name, entry in layers.items()},
+        shapes={
+            f"{name}.core": tuple(adapter.tensors[f"{name}.core"].shape) for name in adapter.layers
+        },
+        scalings=tuple(entry.scaling for entry in adapter.layers.values()),
+        pairs={
+            name: (adapter.tensors[entry.A], adapter.tensors[entry.B])
+            for name, entry in adapter.layers.items()
+        },
         group_by="shape" if adapter.config is None else adapter.config.group_by,
     )

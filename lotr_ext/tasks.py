@@ -53,7 +53,7 @@ class TaskBank(Attachment):
 
     Tasks may be added and removed in any thread between two forwards. A backward raises if a task
     was changed since its forward, as after any in-place write. `del model.lotr_tasks` removes the
-    bank.
+    bank (from a container such as nn.Sequential, when it is called next).
 
     Args:
         model: An adapted model.
@@ -67,7 +67,7 @@ class TaskBank(Attachment):
 
     Raises:
         TypeError: If tasks is not an int.
-        ValueError: If there are fewer than one, or if the adapter has init "svd".
+        ValueError: If tasks is below 1, or if the adapter has init "svd".
         RuntimeError: If the model has no adapter, or has a bank already.
     """
 
@@ -109,9 +109,9 @@ class TaskBank(Attachment):
         self._hooks += [
             model.register_forward_pre_hook(_before_forward, with_kwargs=True),
             model.register_forward_hook(_after_forward, always_call=True),
-            # With the list and not the bank, which the hook would keep alive. Last, because it
-            # removes the others, and torch would still call these in this forward, but without
-            # kwargs.
+            # With the list of hooks, because a hook that refers to the bank would keep it alive.
+            # Last, because torch also calls hooks that were removed during the same call, but
+            # without kwargs.
             model.register_forward_pre_hook(partial(_remove_without_bank, self._hooks)),
         ]
 
@@ -139,7 +139,7 @@ class TaskBank(Attachment):
                 equals the base model.
 
         Returns:
-            The slot, which an index names.
+            The task's slot, which is its number in an index.
 
         Raises:
             RuntimeError: If no slot is free, or if a core is sparse or on the meta device.
@@ -190,7 +190,7 @@ class TaskBank(Attachment):
 
         Raises:
             TypeError, ValueError: If path is not a path, or there is no such task.
-            OSError: If the disk refuses.
+            OSError: If the file cannot be written.
         """
         with _change_lock:
             put_tensors(Path(path), self.cores_of(task), self._format().metadata())
@@ -209,7 +209,8 @@ class TaskBank(Attachment):
         for parameter, core in zip(self.cores, cores, strict=True):
             parameter[slot].copy_(core)
             if parameter.grad is not None:
-                # The gradient of the task that was there would move this one, and count in a norm.
+                # The gradient of the task that was there would move this one, and would count in a
+                # norm of gradients.
                 parameter.grad[slot].zero_()
         self.taken[slot] = taken
 
@@ -257,9 +258,9 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
 
     One forward computes the batch: one product with A and one with B for all rows. Only the core
     depends on the row, so the time does not depend on the number of tasks. The cores get gradients
-    if the bank requires them.
+    if they require them.
 
-    The context is in force for the thread that opened it, and for the backwards that it starts. A
+    The context applies to the thread that opened it, and to the backwards that it starts. A
     backward with activation checkpointing must be inside it, otherwise it raises. Do not change the
     index inside the context.
 
@@ -269,12 +270,13 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
             token. All adapted layers must then get as many tokens as the model, [b, tokens, k].
             With a key-value cache (`generate`), columns count from the row's first token in the
             cache, and later tokens use the last column.
-        flat: Whether a layer may get the tokens of all rows in one list [m, k], row after row with
-            equally many of each, as in transformers' OPT. A model with adapted experts always may.
+        flat: Whether a layer may get the tokens of all rows in one list [m, k], row after row, with
+            the same number for each row, as in transformers' OPT. Always allowed in a model with
+            adapted experts.
 
     Raises:
         TypeError, ValueError: If index is not an index of tasks, or names a free slot. In a layer,
-            ValueError if an input has other rows or tokens than the index.
+            ValueError if the rows or tokens of an input do not match the index.
         RuntimeError: If the model has no adapter, no bank, or is merged.
 
     Warns:
@@ -302,8 +304,8 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
         layer: _LayerTasks(cores, request.index_of)
         for layer, cores in zip(layers.values(), bank.cores, strict=True)
     }
-    # `model: request` is for the hooks below. It comes first, because a model that is one adapted
-    # layer needs its state as a layer.
+    # `model: request` is for the hooks below. It comes first, so that the state of a layer takes
+    # its place if the model itself is an adapted layer.
     with open_request({model: request, **layer_states}):
         yield model
 
@@ -397,7 +399,8 @@ class _ModelTasks:
             )
         if not is_flat:
             return index
-        # An entry of the index is for one token, or for all tokens of its row.
+        # An entry of the index is for one token, or for all tokens of its row. Both numbers are 0
+        # for a batch without rows.
         return index.flatten().repeat_interleave(len(x) // max(index.numel(), 1))
 
     def _refuse_recomputation(self) -> None:
@@ -441,10 +444,14 @@ def _refuse_without_request(module: nn.Module, args: tuple) -> None:
 
 
 def _remove_without_bank(hooks: list[RemovableHandle], model: nn.Module, args: tuple) -> None:
-    """Removes the hooks of a bank that `del model.lotr_tasks` has removed."""
+    """Removes what `del model.lotr_tasks` has left of a bank."""
     if not hasattr(model, "lotr_tasks"):
         for hook in hooks:
             hook.remove()
+        # If the model is a container, another module in it has registered the bank (`attach`).
+        for module in list(model.modules()):
+            if getattr(module._modules.get("lotr_tasks"), "_hooks", None) is hooks:
+                del module.lotr_tasks
 
 
 def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -465,7 +472,7 @@ def _after_forward(model: nn.Module, args: tuple, output: object) -> None:
 
 # ---- a cache of keys and values ------------------------------------------------------------------
 
-# The names under which models receive one.
+# The arguments in which models receive a cache.
 _CACHE_NAMES = ("past_key_values", "cache", "cache_params", "past_key_value", "layer_past", "mems")
 
 
@@ -479,11 +486,12 @@ def _columns_after_cache(
     Args:
         index: [b, columns].
         model: The model.
-        args: Of the call, as are kwargs.
+        args: The positional arguments of the call.
+        kwargs: Its keyword arguments.
 
     Raises:
-        ValueError: If the call has no tokens, several caches, or one that does not tell how many
-            tokens it holds.
+        ValueError: If the call has no tokens, several caches, or one with an unknown number of
+            tokens.
     """
     # By position as well as by name: GPT-2 receives the cache second, Llama fourth.
     bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
@@ -495,22 +503,24 @@ def _columns_after_cache(
     ]
     if not caches:
         return None
-    tokens = arguments.get("inputs_embeds")
-    if tokens is None:
-        tokens = arguments.get("input_ids")
+    inputs = [
+        arguments[name]
+        for name in ("inputs_embeds", "input_ids")
+        if arguments.get(name) is not None
+    ]
     past = _tokens_in(caches[0])
-    if len(caches) > 1 or tokens is None or past is None:
+    if len(caches) > 1 or not inputs or past is None:
         raise ValueError(
             f"index: expected shape [b] for a call in which the tokens after the cache "
             f"({len(caches)} x {type(caches[0]).__name__}) cannot be found, got an index per "
             f"token. Pass one transformers Cache with input_ids or inputs_embeds."
         )
-    columns = torch.arange(past, past + tokens.shape[1], device=index.device)
+    columns = torch.arange(past, past + inputs[0].shape[1], device=index.device)
     return index[:, columns.clamp(max=index.shape[1] - 1)]
 
 
 def _tokens_in(cache: object) -> int | None:
-    """Returns how many tokens a transformers Cache holds, None if it does not tell."""
+    """Returns how many tokens a transformers Cache holds, None if that is unknown."""
     layers = getattr(cache, "layers", None)
     lengths = [
         int(layer.get_seq_length()) for layer in layers or () if hasattr(layer, "get_seq_length")

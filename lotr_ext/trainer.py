@@ -2,7 +2,7 @@
 
     class AdapterTrainer(AdapterCheckpoints, Trainer): ...
 
-A checkpoint of the Trainer has all weights of the model, which are hundreds of times the adapter.
+A checkpoint of the Trainer has all weights of the model, hundreds of times the size of the adapter.
 """
 
 from typing import Any

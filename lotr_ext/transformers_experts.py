@@ -6,11 +6,11 @@
             .down_proj             LoTRHostedExperts: core [e, r_in, r_out]
 
 transformers keeps the matrices of all experts in 3-D parameters. A class of experts describes their
-layout by attributes (`is_transposed`, `has_bias`, `has_gate`, `has_post_expert_norm`). Its forward
-looks up a name of its configuration among registered functions, and calls that function. This file
-registers `_forward_of_host`, and an adapted module gets a copy of its configuration with our name.
-A copy, because the model's configuration may be given another name later, for decoding for example,
-and the adapter would then be skipped without an error.
+layout by attributes (`is_transposed`, `has_bias`, `has_gate`, `has_post_expert_norm`). Its
+configuration names one of the registered functions, which its forward calls. This file registers
+`_forward_of_host`, and gives each adapted module a copy of its configuration with that name. It
+needs a copy, because transformers may change the name in the model's configuration, for example for
+decoding. The adapter would then be skipped without an error.
 
 Not here: what an adapter of experts computes (experts.py), and which parameters are adapted
 (targets.py).
@@ -82,8 +82,7 @@ def expert_obstacle(module: nn.Module, parameter: str) -> str | None:
 
 def _accepts_forward(module: nn.Module) -> bool:
     """Whether the class of experts calls a registered function in its forward."""
-    # The decorator `use_experts_implementation` wraps the forward. `_forward_of_host` reads the
-    # attributes.
+    # `__wrapped__` is a trace of `use_experts_implementation`. `_forward_of_host` reads the rest.
     return (
         all(hasattr(module, n) for n in ("is_transposed", "has_bias", "num_experts", "config"))
         and hasattr(type(module).forward, "__wrapped__")
@@ -115,9 +114,9 @@ def _weight_of(host: nn.Module, parameter: str) -> Tensor:
 class LoTRHostedExperts(LoTRExperts):
     """The adapter of one 3-D parameter of an experts module, its host.
 
-    Its only parameter is `core` [e, r_in, r_out]. The host keeps the weights under their names.
-    `_forward_of_host` passes them to `routed` in each forward of the host, when sharded training
-    has gathered them. `apply_lotr` freezes them.
+    Its only parameter is `core` [e, r_in, r_out]. The host keeps the weights under their names, and
+    `apply_lotr` freezes them. In each forward of the host, when sharded training has gathered them,
+    `_forward_of_host` passes them to `routed`.
     """
 
     def __init__(
@@ -129,7 +128,7 @@ class LoTRHostedExperts(LoTRExperts):
         dropout: float = 0.0,
     ):
         nn.Module.__init__(self)  # not LoTRExperts', which allocates a weight
-        set_unregistered(self, "host", host)  # which has this module as its child
+        set_unregistered(self, "host", host)  # the host has this module as its child
         self.parameter = parameter
         self.num_experts, self.in_features, self.out_features = expert_sizes(host, parameter)
         self._add_adapter(factors, scaling, dropout, device_of(host), lead=(self.num_experts,))
@@ -149,7 +148,6 @@ class LoTRHostedExperts(LoTRExperts):
 
     def to_base(self) -> nn.Module:
         """Removes this adapter from the host, and returns the host."""
-        self.add_start_back()
         adapted = getattr(self.host, CHILD)
         del adapted[self.parameter]
         # Without adapters, the host is restored.
@@ -167,7 +165,7 @@ def adapt_parameter(
     Args:
         module: The experts module.
         parameter: A name for which `expert_obstacle` returns None.
-        factors: The pair of A and B, with the sizes of `expert_sizes`.
+        factors: The pair of A and B, with the features that `expert_sizes` returns.
         scaling: s.
         dropout: The probability of dropping an element of the adapter's x in training.
     """
@@ -176,7 +174,8 @@ def adapt_parameter(
         _register()
         setattr(module, CHILD, AdaptedExperts(module.config))
         module.config = copy.copy(module.config)
-        # Not the property, which would change the configurations inside as well.
+        # Not by the property: its setter would also change the nested configurations, which are not
+        # copied.
         module.config._experts_implementation_internal = _IMPLEMENTATION
     getattr(module, CHILD)[parameter] = layer
     return layer
@@ -188,12 +187,12 @@ def adapt_parameter(
 def _forward_of_host(
     host: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Computes an adapted experts module, in the place of its own forward.
+    """Computes an adapted experts module, in place of its class's forward.
 
     Args:
         hidden_states: [m, hidden].
-        top_k_index: The experts of each token [m, top_k].
-        top_k_weights: Their weights [m, top_k].
+        top_k_index: The experts of each token [m, top_k]. num_experts stands for no expert.
+        top_k_weights: The router's weight of each of them [m, top_k].
 
     Returns:
         [m, hidden] in the dtype of hidden_states.
@@ -210,7 +209,7 @@ def _forward_of_host(
     first_routing = Routing(offs, reads=tokens, tokens=tokens)
     y = _project(host, first, hidden_states, first_routing, request_input=hidden_states)
     y = host._apply_gate(y) if first == "gate_up_proj" else host.act_fn(y)
-    # y has a row per expert of each token. A request has only the tasks of the tokens.
+    # y has top_k rows per token. A request has one task per token, so it gets hidden_states.
     y = _project(host, "down_proj", y, Routing(offs, tokens=tokens), request_input=hidden_states)
     if getattr(host, "has_post_expert_norm", False):
         y = host.post_expert_norm(y)

@@ -97,7 +97,7 @@ class LoTRWrapped(LoTRLayer):
     def merge(
         self, safe: bool = False, keep_backup: bool = True, dequantize: bool | torch.dtype = False
     ) -> None:
-        """Adds the adapter to the weight, as `LoTRLayer.merge`.
+        """Adds the adapter to the weight, as `LoTRLayer.merge` does.
 
         Args:
             safe: As for `LoTRLayer.merge`.
@@ -106,11 +106,11 @@ class LoTRWrapped(LoTRLayer):
                 that layer. True: the dtype of the bias, or of the dense weight.
 
         Raises:
-            RuntimeError, TypeError, ValueError: As `LoTRLayer.merge`. TypeError also for a
-                quantized base without dequantize, because rounding would remove the adapter, and
-                for a base that returns something other than x W^T + bias.
+            RuntimeError, TypeError, ValueError: As for `LoTRLayer.merge`.
+            TypeError: If the base is quantized and dequantize is False, because rounding would
+                remove the adapter; or if it returns something other than x W^T + bias.
         """
-        # The nn.Linear of an earlier merge is plain too: LoTRLayer.merge raises, as it is merged.
+        # After an earlier merge the base is a plain nn.Linear, and LoTRLayer.merge raises.
         if dequantize is False or has_plain_weight(self.base_layer):
             mergeable_weight(self.base_layer)
             super().merge(safe, keep_backup)
@@ -204,7 +204,7 @@ def adapt(
     scaling: Scaling = "auto",
     dropout: float = 0.0,
 ) -> LoTRLinear | LoTRConv1D | LoTRWrapped:
-    """Adapts a module with the class that fits it, see `layer_class`.
+    """Adapts a module with the class that `layer_class` returns for it.
 
     Args:
         module: A linear layer.
@@ -243,8 +243,7 @@ def _dequantized(module: nn.Module) -> Tensor | None:
         return _dequantized_4bit(module)
     if weight_type == "Int8Params":
         return _dequantized_8bit(module)
-    is_subclass = isinstance(weight, Tensor) and not has_plain_weight(module)
-    if is_subclass and type(weight).dequantize is not Tensor.dequantize:
+    if isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize:
         return weight.dequantize()
     method = getattr(module, "dequantize", None)
     return method() if callable(method) else None
@@ -272,7 +271,7 @@ def matrix_of(base: nn.Module) -> Tensor:
     """Returns W [n, k] of a base with a plain weight: the parameter, or its transposed view.
 
     Raises:
-        TypeError: If the base is another module.
+        TypeError: If the base is not an nn.Linear or Conv1D with a plain weight.
     """
     if not has_plain_weight(base) or not (isinstance(base, nn.Linear) or is_conv1d(base)):
         raise TypeError(
@@ -301,7 +300,7 @@ def mergeable_weight(base: nn.Module) -> Tensor:
     x = torch.randn(2, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
     y = base(x)
     expected = nn.functional.linear(x, weight, base.bias)
-    # Two products of one matrix may round differently, for example one that a hook has split.
+    # The base may round differently, for example if a hook splits its product.
     bound = max(1e-4, 4 * torch.finfo(weight.dtype).eps) * expected.abs().max().item()
     is_same = (
         isinstance(y, Tensor)

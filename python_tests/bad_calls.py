@@ -156,6 +156,7 @@ LAYERS: list[Row] = [
     ("dtype float8", "dtype", layer(dtype=torch.float8_e4m3fn)),
     ("scaling NaN", "scaling", layer(scaling=nan)),
     ("scaling infinite", "scaling", layer(scaling=inf)),
+    ("scaling past every float", "scaling", layer(scaling=10**400)),
     ("scaling with alpha", "scaling", layer(scaling=2, alpha=8)),
     ("scaling with rslora", "scaling", layer(scaling=2, rslora=True)),
     ("scaling a string", "scaling", layer(scaling="1")),
@@ -288,6 +289,12 @@ EXPERTS: list[Row] = [
     ("experts, dropout 1", "dropout", partial(LoTRExperts, E, K, N, dropout=1.0)),
     ("experts, too few tokens", "tokens", call_experts(torch.zeros(E).int(), torch.tensor([M]))),
     ("experts, too many offs", "offs", call_experts(torch.zeros(E + 1).int())),
+    (
+        "experts, x in float64",
+        "x",
+        lambda: LoTRExperts(E, K, N, R)(torch.zeros(M, K).double(), torch.zeros(E).int()),
+    ),
+    ("grouped x in float64", "x", grouped(x=torch.zeros(M, K).double())),
     ("grouped x too wide", "x", grouped(x=torch.zeros(M, K + 1))),
     ("grouped offs int64", "offs", grouped(offs=OFFS.long())),
     ("grouped offs too short", "offs", grouped(offs=OFFS[:-1])),
@@ -748,11 +755,16 @@ def one_layer_twice() -> nn.Module:
     return net
 
 
-def lora_folder(**settings: object) -> str:
-    config = peft.LoraConfig(r=2, target_modules=["q", "v", "head"], **settings)
+def peft_folder(
+    config_class: type[peft.PeftConfig], tensors: dict | None = None, **settings: object
+) -> str:
+    config = config_class(r=2, target_modules=["q", "v", "head"], **settings)
     folder = tempfile.mkdtemp()
-    peft.get_peft_model(zoo.net("attention"), config).save_pretrained(folder)
+    peft.get_peft_model(zoo.net("attention"), config).save_pretrained(folder, state_dict=tensors)
     return folder
+
+
+lora_folder = partial(peft_folder, peft.LoraConfig)
 
 
 OTHER_PACKAGES: list[Row] = [
@@ -766,6 +778,7 @@ OTHER_PACKAGES: list[Row] = [
         "group_by",
         partial(LoTRPeftConfig, group_by=lambda name, module: "g"),
     ),
+    ("PEFT a group with a dot", "group_by", partial(LoTRPeftConfig, group_by={"q": "a.b"})),
     ("PEFT lora_alpha", "lora_alpha", partial(LoTRPeftConfig, lora_alpha=8)),
     ("PEFT rank_pattern", "rank_pattern", partial(LoTRPeftConfig, rank_pattern={})),
     ("PEFT use_dora", "use_dora", partial(LoTRPeftConfig, use_dora=True)),
@@ -800,6 +813,7 @@ OTHER_PACKAGES: list[Row] = [
     ),
     ("PEFT adapter_name with a dot", "adapter_name", lambda: tuned(name="a.b")),
     ("PEFT adapter_name keys", "adapter_name", lambda: tuned(name="keys")),
+    ("PEFT adapter_name training", "adapter_name", lambda: tuned(name="training")),
     ("PEFT adapter_name of a layer", "adapter_name", add_second("q")),
     ("PEFT adapter_name of a group", "adapter_name", add_second("A_16x16")),
     ("PEFT adapter_names a word", "adapter_names", partial(run_with_adapter_names, "default")),
@@ -852,6 +866,16 @@ OTHER_PACKAGES: list[Row] = [
         "lotr_to_lora for unknown hosts",
         "hosts",
         lambda: lotr_to_lora(saved(started("mlp")), tempfile.mkdtemp(), hosts="X"),
+    ),
+    (
+        "export_lora of experts built by hand",
+        "experts",
+        lambda: export_lora(nn.Sequential(LoTRExperts(2, 4, 4, rank=2)), tempfile.mkdtemp()),
+    ),
+    (
+        "lotr_to_lora of a file of PEFT without tensors",
+        "source",
+        lambda: lotr_to_lora(peft_folder(LoTRPeftConfig, tensors={}), tempfile.mkdtemp()),
     ),
     (
         "lotr_to_lora of a LoRA",

@@ -47,7 +47,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.fixture
 def model() -> torch.nn.Module:
-    """A small adapted network, `zoo.Mlp`, off its start."""
+    """A small adapted network, `zoo.Mlp`, with random cores and factors."""
     return models.trained("mlp")
 
 

@@ -102,7 +102,7 @@ def failed_then_again(side: Side) -> Results:
     """
     y = side()
     last_core = [leaf for name, leaf in side.leaves.items() if "core" in name][-1]
-    # pytest.fail as an exception that nothing else raises. It is expected below.
+    # pytest.fail raises an exception that no other code raises.
     hook = last_core.register_hook(lambda _: pytest.fail("stop"))
     with pytest.raises(pytest.fail.Exception, match="stop"):
         side.grad(loss(y), retain_graph=True)
@@ -278,10 +278,12 @@ def in_threads(side: Side) -> Results:
             loss(side(side.x * factor)).backward()
 
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(run, (1, 2, 3, 4)))
-    sys.setswitchinterval(interval)
+    sys.setswitchinterval(1e-5)  # seconds; 5e-3 is the default
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(run, (1, 2, 3, 4)))
+    finally:
+        sys.setswitchinterval(interval)
     return take_gradients(side)
 
 
@@ -300,7 +302,7 @@ def changed_between(side: Side) -> Results:
 
 
 def fused_steps(side: Side) -> Results:
-    """Changes leaves as a fused optimizer does: version counters do not see it."""
+    """Changes leaves as a fused optimizer does: their version counters stay as they are."""
     results = []
     for _ in range(3):
         gradients = side.grad(loss(side()))
@@ -347,7 +349,7 @@ def different_requires_grad_and_checkpoints(side: Side) -> Results:
 
 
 def a_fused_step_between(side: Side) -> Results:
-    """Changes A after a backward as a fused optimizer does: version counters do not see it."""
+    """Changes A after a backward as a fused optimizer does: its version counter stays as it is."""
     x = side.x.detach()
     first = side.net.call(0, x)
     side.grad(loss(first), list(side.leaves.values()), retain_graph=True)
@@ -365,7 +367,7 @@ def a_fused_step_between_evaluations(side: Side) -> Results:
 
 
 def a_computed_factor_changes(side: Side) -> Results:
-    """The layers after the change have another graph that leads to A."""
+    """Changes an A that is computed. The layers after the change reach A by another graph."""
     leaf = side.net.parts(0)["A"]
     A = 2 * leaf
     side.replace(0, "A", A)

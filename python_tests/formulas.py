@@ -22,7 +22,7 @@ from lotr_ext import reference
 
 # ---- formulas in float64 -------------------------------------------------------------------------
 
-# Also `drop`, the dropout, is an argument. A sum that is absent is zero. Arguments that do not
+# `drop`, the dropout, is an argument, too. A sum that is absent is zero. Arguments that do not
 # change the numbers, like the strategy, go to `**_`. The results are those that the operator
 # returns, and those that it adds to a sum in place. Formulas only add and multiply:
 # `test_operators.exact_results` relies on it.
@@ -181,16 +181,16 @@ Form = dict[str, object]  # arguments that replace the case's
 
 
 def row_forms(c: Case) -> Iterator[Form]:
-    """All ways to say which core and which token a row has. `g` is for the backward."""
+    """Yields all ways to say which core and which token a row has. `g` is for the backward."""
     rows = torch.arange(c.m)
     index = torch.tensor([0, 1, -1, -1]).repeat(c.m // 4 + 1)[: c.m]
     tokens = (rows * 7 + 3) % max(c.m, 1) // 2  # each about twice, in no order
     ends = torch.tensor((c.m // 3, c.m - c.m // 4), dtype=torch.int32)
     # A check of the first and the last row alone would take these rows for rows in order.
     reversed_inside = torch.cat([rows[:1], rows[1:-1].flip(0), rows[1:][-1:]])
-    yield {"index": index, "offs": None, "tokens": tokens, "g": c.h}
-    yield {"index": index, "offs": None, "tokens": None, "g": c.h}
-    yield {"index": None, "offs": ends, "tokens": tokens, "g": c.h}
+    cores = ({"index": index, "offs": None}, {"index": None, "offs": ends})
+    for core, token in itertools.product(cores, (tokens, None)):
+        yield {**core, "tokens": token, "g": c.h}
     yield {"index": 0 * index, "offs": None, "tokens": reversed_inside, "g": c.h}
 
 
@@ -246,7 +246,7 @@ def shrink_backward_forms(c: Case) -> Iterator[Form]:
 
 # ---- the table -----------------------------------------------------------------------------------
 
-# By result, its `helpers.Exact.roundings`. A result that is absent is rounded once.
+# `helpers.Exact.roundings` by the name of the result. A result that is absent is rounded once.
 ROUNDED_ONCE: dict[str, int] = {}
 Y_ROUNDINGS = {"y": 5}  # u, F, the base product, the factors and y
 DX_ROUNDINGS = {"dx": 6}  # g, du, F, A, the base product and dx

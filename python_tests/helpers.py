@@ -39,7 +39,7 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def run_python(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """Runs Python with these words. `options` go to subprocess.run."""
+    """Runs Python with these arguments. `options` go to subprocess.run."""
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, **options)
 
@@ -92,7 +92,7 @@ def mismatch(actual: Tensor, exact: Exact) -> str | None:
     allowed = 1.001 * exact.roundings * ROUNDOFF[actual.dtype] * scale
     allowed = allowed + SUM_ERROR[sums_dtype(actual.dtype)] * exact.size + 1e-300
     if actual.dtype == torch.float16:
-        allowed = allowed + 2.0**-25  # below the smallest normal number
+        allowed = allowed + 2.0**-25  # half the distance of subnormal numbers
     is_wrong = ~((actual.double() - truth).abs() <= allowed)  # also if it is NaN
     if not bool(is_wrong.any()):
         return None
@@ -163,5 +163,6 @@ def refused(
     with pytest.raises(kinds) as raised:
         yield
     message = str(raised.value)
-    assert type(raised.value) in ERRORS, type(raised.value)  # torch may raise a subclass
+    # Not a subclass, such as the NotImplementedError of an operator without a kernel.
+    assert type(raised.value) in ERRORS, type(raised.value)
     assert re.search(rf"\b{re.escape(name)}\b[^:]*: expected .*, got ", message, re.S), message

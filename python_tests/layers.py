@@ -173,15 +173,15 @@ class Net(nn.Module):
                     parameter.normal_(0, parameter.shape[0] ** -0.5)
 
     def index(self, x: Tensor) -> Tensor:
-        """Returns the task of each row.
+        """Returns the task of each row, [b].
 
-        The shape is [b]. For modules and an x of three dimensions, it is [b, tokens].
+        For modules and an x of three dimensions, returns the task of each token, [b, tokens].
         """
         repeats = -(-x.shape[0] // len(INDEX))
         row_tasks = INDEX.repeat(repeats)[: x.shape[0]]
         if x.dim() < 3 or self.kind.by_function:
             return row_tasks
-        # The tokens of a row have the tasks -1, 0, 1, 2 in turn. The row decides the first one.
+        # Along a row, tasks cycle through -1, 0, 1, 2. The row's own task determines the first.
         return (row_tasks[:, None] + torch.arange(x.shape[1])) % 4 - 1
 
     def parts(self, i: int) -> dict[str, Tensor]:
@@ -304,12 +304,11 @@ class Side:
 
         Args:
             y: A loss, or an output with `grad_outputs` in the settings.
-            targets: The tensors that y is differentiated by; `self.targets` if it is absent.
+            targets: The tensors by which y is differentiated; `self.targets` if it is absent.
             **settings: Arguments of `torch.autograd.grad`.
         """
-        if targets is None:
-            targets = self.targets
-        return list(torch.autograd.grad(y, targets, allow_unused=True, **settings))
+        inputs = self.targets if targets is None else targets
+        return list(torch.autograd.grad(y, inputs, allow_unused=True, **settings))
 
 
 def sides(net: Net, x: Tensor, trains_x: bool = True) -> tuple[Side, Side]:

@@ -27,7 +27,7 @@ WAYS: dict[str, dict[str, object]] = {
     "train": {"core": "train"},
     "bfloat16": {"adapter_dtype": "bfloat16", "rank": 2},
 }
-# Experts refuse "svd", "diagonal" and "train". The mixture also leaves out three that they accept.
+# Experts refuse "svd", "diagonal" and "train". Four of the other ways are enough for the mixture.
 CASES = [
     (name, way)
     for name in zoo.NETS
@@ -40,7 +40,8 @@ FULL_PRECISION = [(name, way) for name, way in CASES if way != "bfloat16"]
 def config(name: str, way: str = "shape", **settings: object) -> LoTRConfig:
     """Returns the configuration that adapts the layers of zoo.TARGETS.
 
-    Its scaling keeps the outputs near the outputs of the plain network.
+    Unless the way or the settings say otherwise, the scaling is 1.5. "auto" would move the outputs
+    far from those of the plain network.
     """
     field = "target_parameters" if name == "mixture" else "target_modules"
     values = {"rank": 3, field: zoo.TARGETS[name], **WAYS[way], **settings}
@@ -109,9 +110,9 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def written_out(model: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
-    """Returns the weights of a plain float64 copy with the model's adapter, W + s B G^T A^T.
+    """Returns the weights of a plain float64 copy plus the model's adapter, W + s B G^T A^T.
 
-    Differentiable in A, B and the cores.
+    They are differentiable in A, B and the cores.
     """
     weights = dict(plain.named_parameters())
     for name, layer in adapted_layers(model).items():

@@ -10,7 +10,8 @@
 The faults are data: python_tests/data/mutants/*.yaml, items with `file`, `fault`, `old` (a text
 that occurs once in the file) and `new`. Each is written into a copy of the repository, and the
 tests of its file run until one fails, slow ones too. A fault that survives is a missing test, or a
-line that is not needed. The fault of ZeRO-3 also survives without DeepSpeed (make frameworks).
+line that is not needed. The fault of ZeRO-3 survives unless DeepSpeed is installed (make
+frameworks).
 `python_tests/kernels/test_planted.py` does the same for the sources of the kernels.
 
 Exit code 1: a fault survived, or its text is stale.
@@ -67,7 +68,7 @@ TESTS = {
     "lotr_ext/config.py": ("bad_input", "targets", "models"),
     "lotr_ext/targets.py": ("targets", "training", "models", "bad_input"),
     "lotr_ext/model.py": ("models", "targets", "training", "init", "files", "bad_input", "merging"),
-    "lotr_ext/merging.py": ("models", "merging", "targets", "bad_input"),
+    "lotr_ext/merging.py": ("models", "merging", "training", "targets", "bad_input"),
     "lotr_ext/reports.py": ("training", "targets", "models", "bad_input"),
     "lotr_ext/adapted.py": ("models", "targets", "training", "tasks", "bad_input"),
     "lotr_ext/bypasses.py": ("models", "targets", "peft", "bad_input"),
@@ -161,7 +162,7 @@ def build(folder: Path) -> bool:
 def first_failure(folder: Path, tests: str) -> str | None:
     """Runs a file of tests until one fails.
 
-    It runs in a fork of this process, which has imported torch, but no module of the copy.
+    They run in a fork of this process, which has imported torch, but no module of the copy.
 
     Returns:
         The name of the test that failed, None if all passed.

@@ -19,7 +19,7 @@ SCHEMAS = {
     if schema.name.startswith("lotr::")
 }
 NO_NUMBERS = {"info", "cuda_versions", "cuda_plans", "gemm_lotr_refusal"}
-# Without `linear`, which compilers take apart.
+# Without `linear`, which compilers decompose.
 OPERATORS = sorted(set(SCHEMAS) - NO_NUMBERS - {"linear"})
 # These are written in Python. Users do not call them.
 PYTHON_OPERATORS = {"dropout_mask", "grouped_mm", "grouped_outer"}
@@ -57,7 +57,7 @@ class Case:
         dtype: The dtype of x.
         factors_dtype: The dtype of A, B, F and the cores.
         layout: One of `helpers.LAYOUTS`.
-        p: The probability of dropout. 0: no seed.
+        p: The probability of dropout. Without dropout, 0, the seed is None.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Case:
         self.core = self.cores[0]
 
     def make(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns a new operand, in x's dtype if there is no other."""
+        """Returns a new operand, in x's dtype unless another one is passed."""
         values = torch.randn(*size, generator=self.generator, dtype=torch.float64)
         values /= size[-1] ** 0.25
         return laid_out(values.to(dtype or self.dtype), self.layout)
@@ -104,7 +104,7 @@ class Case:
         values = {**DEFAULTS, **vars(self), **changed}
         arguments = {argument.name: values[argument.name] for argument in SCHEMAS[name].arguments}
         if self.dtype == torch.bfloat16 and arguments.get("weight") is not None:
-            # On a CPU with AMX, torch 2.13 multiplies what is between bfloat16 rows as well.
+            # On a CPU with AMX, torch 2.13 also multiplies the memory between bfloat16 rows: NaN.
             for operand in arguments.keys() & {"x", "weight", "g", "dx"}:
                 if arguments[operand] is not None:
                     arguments[operand] = arguments[operand].contiguous()

@@ -5,7 +5,7 @@
 The tests come from the source distribution of the installed version, which is unpacked in
 build/peft-<version>. This file is also the pytest plugin that runs them with LoTR. It
 
-    replaces PEFT's tables of cases by ours: TABLES
+    replaces PEFT's tables of cases with ours: TABLES
     keeps only the tests that have a LoTR configuration and are not in LEFT_OUT
     starts cores at random values where PEFT's tests expect an adapter with an effect: STARTED
 """
@@ -34,7 +34,7 @@ for module in ("datasets", "diffusers"):  # imported by PEFT's tests, and not us
     if module not in sys.modules and importlib.util.find_spec(module) is None:
         sys.modules[module] = mock.MagicMock()
 
-# In a field that LoTR does not use.
+# Marks a configuration whose cores start at random values, in a field that LoTR does not use.
 STARTED = {"revision": "started"}
 CONFIG = ours.LoTRPeftConfig
 # PEFT's tests compare to 1e-5 at inputs up to 90. Their learning rates suit a small scaling.

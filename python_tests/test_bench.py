@@ -41,8 +41,8 @@ def program_of(name: str) -> Program:
 
 def words_of(name: str, folder: Path, *more: str) -> list[str]:
     """Returns the command line of a small run of a program, with results in a folder."""
-    usual = ["--device", "cpu", "--rounds", "3", "--clock", "wall", "--results", str(folder)]
-    return [*SMALL[name].split(), *usual, *more]
+    options = ["--device", "cpu", "--rounds", "3", "--clock", "wall", "--results", str(folder)]
+    return [*SMALL[name].split(), *options, *more]
 
 
 def run(name: str, folder: Path, *more: str) -> int:
@@ -76,11 +76,11 @@ def test_program_writes_a_row_per_rival_and_stage(
 def test_strategies_and_float32_adapters_are_rivals(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    on_a_cpu = {"frozen", "lotr_ext-two_pass", "lotr_ext-beta", "lotr_ext-fp32"}
-    more = ["--dtypes", "bf16", "--rivals", ",".join([*on_a_cpu, "lotr_ext-fused"])]
-    assert run("layer", tmp_path, *more) == 1
+    cpu_rivals = {"frozen", "lotr_ext-two_pass", "lotr_ext-beta", "lotr_ext-fp32"}
+    names = ",".join([*cpu_rivals, "lotr_ext-fused"])
+    assert run("layer", tmp_path, "--dtypes", "bf16", "--rivals", names) == 1
     assert "lotr_ext, fused: ValueError: fused: it needs a GPU" in capsys.readouterr().err
-    assert {row["rival"] for row in rows_in(tmp_path, "layer")} == on_a_cpu
+    assert {row["rival"] for row in rows_in(tmp_path, "layer")} == cpu_rivals
 
 
 def test_require_kernels_refuses_the_fallback(
@@ -218,8 +218,8 @@ def run_faulty(fault: str, message: str, folder: Path, *more: str) -> int:
         shapes={"cpu": "1,2,3"},
         options={"pattern": {"help": "has braces, as a regular expression may"}},
     )
-    words = ["--device", "cpu", "--dtypes", "fp32", "--rounds", "4", "--results", str(folder)]
-    return program.main([*words, "--pattern", "x{2}", *more])
+    words = f"--device cpu --dtypes fp32 --rounds 4 --pattern x{{2}} --results {folder}"
+    return program.main([*words.split(), *more])
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -270,8 +270,11 @@ def test_programs_find_the_installed_package(tmp_path: Path) -> None:
     for name in ("bench", "lotr_ext"):
         shutil.copytree(common.ROOT / name, clone / name, ignore=ignored)
     (tmp_path / "lotr_ext").symlink_to(common.ROOT / "lotr_ext")
-    program = "import bench, lotr_ext; print(lotr_ext.__file__)"
-    process = run_python("-c", program, cwd=clone, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    process = run_python(
+        *("-c", "import bench, lotr_ext; print(lotr_ext.__file__)"),
+        cwd=clone,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
     assert process.stdout.strip() == str(tmp_path / "lotr_ext" / "__init__.py"), process.stderr
 
 
@@ -292,16 +295,22 @@ def test_accuracy_continues_from_recorded_runs(
     assert output.err.count("'seed'") == 1 and "ours less rival" in output.out
     # The same run has the same numbers.
     assert accuracy.runs_in(path)["loss"].iloc[-1] == recorded["loss"].iloc[-1]
+    # A rate of --lr that is not on the ladder does not end a later search.
+    assert accuracy.searched_rates(
+        "lotr", accuracy.TASKS["teacher-half"], recorded.assign(lr=3e-3)
+    ) == [8e-3, 2e-2, 4e-2]
 
 
 def test_recorded_results_can_be_shown_and_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = [path for path in common.RESULTS.rglob("*.jsonl") if path.stem in SMALL]
-    assert files
-    for path in files:
-        assert program_of(path.stem).main(["--show", str(path), "--device", "cpu"]) == 0
+    for name in SMALL:
+        for path in common.RESULTS.glob(f"*/{name}.jsonl"):
+            assert program_of(name).main(["--show", str(path), "--device", "cpu"]) == 0
     assert "lotr_ext" in capsys.readouterr().out
     shutil.copy(common.RESULTS / "accuracy.jsonl", tmp_path)
     assert plot.main([str(tmp_path)]) == 0
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+    # This machine has only rows of two threads.
+    plot.layer(common.read(next(common.RESULTS.glob("intel*/layer.jsonl"))), tmp_path / "a.png")
+    assert "threads: 2" in plot.plt.gcf().get_suptitle()

@@ -113,24 +113,32 @@ def test_parts_that_fail_do_not_stop_the_others(
         python_part("raises", "raise RuntimeError('CUDA error: unspecified launch failure')"),
         python_part("crashes", "import os; os.kill(os.getpid(), 11)"),
         python_part("lacking", "", needs=("no-such-program",)),
+        # It leaves a child, which must be ended before it writes a file.
+        python_part(
+            "leaves",
+            "import os; os.spawnlp(os.P_NOWAIT, 'sh', 'sh', '-c', "
+            f"'sleep 0.5; touch {tmp_path / 'late'}')",
+        ),
         python_part(
             "last",
-            "import os, tarfile; print(os.environ['PYTHONPATH'], os.environ['COLOR']);"
+            "import os, tarfile, time; print(os.environ['PYTHONPATH'], os.environ['COLOR']);"
+            f"time.sleep(1); print('late:', os.path.exists({str(tmp_path / 'late')!r}));"
             f"print(tarfile.open({str(tmp_path / 'out' / 'results.tar.gz')!r}).getnames())",
             environment={"COLOR": "green"},
         ),
     ]
-    assert gpu.work(parts, options_of(tmp_path)) == 1
+    assert gpu.run_parts(parts, options_of(tmp_path)) == 1
     outcomes = summary.outcomes_in(tmp_path / "results")
     assert {name: part["outcome"] for name, part in outcomes.items()} == {
         "good": "done",
         "raises": "failed (1)",
         "crashes": "failed (-11)",
         "lacking": "skipped, needs no-such-program",
+        "leaves": "done",
         "last": "done",
     }
     log = (tmp_path / "results" / "last.log").read_text()
-    assert "green" in log and os.environ.get("PYTHONPATH", "") in log
+    assert "green" in log and os.environ["PYTHONPATH"] in log and "late: False" in log
     # The archive is written after each part.
     assert "results/good.log" in log and "results/summary.md" in log
     assert "unspecified launch failure" in capsys.readouterr().out
@@ -142,7 +150,7 @@ def test_part_that_hangs_is_stopped_and_counts_as_a_failure(tmp_path: Path) -> N
     hangs = python_part(
         "hangs", "import time\nprint('begun', flush=True)\nwhile True: time.sleep(9)"
     )
-    assert gpu.work([hangs], options_of(tmp_path, budget=gpu.GRACE_S + 2)) == 1
+    assert gpu.run_parts([hangs], options_of(tmp_path, budget=gpu.GRACE_S + 2)) == 1
     assert (tmp_path / "results" / "hangs.log").read_text().startswith("begun")
     assert "--parts hangs" in (tmp_path / "out" / "summary.md").read_text()
 
@@ -174,12 +182,20 @@ def test_quick_run_leaves_a_summary(tmp_path: Path, capsys: pytest.CaptureFixtur
     words = ["--device", "cpu", "--quick", "--parts", "info,kernels,layer", "--budget", "300"]
     assert gpu.main([*words, "--folder", str(tmp_path)]) == 0, capsys.readouterr().out
     page = " ".join((tmp_path / "summary.md").read_text().split())
-    for word in ("# lotr_ext on ", "| layer | done |", "LoRA eager", "shrink 2048 x 768", "GB/s"):
-        assert word in page
+    assert all(
+        word in page
+        for word in (
+            "# lotr_ext on ",
+            "| layer | done |",
+            "LoRA eager",
+            "shrink 2048 x 768",
+            "GB/s",
+        )
+    ), page
 
 
 def test_page_says_what_to_do_next(tmp_path: Path) -> None:
-    """Rows as a GPU would leave them, of one layer and one kernel."""
+    """Rows as a GPU without a temperature sensor would leave them, of one layer and one kernel."""
     columns = {
         "machine": "A card",
         "date": "2026-12-01",
@@ -187,7 +203,6 @@ def test_page_says_what_to_do_next(tmp_path: Path) -> None:
         "rounds": 11,
         "sm_mhz": 1700.0,
         "gpu_watts": 600.0,
-        "gpu_celsius": 55.0,
         "m": 8192,
         "k": 4096,
         "n": 4096,
@@ -207,8 +222,9 @@ def test_page_says_what_to_do_next(tmp_path: Path) -> None:
         for rival, seconds in {"lotr_ext": 1.0, "library": 1.1, "base product": 0.9}.items()
     ]
     common.replace_rows(tmp_path / "card" / "kernels.jsonl", kernels, ["m"])
-    row = {"form": "fold", "dtype": "bf16", "outcome": "wrong: 3 x 4: F", "planned": 2}
-    (tmp_path / "smoke.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "smoke.jsonl").write_text(
+        json.dumps({"form": "fold", "dtype": "bf16", "outcome": "wrong: 3 x 4: F", "planned": 2})
+    )
     page = summary.page(tmp_path, {"model": {"outcome": "stopped", "seconds": 9}})
     for words in (
         "1700 MHz",  # the clock during the runs
@@ -226,5 +242,7 @@ def test_page_says_what_to_do_next(tmp_path: Path) -> None:
 def test_dry_run_lists_the_parts(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--dry-run"]) == 0
     output = capsys.readouterr().out
-    for words in ("bench.smoke", "cuda and not full", "--kernel-name kns=lotr", "--clock wall"):
-        assert words in output
+    assert all(
+        words in output
+        for words in ("bench.smoke", "cuda and not full", "--kernel-name kns=lotr", "--clock wall")
+    ), output

@@ -141,8 +141,7 @@ def test_a_folder_of_peft_is_exported(tmp_path: Path) -> None:
 def test_a_folder_of_peft_of_the_first_version_is_exported(tmp_path: Path) -> None:
     lotr_to_lora(OLD_FILES / "peft", tmp_path)
     expected = load_file(OLD_FILES / "peft" / "expected.safetensors")
-    y = zoo.output(lora_model(tmp_path, "gpt2"), expected["x"])
-    assert relative(y, expected["y"]) < CLOSE
+    assert relative(zoo.output(lora_model(tmp_path, "gpt2"), expected["x"]), expected["y"]) < CLOSE
 
 
 VLLM_NAMES = ("w1", "w3", "w2")  # of gate, up and down
@@ -620,6 +619,18 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
         (
             {"blocks.0.q.lotr.mid": torch.ones(3, 2)},
             r"blocks.0.q: expected lotr.lhs \[r, out\], .mid \[r, r\]",
+        ),
+        (
+            {"blocks.0.q.lotr.lhs": torch.tensor(1.0)},
+            r"blocks.0.q: expected lotr.lhs .*, got \[\[\], \[2, 2\], \[16, 2\]\]",
+        ),
+        (
+            {
+                "blocks.0.q.lotr.lhs": torch.ones(0, 16),
+                "blocks.0.q.lotr.mid": torch.ones(0, 0),
+                "blocks.0.q.lotr.rhs": torch.ones(16, 0),
+            },
+            r"blocks.0.q: expected lotr.lhs .*, got \[\[0, 16\], \[0, 0\], \[16, 0\]\]",
         ),
         (
             {"other.lotr.mid": torch.ones(2, 2)},

@@ -1,6 +1,6 @@
-"""DistributedDataParallel and FSDP2 in two processes equal one process.
+"""DistributedDataParallel and FSDP2: two processes train, save and load as one process does.
 
-Training, saving and loading, see distributed.py. test_frameworks.py runs the checks of DeepSpeed.
+distributed.py has the checks. test_frameworks.py runs those of DeepSpeed.
 """
 
 import pytest

@@ -92,8 +92,8 @@ def check_readme(names: dict[str, object], output: str, folder: Path) -> None:
 def check_trainer_block(names: dict[str, object], output: str, folder: Path) -> None:
     """The Trainer's classifier is better than a constant on texts it was not trained on.
 
-    The share of the larger class is about a half, so of 400 texts, a constant classifier has more
-    than 70 % right with a probability below 1e-12.
+    The larger class has less than 60 % of these 400 texts, so a constant classifier stays below
+    60 %. Random guesses exceed 70 % with a probability below 1e-12.
     """
     labels = [example["labels"] for example in names["data"][1600:]]
     assert 0.4 < sum(labels) / len(labels) < 0.6
@@ -172,7 +172,7 @@ def test_links_lead_to_pages_and_headings(page: Path) -> None:
     for target, heading in re.findall(r"\]\(([^)#\s]*)(?:#([^)]+))?\)", page.read_text("utf-8")):
         other_page = page.parent / target if target else page
         assert target.startswith("https://") or other_page.exists(), target
-        if heading:
+        if heading and other_page.exists():  # not on another site
             headings = re.findall(r"^#+ (.*)$", other_page.read_text("utf-8"), re.MULTILINE)
             assert heading in map(anchor, headings), f"{target}#{heading}"
 

@@ -63,12 +63,15 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_an_example_runs(program: str, language: list[str], tmp_path: Path) -> None:
     arguments, words = QUICK[program]
     options = arguments.format(out=tmp_path / "out", language=" ".join(language)).split()
-    threads = ["--threads", "1"] if options else []
+    threads = ["--threads", "1"] if options else []  # custom_model.py has no options
     process = run_python(ROOT / "examples" / f"{program}.py", *options, *threads)
     assert process.returncode == 0, process.stderr[-3000:]
     output = process.stdout + process.stderr
     assert all(word in output for word in words), output[-3000:]
     if program == "finetune_text":
         runs = json.loads((tmp_path / "out" / "table.json").read_text())["runs"]
-        trained = {run["method"]: run["trained parameters"] for run in runs}
-        assert trained == {"head only": 770, "LoTR": 16130, "LoRA (PEFT)": 148226}
+        assert {run["method"]: run["trained parameters"] for run in runs} == {
+            "head only": 770,
+            "LoTR": 16130,
+            "LoRA (PEFT)": 148226,
+        }

@@ -23,7 +23,8 @@ MAX_FILES = 9
 def test_calls_of_q_k_v() -> None:
     """Counts the calls of the package's functions in a forward and backward.
 
-    As much work as 2,048 tokens of width 768: the layers share u = x A, which needs the most calls.
+    x has as many elements as 2,048 tokens of width 768. The layers then share u = x A, which needs
+    the most calls.
     """
     factors = LoTRFactors(32, 32, 4)
     layers = [LoTRLinear.from_linear(nn.Linear(32, 32), factors) for _ in range(3)]

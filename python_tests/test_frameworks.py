@@ -5,8 +5,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from distributed import CHECKS, run_in_two_processes
@@ -24,7 +24,7 @@ ZERO = [name for name in CHECKS if name.startswith("zero")]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _frameworks_last_on_the_path() -> Any:
+def _frameworks_last_on_the_path() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{os.environ['PYTHONPATH']}{os.pathsep}{FRAMEWORKS}")
         yield

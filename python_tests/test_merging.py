@@ -125,7 +125,7 @@ NOT_A_PRODUCT = {
         lambda: register_parametrization(Net("linear").layers[0], "weight", nn.Tanh()),
         "a weight that is a parameter",
     ),
-    "a base with a custom forward": (lambda: Net("wrapped").layers[0], ""),
+    "a base with a custom forward": (lambda: Net("wrapped").layers[0], "a base that returns"),
     "a base with a hook": (lambda: hooked(2.0), "a base that returns"),
 }
 

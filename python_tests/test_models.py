@@ -34,6 +34,7 @@ from models import (
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from lotr_ext import (
     LoTRConfig,
@@ -62,8 +63,10 @@ def truth(model: nn.Module, name: str, x: Tensor) -> Tensor:
             if layer.start_core is not None:
                 plain.get_submodule(layer_name).weight.copy_(layer.weight)
     weights = written_out(model, plain)
-    x = x.double() if x.is_floating_point() else x
-    return zoo.output(partial(torch.func.functional_call, plain, weights), x)
+    return zoo.output(
+        partial(torch.func.functional_call, plain, weights),
+        x.double() if x.is_floating_point() else x,
+    )
 
 
 def check_with_truth(model: nn.Module, name: str, bound: float) -> None:
@@ -191,23 +194,30 @@ def test_disabled_is_per_thread_and_ends_in_any_order(x: Tensor, model: nn.Modul
 
 
 @pytest.mark.parametrize(
-    ("options", "error"),
+    ("operation", "break_layer", "error"),
     [
-        ({"safe": True}, ValueError),
-        ({"safe": True, "keep_backup": False}, ValueError),
-        ({}, KeyboardInterrupt),
+        (partial(merge, safe=True), lambda layer: layer.core.data.fill_(float("inf")), ValueError),
+        (
+            partial(merge, safe=True, keep_backup=False),
+            lambda layer: layer.core.data.fill_(float("inf")),
+            ValueError,
+        ),
+        (
+            merge,
+            lambda layer: vars(layer).update(merge=mock.Mock(side_effect=KeyboardInterrupt)),
+            KeyboardInterrupt,
+        ),
+        (unload, parametrizations.weight_norm, TypeError),
+        (partial(unload, merge=True), parametrizations.weight_norm, TypeError),
     ],
 )
-def test_merge_changes_all_layers_or_none(
-    model: nn.Module, options: dict, error: type[BaseException]
+def test_a_failure_in_the_last_layer_changes_none(
+    operation: Callable, break_layer: Callable, error: type[BaseException]
 ) -> None:
-    last = model.blocks[1]["down"]
-    if error is KeyboardInterrupt:
-        last.merge = mock.Mock(side_effect=KeyboardInterrupt)
-    else:
-        last.core.data[0, 0] = float("inf")
+    model = trained("mlp", "svd")
+    break_layer(model.blocks[1]["down"])
     with unchanged(model), pytest.raises(error):
-        merge(model, **options)
+        operation(model)
     assert not any(layer.merged for layer in adapted_layers(model).values())
 
 
@@ -265,8 +275,9 @@ def test_explain_says_what_runs_and_why(x: Tensor, model: nn.Module) -> None:
     with use_tasks(model, torch.tensor([0, -1, 0])):
         assert explain(model, x).splitlines() == lines
     assert explain(merge(trained("mlp")), x).count("merged") == 2
-    one_layer = explain(LoTRLinear(4, 4, rank=2), torch.randn(2, 4))
-    assert one_layer.startswith("1 x LoTRLinear 4 -> 4 at rank 2")
+    assert explain(LoTRLinear(4, 4, rank=2), torch.randn(2, 4)).startswith(
+        "1 x LoTRLinear 4 -> 4 at rank 2"
+    )
     mixed = apply_lotr(zoo.net("bert", torch.bfloat16), config("bert", adapter_dtype="float16"))
     assert "the PyTorch fallback, because A is torch.float16" in explain(mixed, zoo.inputs("bert"))
     assert explain(trained("mixture"), zoo.inputs("mixture")).count("LoTRHostedExperts") == 2

@@ -173,7 +173,7 @@ def check(name: str, case: Case, where: str) -> None:
 @each_dtype_pair
 @pytest.mark.parametrize("name", TABLE)
 def test_numbers(name: str, dtype: torch.dtype, factors: torch.dtype) -> None:
-    """Each shape contiguous and in one other layout, in turn, and once with dropout."""
+    """Each shape is contiguous, then in one of the other layouts, then with dropout."""
     for i, shape in enumerate(SHAPES):
         for layout in (LAYOUTS[0], LAYOUTS[1 + i % 3]):
             check(name, Case(shape, dtype, factors, layout), f"{shape} {layout}")
@@ -210,9 +210,9 @@ def results_of(name: str, case: Case) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [n for n in TABLE if not n.startswith("layer_")])
 def test_same_bits_at_any_number_of_threads(name: str, dtype: torch.dtype) -> None:
-    """Also for odd numbers of tokens, where the last pair has one row.
+    """Also for odd numbers of tokens, where the last pair of rows is incomplete.
 
-    The layers' operators contain the library's product, which promises no bits.
+    Not the layers' operators: the library's product in them does not promise equal bits.
     """
     for shape in ((1100, 300, 200, 16), (301, 130, 65, 40), (17000, 40, 65, 4)):
         runs = []
@@ -250,7 +250,7 @@ def test_what_is_dropped_may_be_nan(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_stays_in_its_row_and_column(bad: float, dtype: torch.dtype) -> None:
-    """Row 37 is in a tile that is cut short, column 65 past the full steps."""
+    """Row 37 is in an incomplete tile. Column 65 is past the last full step."""
     c = Case((41, 67, 130, 18), dtype, dtype)
     c.x[37, 65] = c.u[37, 17] = c.g[37, 129] = bad
     ones = torch.ones_like(c.u)
@@ -347,7 +347,8 @@ def test_strides_on_cuda(name: str, dtype: torch.dtype) -> None:
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     """The fake kernels, by which torch.compile works, have the results' shapes, dtypes, strides.
 
-    Not of `linear`, which compilers take apart. Decompositions round in several steps.
+    `linear` is absent, because compilers decompose it. The tolerance is that of decompositions,
+    which round in several steps.
     """
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype in HALVES else {}
     for arguments in good_arguments(name, dtype):
@@ -364,7 +365,7 @@ def test_a_gpu_on_which_the_first_layer_is_wrong_warns() -> None:
     """Layers then run the PyTorch fallback. That must not happen in silence."""
     package = mock.patch.multiple(
         kernel_support,
-        build_info=lambda: {"cuda": {"built": True, "archs": ["90a"]}},
+        build_info=lambda: {"cuda": {"built": True, "archs": "90a"}},
         trial_obstacle=lambda device: "got 135.0",
     )
     gpu = mock.patch.multiple(

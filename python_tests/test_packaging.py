@@ -1,4 +1,4 @@
-"""The wheel, and the message of setup.py where torch or wheel is missing."""
+"""The wheel, and the messages of setup.py for a missing package and an old torch or Python."""
 
 import os
 import re
@@ -71,8 +71,8 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
 
 # ---- messages ------------------------------------------------------------------------------------
 
-# Each patch makes a package look missing or old: u is importlib.util, m is importlib.metadata, find
-# and version are their functions.
+# Each patch makes a package or Python look missing or old. In it, u is importlib.util, and m is
+# importlib.metadata. find and version are the original u.find_spec and m.version.
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ version = m.version
 sys.argv = ["setup.py", "--quiet", *{build}]
 runpy.run_path("setup.py", run_name="__main__")
 """
-    environment = os.environ | {"CXX": "", "LOTR_BUILD_DIR": str(tmp_path / "build")}
+    environment = os.environ | {"LOTR_BUILD_DIR": str(tmp_path / "build")}
     process = run_python("-c", program, cwd=ROOT, env=environment)
     assert process.returncode != 0
     last_line = process.stderr.splitlines()[-1]

@@ -31,7 +31,7 @@ TASKS = 3
 TOLERANCE = 1e-7
 ABSOLUTE_TOLERANCE = 1e-9
 LARGE = 1e6  # tanh bounds values above it
-VALUES = 8  # the newest ones, which a program keeps
+VALUES = 8  # how many values a program keeps, the newest ones
 
 Pair = tuple[Tensor, Tensor]
 
@@ -138,7 +138,7 @@ class Program(RuleBasedStateMachine):
         return self.values[-1 - i % len(self.values)]
 
     def compare(self, actual: Tensor | None, twin: Tensor | None) -> None:
-        # Results of this size, or infinite ones, say nothing about the layers.
+        # Rounding errors dominate results of this size, and infinite ones differ by NaN.
         if twin is not None and not bool(twin.isfinite().all() and twin.abs().max() < LARGE**2):
             return
         error = relative(actual, twin)
@@ -257,11 +257,11 @@ class Program(RuleBasedStateMachine):
     @rule(part=number, trained=st.booleans())
     def freeze(self, part: int, trained: bool) -> None:
         """Freezes a factor or a core, or trains it again. One parameter always trains."""
-        names = [name for name, _ in self.sides[0].net.named_parameters()]
-        names = [name for name in names if not name.endswith(("weight", "bias"))]
-        trained = trained or len(self.leaves()) == 1
+        parameters = self.sides[0].net.named_parameters()
+        names = [name for name, _ in parameters if not name.endswith(("weight", "bias"))]
+        is_trained = trained or len(self.leaves()) == 1
         for side in self.sides:
-            side.net.get_parameter(names[part % len(names)]).requires_grad_(trained)
+            side.net.get_parameter(names[part % len(names)]).requires_grad_(is_trained)
         self.forget_graphs()
 
     @rule(i=a_layer, on=st.booleans())

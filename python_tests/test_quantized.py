@@ -115,7 +115,7 @@ def wide_net(convert: Callable[[nn.Linear], nn.Module]) -> nn.Module:
 
 
 def updated(layer: LoTRWrapped, x: Tensor) -> Tensor:
-    """The layer's output in plain PyTorch."""
+    """Returns the layer's output in plain PyTorch."""
     A, B = (factor.value for factor in (layer.factors.A, layer.factors.B))
     return layer.base_layer(x) + layer.scaling * x @ A @ layer.core @ B.T
 
@@ -128,7 +128,7 @@ def test_trains_saves_and_merges_on_request(name: str, form: str, tmp_path: Path
     assert {type(layer) for layer in layers} == {LoTRWrapped}
     assert torch.equal(model(X), base(X))
     moved(model)
-    # For token ids, in place of X: a quantized weight has another dtype than its layer's input.
+    # For token ids, explain finds the layers' dtype, which is not that of a quantized weight.
     assert explain(model, torch.zeros(6, dtype=torch.long)) == explain(model, X)
 
     for layer in layers:

@@ -14,7 +14,6 @@ import pytest
 import torch
 import zoo
 from helpers import ERRORS
-from layers import Scaled
 from models import same, started, state, trained_parameters, unchanged
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -46,8 +45,9 @@ def timm(*heads: str) -> nn.Module:
 
 def two_heads() -> nn.Module:
     """A model with the names of DistilBERT's heads."""
-    children = {"query": nn.Linear(8, 8), "pre_classifier": nn.Linear(8, 8)}
-    model = zoo.Children(**children, classifier=nn.Linear(8, 3))
+    model = zoo.Children(
+        query=nn.Linear(8, 8), pre_classifier=nn.Linear(8, 8), classifier=nn.Linear(8, 3)
+    )
     model.get_output_embeddings = lambda: None
     return model
 
@@ -63,13 +63,20 @@ class Router(nn.Linear):
         return super().forward(x), x
 
 
+class Normed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
 def mostly_left_out() -> nn.Module:
     """Layers that "all-linear" leaves out for what they are, and one that it wraps."""
+    normed = Normed(8, 8)
+    normed.norm = nn.LayerNorm(8)
     tied = nn.Linear(8, 8)
     return zoo.Children(
         attention=nn.MultiheadAttention(8, 2, batch_first=True),
         router=Router(8, 8),
-        doubled=Scaled(8, 8),
+        normed=normed,
         tied=tied,
         embed=nn.Embedding(8, 8, _weight=tied.weight),
     )
@@ -248,7 +255,7 @@ CHOICES = [
     Choice(
         mostly_left_out,
         {},
-        ["doubled"],
+        ["normed"],
         left_out={
             "attention.out_proj": "MultiheadAttention",
             "router": "its forward",
@@ -279,6 +286,7 @@ def test_selects_layers(choice: Choice) -> None:
     endings = tuple(f".{ending}" for ending in choice.saved)
     saved_names = [name for name, _ in plain.named_modules() if f".{name}".endswith(endings)]
     model = apply_lotr(plain, LoTRConfig(rank=2, **choice.settings))
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
     assert list(adapted_layers(model)) == choice.adapted
     assert (model.lotr_config.modules_to_save or ()) == choice.saved
     assert list(saved_modules(model, model.lotr_config)) == saved_names
@@ -314,8 +322,9 @@ def test_wraps_hooked_and_parametrized_layers(x: Tensor) -> None:
     plain.blocks[0]["down"].register_forward_hook(mock.Mock(return_value=None))
     parametrizations.weight_norm(plain.blocks[1]["up"])
     model = apply_lotr(copy.deepcopy(plain), LoTRConfig(rank=2))
-    layers = adapted_layers(model).items()
-    wrapped = [name for name, layer in layers if isinstance(layer, LoTRWrapped)]
+    wrapped = [
+        name for name, layer in adapted_layers(model).items() if isinstance(layer, LoTRWrapped)
+    ]
     assert wrapped == ["blocks.0.down", "blocks.1.up"]
     with unchanged(model), pytest.raises(TypeError, match="blocks"):  # of the weight norm
         merge(model)
@@ -412,7 +421,7 @@ def test_a_head_that_stays_frozen_is_warned_of(
     assert len(messages) == count and all("classifier stays frozen" in m for m in messages)
 
 
-# What is adapted, the settings, and the error.
+# (the network, the settings, the start of the error)
 WRONG_SETTINGS = [
     ("mlp", {"target_modules": ["blocks"]}, "target_modules: expected"),
     ("mlp", {"modules_to_save": ["nothing"]}, "modules_to_save: expected"),
@@ -421,7 +430,7 @@ WRONG_SETTINGS = [
     ("mlp", {"core": lambda places, rank: nn.Linear(2, 2)}, "core: expected"),
     ("mlp", {"core": lambda places, rank: FORMS["diagonal"](places, rank + 1)}, "core: expected"),
     *(
-        (mostly_left_out, {"target_modules": [name]}, "expected")
+        (mostly_left_out, {"target_modules": [name]}, "target_modules: expected")
         for name in ("out_proj", "router", "tied")
     ),
     (fused, {"target_modules": ["to_q"]}, "target_modules: expected"),

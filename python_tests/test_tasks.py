@@ -1,7 +1,7 @@
 """TaskBank and use_tasks, against one model per task.
 
-The truth of a task is the model with the task's cores in its layers (`single_task_model`), and of
-a batch with several tasks, that model for each row (`row_by_row`). Task -1 is the base model.
+The reference for a task is the model with the task's cores in its layers (`single_task_model`). For
+a batch with several tasks, it is that model for each row (`row_by_row`). Task -1 is the base model.
 """
 
 import copy
@@ -40,7 +40,7 @@ from lotr_ext import (
     unload,
     use_tasks,
 )
-from lotr_ext.model import adapted_layers
+from lotr_ext.adapted import adapted_layers, attached_parameters
 
 INDEX = torch.tensor([2, -1, 0, 2])  # the task of each row
 INDEX_PER_TOKEN = INDEX.unsqueeze(1).repeat(1, 5)
@@ -150,13 +150,16 @@ def test_each_token_uses_its_task(x: Tensor, model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "mixture"])
+@pytest.mark.parametrize("wrapped", [nn.Module.eval, nn.Sequential], ids=["plain", "container"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_backward_of_a_checkpoint_outside_of_the_context_raises(name: str, reentrant: bool) -> None:
-    """It would recompute without tasks. Without a checkpoint it is right."""
-    model = banked(name)
+def test_backward_of_a_checkpoint_outside_of_the_context_raises(
+    name: str, wrapped: Callable, reentrant: bool
+) -> None:
+    """It would recompute without tasks. Without a checkpoint or a bank, nothing is refused."""
+    model = with_bank(wrapped(trained(name)), tasks=4, taken=3)
     x = zoo.inputs(name, rows=4)
     bank = model.lotr_tasks.requires_grad_()  # a reference that outlives `del model.lotr_tasks`
-    for each in (model, copy.deepcopy(model)):  # the copy refuses by the copy of the bank
+    for each in (model, copy.deepcopy(model)):  # a copied model refuses too
         with use_tasks(each, INDEX):
             y = zoo.output(each, x)
             z = checkpointed(each, x, reentrant)
@@ -165,7 +168,7 @@ def test_backward_of_a_checkpoint_outside_of_the_context_raises(name: str, reent
             z.sum().backward()
     del model.lotr_tasks
     checkpointed(model, x, reentrant=False).sum().backward()
-    assert len(bank) == 3
+    assert (len(bank), attached_parameters(model)) == (3, [])
 
 
 def test_contexts_nest_and_belong_to_a_thread(x: Tensor, model: nn.Module) -> None:
@@ -198,7 +201,7 @@ def generated(model: nn.Module, index: Tensor, x: Tensor, **settings: object) ->
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixture"])
 def test_generate_with_one_task_per_row(name: str, beams: int) -> None:
-    """The model runs num_beams rows per prompt."""
+    """A beam search runs num_beams rows per prompt."""
     model = banked(name)
     x = zoo.inputs(name, rows=4)
     batch = generated(model, INDEX.repeat_interleave(beams), x, num_beams=beams)
@@ -385,7 +388,7 @@ def test_a_layer_may_get_the_tokens_of_all_rows_in_one_list(has_experts: bool) -
 
 
 def trained_tasks(model: nn.Module) -> TaskBank:
-    """The bank of a model in training mode, of which only the tasks are trained."""
+    """Puts a model in training mode, freezes all but its tasks, and returns the bank."""
     model.train()
     model.requires_grad_(False)
     return model.lotr_tasks.requires_grad_()
@@ -636,7 +639,7 @@ def test_a_refused_core_changes_nothing(model: nn.Module, write: Callable, kind:
     cores = {name: core.clone() for name, core in bank.cores_of(0).items()}
     last = list(cores)[-1]
     cores[last] = BAD_VALUES[kind](cores[last])
-    with unchanged(model), pytest.raises((TypeError, RuntimeError)):  # torch's own
+    with unchanged(model), pytest.raises((TypeError, RuntimeError)):  # from torch
         write(bank, source=cores)
 
 

@@ -25,6 +25,7 @@ from lotr_ext import (
     LoTRConfig,
     TaskBank,
     apply_lotr,
+    first_step,
     lotr_parameters,
     merge,
     parameter_groups,
@@ -281,13 +282,17 @@ def test_the_first_step_says_once_what_does_not_train(
 @pytest.mark.parametrize(
     "parts", [(head_parameters, lotr_parameters), (lotr_parameters, head_parameters)]
 )
-def test_an_optimizer_for_the_head_and_one_for_the_adapter_are_right(parts: tuple) -> None:
-    model = with_head()
+@pytest.mark.parametrize("settings", [{}, {"core_init": "identity", "train": ["B"]}], ids=str)
+def test_an_optimizer_for_the_head_and_one_for_the_adapter_are_right(
+    parts: tuple, settings: dict
+) -> None:
+    model = trained("mlp", modules_to_save=["head"], **settings)
     optimizers = [torch.optim.SGD(parameters_of(model), 1e-3) for parameters_of in parts]
     for _ in range(2):
         model(zoo.inputs("mlp")).sum().backward()
         for optimizer in optimizers:
             optimizer.step()
+    assert model not in first_step._watched  # the adapter has trained: later steps are not checked
 
 
 def test_training_after_a_merge_is_noticed_also_later(x: Tensor) -> None:

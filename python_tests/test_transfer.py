@@ -113,8 +113,9 @@ def test_pairs_that_the_donors_train(
     small = {"CACHE": tmp_path, "DONORS": donors.DONORS[:3], "LORA_RANK": 1, "problem": Counting}
     for name, value in small.items():
         monkeypatch.setattr(donors, name, value)
-    pairs = forms.Form.of(f"{source}/layer/3/dense").pairs(donors.DONORS[0], 0)
+    pairs = forms.Form.parse(f"{source}/layer/3/dense").pairs(donors.DONORS[0], 0)
     assert len(pairs) == 14  # two blocks of seven layers
+    assert len(forms.Form.parse(f"{source}/layer/3/dense/only:q,v").pairs("", 0)) == 4
     for factor in [factor for pair in pairs.values() for factor in pair]:
         assert relative(factor.mT @ factor, torch.eye(3)) < 1e-5
     check(pairs)
@@ -122,8 +123,9 @@ def test_pairs_that_the_donors_train(
 
 def test_the_search_continues_from_what_is_recorded(tmp_path: Path) -> None:
     words = "--targets smollm2-kjv --forms random/layer/16/dense --seeds 3 --rates 1e-3,2e-3,4e-3"
-    parser = common.parser_of("transfer", "", transfer.OPTIONS)
-    options = parser.parse_args([*words.split(), "--results", str(tmp_path / "r.jsonl")])
+    options = common.parser_of("transfer", "", transfer.OPTIONS).parse_args(
+        [*words.split(), "--results", str(tmp_path / "r.jsonl")]
+    )
     finished = []
     # As `complete` does, with one run at a time. 2e-3 is the best rate.
     while runs := transfer.next_runs(transfer.runs_in(options.results, transfer.COLUMNS), options):
@@ -142,9 +144,15 @@ def test_the_recorded_runs_make_tables_and_a_picture(
     recorded = pd.read_json(transfer.RESULTS / "transfer.jsonl", lines=True)
     path = tmp_path / "transfer.jsonl"
     common.write(path, recorded)
+    # The collection is read from the same folder, here without the bank of rank 16.
+    common.write(
+        path.with_name("transfer_collection.jsonl"),
+        common.read(transfer.RESULTS / "transfer_collection.jsonl").query("rank != 16"),
+    )
     assert transfer.main(["--targets", "none", "--results", str(path)]) == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "| lora, r 4 | 1,221,120 | 4,770 |" in output and "100% (100% to 100%)" in output
+    assert "bank, r 32" in output and "bank, r 16" not in output
     assert (tmp_path / "transfer.png").stat().st_size > 10_000
     for form in recorded[recorded["items"].notna()]["form"].unique():
         assert f"| {form} |" in output

@@ -167,7 +167,7 @@ def fill(
 ) -> nn.Module:
     """Gives the named parameters random values, in the order of their names.
 
-    Vectors (norms) are moved by a third of that.
+    To a vector, such as the weight of a norm, a third of a random value is added instead.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(module.named_parameters()):
@@ -180,7 +180,7 @@ def fill(
 def net(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Returns one of NETS in eval mode.
 
-    Norms start at the values of PyTorch or transformers, biases at zero.
+    `fill` moves norms from their initial values in PyTorch or transformers, and biases from zero.
     """
     model = _NETS[name]().eval()
     with torch.no_grad():

@@ -65,7 +65,7 @@ LOTR_INLINE void tile_multiply() {
 
 // The tiles of A or B in memory.
 struct Operand {
-  const char* first;        // tile
+  const char* first;        // the first tile
   int64_t row, tile, step;  // bytes to the next row, to the second of two tiles, to the next step
 
   // Of an array, with the distances in its elements.
@@ -76,7 +76,7 @@ struct Operand {
   }
 };
 
-// The sums of RA x RB tiles (1 or 2 each).
+// Sums of RA x RB tiles (1 or 2 each), from zero.
 template <int RA, int RB>
 LOTR_INLINE void zero_tiles() {
   tile_zero<0>();
@@ -84,7 +84,7 @@ LOTR_INLINE void zero_tiles() {
   if constexpr (RA == 2) tile_zero<2>();
   if constexpr (RA == 2 && RB == 2) tile_zero<3>();
 }
-// Adds `steps` products, and prefetches a line of each of the rows from `below` on per step.
+// Adds the products of `steps` steps. Each prefetches a line of `rows_below` rows from `below` on.
 template <int RA, int RB>
 LOTR_INLINE void multiply_tiles(Operand a, Operand b, int64_t steps, const char* below = nullptr,
                                 int64_t rows_below = 0) {
@@ -107,7 +107,7 @@ LOTR_INLINE void multiply_tiles(Operand a, Operand b, int64_t steps, const char*
     b.first += b.step;
   }
 }
-// To c, whose rows are ldc apart.
+// Stores the sums in c, whose rows are ldc apart.
 template <int RA, int RB>
 LOTR_INLINE void store_tiles(float* c, int64_t ldc) {
   const int64_t row = ldc * int64_t(sizeof(float));
@@ -171,8 +171,8 @@ inline void shrink_in_tiles(float* c, int64_t ldc, const TensorView& x, const Fa
   });
 }
 
-// Rows of y[rows][64] = start_of(from, bias) (block.h) + u f, in full vectors of neighbors, as
-// expand_full_rows (products.h). `units` of u and of the panel f are full steps.
+// y[rows][64] = start_of(from, bias) (block.h) + u f, with contiguous columns, as expand_full_rows
+// (products.h). `units` of u and of the panel f are full steps.
 template <typename K, typename T, Form form>
 inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, int64_t rows,
                             const Broadcast& u, const typename K::Unit* f, int64_t units,
@@ -198,7 +198,7 @@ inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, in
     for (int64_t j = 0; j < n; ++j) {
       T* const to = y + (i + j) * ldy;
       const T* const start = from + (i + j) * ldfrom;
-      // Written out: with prefetch_row and sums with names, it takes 1.03 to 1.17 times as long.
+      // Written out: with prefetch_row and named sums it takes 1.03 to 1.17 times as long.
       for (int64_t c = 0; c < kWidth * int64_t(sizeof(T)); c += 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(from_ahead + j * ldfrom) + c, 1, 2);
         if (y != from)
@@ -216,7 +216,7 @@ inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, in
   });
 }
 
-// Transposes v [units][ldv], zero filled to full steps: to[vectors of r][steps][16][16 units] of A.
+// Zero fills v [units][ldv] to full steps, and transposes it: to[vectors of r][steps] tiles of A.
 template <typename K>
 inline void transpose_units(typename K::Unit* to, typename K::Unit* v, int64_t ldv, int64_t units,
                             int64_t r) {
@@ -253,8 +253,8 @@ inline void pair_tiles(typename K::Unit* to, const uint16_t* x, int64_t row_stri
   }
 }
 
-// S[r][32] (+)= v^T x for 32 columns of a tile of x, as outer_columns (outer.h). transposed_v: v;
-// x_units: room for the units of these columns. prefetch: also the columns to the right.
+// S[r][32] (+)= v^T x for 32 columns of a tile of x, as outer_columns (outer.h). transposed_v: by
+// transpose_units. x_units: room for these columns' units. prefetch: also the columns to the right.
 template <typename K>
 inline void outer_in_tiles(Sums<K> S, const Rectangle& x, const typename K::Unit* transposed_v,
                            int64_t r, typename K::Unit* x_units, bool prefetch) {

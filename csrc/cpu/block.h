@@ -1,5 +1,5 @@
-// The one inner loop of every product here: a register block c[rows][vectors] += sum over units of
-// a broadcast times b.
+// The inner loop of most products: a register block c[rows][vectors] += sum over units of a
+// broadcast times b. AMX tiles (amx.h), S in outer.h and products of a few rows have other loops.
 //
 //   c[i][v] += sum_t a(i, t) * b[t * ldb + v]     a broadcast to all lanes, b along the rank or n
 //
@@ -18,8 +18,8 @@
 
 namespace lotr::cpu::LOTR_ISA {
 
-// The largest blocks that 32 (AVX-512, SVE..) or 16 registers hold: kRows[v] rows of v vectors, or
-// kColumnRows[v] rows that are neighbors in memory (Layout::down_columns).
+// The largest blocks that 32 registers (AVX-512) or 16 hold: kRows[v] rows of v vectors, or
+// kColumnRows[v] rows that are columns in memory (Layout::down_columns).
 #if LOTR_VB == 64
 constexpr int kMaxVectors = 4;
 constexpr int kRows[] = {0, 8, 8, 8, 6};
@@ -44,7 +44,7 @@ LOTR_INLINE void by_vectors(int64_t vectors, F&& f) {
 // prefetches would stall the loads of the multiplication.
 struct Piece {
   const char* row = nullptr;  // the one that is prefetched next
-  int64_t step = 0;           // bytes from a row to the next
+  int64_t step = 0;           // bytes from one row to the next
   int64_t rows = 0;           // that are left
   int64_t bytes = 0;          // of a row
   int64_t done = 0;           // bytes of `row` that are prefetched already
@@ -86,7 +86,7 @@ struct Ahead {
   }
 };
 
-// Where a's units are along the summed dimension (tiles.h).
+// Whether the summed dimension, which a's units follow, is a row or a column (tiles.h).
 enum class Layout { along_row, down_columns };
 
 // acc += the product over n units. `step` is the distance of a's rows (along_row) or of its units
@@ -115,7 +115,7 @@ LOTR_INLINE void multiply(typename K::Vec (&acc)[MR][RV], const char* a, int64_t
   }
 }
 
-// c: sums, whose rows are `ld` apart. fresh: they start at zero, instead of being added to.
+// c: rows of sums, `ld` apart. fresh: they start at zero, instead of being added to.
 template <typename K>
 struct Sums {
   typename K::Acc* data;
@@ -224,7 +224,7 @@ LOTR_INLINE void prefetch_row(const void* row) {
     __builtin_prefetch(static_cast<const char*>(row) + i, 1, 2);
 }
 
-// y[MR][RV vectors] = start_of(from, bias) + u f, in full vectors of neighbors. Rows of y are `ldy`
+// y[MR][RV vectors] = start_of(from, bias) + u f, with contiguous columns. Rows of y are `ldy`
 // apart, rows of `from` `ldfrom`; `from` is y, or does not overlap it. f: [n units][RV vectors].
 template <typename K, typename T, int MR, int RV, Form form>
 LOTR_INLINE void expand_full_block(T* y, int64_t ldy, const T* from, int64_t ldfrom,
@@ -233,9 +233,9 @@ LOTR_INLINE void expand_full_block(T* y, int64_t ldy, const T* from, int64_t ldf
                                    const typename K::Acc* bias) {
   constexpr int kLanes = K::kLanes;
   constexpr int kPanel = RV * kLanes;
-  // Sums start at a half-precision y, because its rounding error exceeds theirs; a wide y is added
-  // at the end.
-  constexpr bool kStartsAtY = sizeof(T) < sizeof(typename K::Acc);
+  // Sums start at a half-precision `from`, because its rounding error exceeds theirs; a wide one is
+  // added at the end.
+  constexpr bool kStartsAtFrom = sizeof(T) < sizeof(typename K::Acc);
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
@@ -245,7 +245,7 @@ LOTR_INLINE void expand_full_block(T* y, int64_t ldy, const T* from, int64_t ldf
     if (y_ahead) prefetch_row<kPanel * sizeof(T)>(y_ahead + i * ldy);
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
-      if constexpr (kStartsAtY) {
+      if constexpr (kStartsAtFrom) {
         acc[i][v] = start_of<form>(from + i * ldfrom + v * kLanes, bias + v * kLanes);
       } else {
         acc[i][v] = typename K::Vec{};
@@ -258,9 +258,9 @@ LOTR_INLINE void expand_full_block(T* y, int64_t ldy, const T* from, int64_t ldf
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
       T* at = y + i * ldy + v * kLanes;
-      if constexpr (kStartsAtY && RV % 2 == 0) {
+      if constexpr (kStartsAtFrom && RV % 2 == 0) {
         if (v % 2 == 0) store(at, acc[i][v], acc[i][v + 1]);
-      } else if constexpr (kStartsAtY) {
+      } else if constexpr (kStartsAtFrom) {
         store(at, acc[i][v]);
       } else {
         store(at, start_of<form>(from + i * ldfrom + v * kLanes, bias + v * kLanes) + acc[i][v]);

@@ -1,6 +1,6 @@
 // The interface of the CPU kernels: plain pointers and sizes, without torch headers. table.cpp is
-// compiled once per instruction set. If it shared an inline function with other files, the linker
-// could keep the copy for a newer CPU, which an older one cannot run.
+// compiled for several instruction sets. If it shared an inline function with other files, the
+// linker could keep the copy for a newer CPU, which an older one cannot run.
 //
 // m tokens, k in_features, n out_features, r rank. Strides count elements. T is the activations'
 // type; sums are float (double for f64).

@@ -1,5 +1,5 @@
 // The operators for one element type T: each is a product of products.h or outer.h, divided
-// among threads. Equations are in torch/schema.cpp, words in tiles.h. K is the kind of arithmetic
+// among threads. Equations are in torch/schema.cpp, terms in tiles.h. K is the kind of arithmetic
 // of T, Unit what one of its lanes multiplies, Acc the type of sums (vec.h). Work is counted in
 // multiplications.
 #pragma once
@@ -33,10 +33,10 @@ inline void run_rows(int64_t rows, int64_t work, F&& body) {
             [&](int64_t begin, int64_t end) { body(begin * kBlock, smaller(end * kBlock, rows)); });
 }
 
-// Rows of a sum over tokens that are summed independently. The sums are added in order, and their
-// size depends only on m, so the number of threads changes no bit. Up to 1024 rows a chunk has 128,
-// and beyond there are 5 to 64 chunks: 1000 rows are 8 of 128 (the last has 104), 3000 rows 8 of
-// 384, 65536 rows 64 of 1024.
+// How the rows of a sum over m tokens are cut into chunks, which are summed independently. Their
+// size depends only on m and their sums are added in order, so the number of threads changes no
+// bit. Up to 1024 rows a chunk has 128; beyond, there are 5 to 64 chunks. Examples: 1000 rows make
+// 8 of 128 (the last has 104), 3000 rows 8 of 384, 65536 rows 64 of 1024.
 struct Chunks {
   int64_t count;
   int64_t rows;  // of a chunk
@@ -49,9 +49,8 @@ struct Chunks {
 };
 
 // The sums of chunks of x^T v, each a block of numbers (OuterSums, outer.h), added in order when
-// all are computed. With one thread there are at most two blocks: each chunk is added to the first
-// block as soon as it is summed, and a chunk of a single tile is summed there. The sum has the same
-// bits, and it never leaves the cache.
+// all are computed. With one thread each chunk is added to the first block as soon as it is summed,
+// or summed there if it is a single tile. That has the same bits, in one or two blocks in cache.
 template <typename K>
 struct ChunkSums {
   using Acc = typename K::Acc;
@@ -130,7 +129,7 @@ struct ChunkSums {
   }
 };
 
-// The most tokens that outer_few is for.
+// outer_few computes products of at most this many tokens.
 constexpr int64_t kFewRows = 4;
 
 inline TensorView core_of(const TensorView& cores, int64_t core_stride, int64_t index) {
@@ -232,7 +231,7 @@ struct Operators {
     const bool has_sum_dtype =
         D.dtype == (std::is_same_v<Acc, double> ? DType::float64 : DType::float32);
     const bool holds_sums = has_sum_dtype && D.col_stride == 1;
-    // AMX sums S, which D does not hold.
+    // AMX sums in the form S (outer.h), but D has the form P.
     const bool better_in_tiles =
         in_tiles<K> && Outer<T>::transposed_columns(x, drop) > 0 && x.rows >= kSide;
     if (holds_sums && Chunks(x.rows).count == 1 && !better_in_tiles && drop.scale == 1.0 &&

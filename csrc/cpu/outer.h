@@ -16,7 +16,7 @@
 namespace lotr::cpu::LOTR_ISA {
 
 constexpr int64_t kTileUnits = 64;              // units of a tile of rows
-constexpr int64_t kDeepUnits = 2 * kTileUnits;  // of one that is read in place
+constexpr int64_t kDeepUnits = 2 * kTileUnits;  // of a tall one: x in place, or AMX
 constexpr int64_t kTileColumns = 96;            // columns of x in P that are multiplied at a time
 
 // Columns of x that one block takes: a row of two vectors of pairs.

@@ -1,13 +1,14 @@
 // u = x A: a tile of rows of x times a packed factor (shrink_tile), written and rounded once
-// (write_rows). Also du = g F and F = s B G^T.
+// (write_rows). Also du = g F and F = s B G^T. y = start + drop(u F^T) is in the second half.
 //
 // A tile is summed in steps along k: a step's part of the packed factor stays in half of L1 while
-// all rows use it. A sum takes the steps in order: each is summed in registers, and then added.
+// all rows use it. A sum takes the steps in order: each is summed in registers, and then added. AMX
+// differs (amx.h): its steps have at most 16 units, and tile registers hold the sum over all k.
 //
-// Example: x [200, 1001] in bfloat16 with AVX-512, r = 40. A row has 501 units (pairs) and r is 3
-// vectors of 16, so a step has 16384 / 4 / 48 = 85 units. Tiles of 96, 96 and 8 rows walk 5 steps
-// of 85 units and one of 76. Of these, 75 are read in place. The last one is copied, because its
-// second element would be past the end of the row.
+// Example: x [200, 1001] in bfloat16 with AVX-512 BF16, r = 40. A row has 501 units (pairs) and r
+// is 3 vectors of 16, so a step has 16384 / 4 / 48 = 85 units. Tiles of 96, 96 and 8 rows walk 5
+// steps of 85 units and one of 76, of which 75 are read in place. The last unit is copied, because
+// its second element would be past the end of the row.
 #pragma once
 
 #include "cpu/amx.h"
@@ -221,7 +222,7 @@ template <typename K, typename T, Form form>
 inline void expand_full_rows(T* y, int64_t ldy, const T* from, int64_t ldfrom, int64_t rows,
                              const Broadcast& u, const typename K::Unit* panel, int64_t units,
                              const typename K::Acc* bias) {
-  // Blocks of about 1000 cycles together, which is what memory takes to answer.
+  // As many blocks as take about 1000 cycles, which is what memory takes to answer.
   const int64_t blocks_ahead = larger(1, smaller(16, 1024 / (kExpandRows * kMaxVectors * units)));
   row_blocks<kExpandRows>(rows, [&](auto mr, int64_t i) {
     constexpr int MR = decltype(mr)::value;

@@ -1,7 +1,7 @@
 // Per-row cores: h_i = s u_t(i) G_c(i) and its gradients, by groups of rows that have the same
 // core, or the same token.
 //
-// A group is one of the dense products of operators.h. It reads the group's rows in place if they
+// A group is one dense product of operators.h. It reads the group's rows in place if they
 // are consecutive, as the rows of an expert are, and a copy otherwise. A group of a few rows, as
 // with many tasks, is multiplied with the core in place. A long group is divided every kRowsOfGroup
 // rows from its first one, and each sum runs in the order of its rows, so the number of threads
@@ -14,7 +14,7 @@ namespace lotr::cpu::LOTR_ISA {
 
 // Rows of a group that one thread copies and multiplies at a time.
 constexpr int64_t kRowsOfGroup = 2 * kTileRows;
-// Rows of a group for which a product's preparations cost more than the product.
+// Up to this many rows of a group, a product's preparations cost more than the product.
 constexpr int64_t kShortGroup = 4;
 
 // The row of u or g that row i of a group reads.

@@ -1,6 +1,6 @@
 // The table of operators of one element type, compiled for one instruction set. CMakeLists.txt
-// compiles this file once for each and gives LOTR_ISA (its name), LOTR_VB (bytes of a vector) and
-// LOTR_TYPE (f32, f64, bf16, f16).
+// compiles this file once for each pair of them and defines LOTR_TYPE (f32, f64, bf16, f16),
+// LOTR_ISA (the set's name) and LOTR_VB (bytes of a vector).
 #include "cpu/rows.h"
 
 #define LOTR_TABLE_(isa, type) table_##isa##_##type

@@ -1,7 +1,7 @@
 // Copies of parts of a matrix as tiles: what the inner loop (block.h) reads if it cannot read the
 // tensor in place.
 //
-// Words of this folder, by the example of u = x A, which sums over k:
+// Terms of this folder, by the example of u = x A, which sums over k:
 //
 //                k -->                         rank -->
 //          +------+------+--           k   +--------------+
@@ -18,17 +18,17 @@
 //   packed factor   A, or B or F, as units, padded with zeros to full vectors
 //   panel           F^T for one group of columns of y: [units of the rank][columns]
 //   block           rows x vectors of sums that stay in registers (block.h)
-//   piece           a rectangle of a tensor that is prefetched while another one is multiplied
-//                   (block.h). cold: a tile that was not prefetched; warm: one in cache already
+//   step            the units that a tile multiplies at a time along the sum (16 at most in AMX)
+//   piece           a rectangle that is prefetched while another one is multiplied (block.h)
+//   cold, warm      of a tile: not prefetched, in cache already
 //   fresh           sums that start at zero, instead of being added to
 //   in place        read from the tensor's memory, without a copy. native: of such a layout
 //   rectangle       rows and columns of a tensor that are copied or multiplied together
-//   chunk           the rows of x whose sums one task computes; sums of chunks are added in order
+//   chunk           rows of x that are summed apart; the sums of chunks are added in order
 //
 // A tile has its units along the summed dimension, which is a row of the matrix or a column:
-//   along_row      tile[i][c / pair]   = elements (i, c .. c + pair)       x of shrink, u of expand
-//   down_columns   tile[i / pair][c]   = elements (i .. i + pair, c)       x and v of factor_grad,
-//                                                                          the factors
+//   along_row      tile[i][c / pair]   = elements (i, c .. c + pair)   x of shrink, u of expand
+//   down_columns   tile[i / pair][c]   = elements (i .. i + pair, c)   factors; x, v of factor_grad
 #pragma once
 
 #include "cpu/kernels.h"

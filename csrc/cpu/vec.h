@@ -102,12 +102,12 @@ struct Narrow<f16> {
   }
 };
 
-// Vector loads, which widen half types, and stores, which round to them.
+// Vector loads, which widen half types.
 template <typename T, typename = std::enable_if_t<std::is_arithmetic_v<T>>>
 LOTR_INLINE typename VecOf<T>::type load(const T* p) {
   return *reinterpret_cast<const typename VecOf<T>::memory*>(p);
 }
-// Intrinsics if there are any, because GCC converts a vector in two halves.
+// Loads 16-bit numbers into 32-bit lanes, by intrinsics if any: GCC converts in two halves.
 LOTR_INLINE vi load_wide(const void* p) {
 #if LOTR_VB == 64 && defined(__AVX512F__)
   return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
@@ -131,11 +131,6 @@ LOTR_INLINE vf load(const f16* p) {
   return v;
 #endif
 }
-
-template <typename T, typename = std::enable_if_t<std::is_arithmetic_v<T>>>
-LOTR_INLINE void store(T* p, typename VecOf<T>::type v) {
-  *reinterpret_cast<typename VecOf<T>::memory*>(p) = v;
-}
 // The first n of a vector's lanes, with zeros for the others.
 LOTR_INLINE vf load_first(const float* p, int64_t n) {
 #if defined(__AVX512F__)
@@ -148,6 +143,11 @@ LOTR_INLINE vf load_first(const float* p, int64_t n) {
   for (int64_t i = 0; i < LOTR_VB / 4 && i < n; ++i) v[i] = p[i];
   return v;
 #endif
+}
+// Vector stores, which round to half types.
+template <typename T, typename = std::enable_if_t<std::is_arithmetic_v<T>>>
+LOTR_INLINE void store(T* p, typename VecOf<T>::type v) {
+  *reinterpret_cast<typename VecOf<T>::memory*>(p) = v;
 }
 LOTR_INLINE void store(bf16* p, vf v) {
 #if LOTR_VB == 64 && defined(__AVX512BF16__)
@@ -186,7 +186,7 @@ LOTR_INLINE void store(T* p, vf a, vf b) {
   store(p + LOTR_VB / 4, b);
 }
 
-// Kinds of arithmetic, with single numbers as units or with pairs of bfloat16 (tiles.h).
+// Kinds of arithmetic: single numbers as units (Plain), or pairs of bfloat16 (BF2; tiles.h).
 template <typename T>
 struct Plain {
   using Unit = T;

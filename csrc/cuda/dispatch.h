@@ -1,5 +1,5 @@
-// Calls a lambda with the compile-time constant of a run-time value; throws for values without a
-// kernel.
+// Calls a lambda with a compile-time constant for a rank, or with a value of an element type. A
+// rank without a kernel throws.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -15,7 +15,7 @@ namespace lotr {
 template <int N>
 using Int = std::integral_constant<int, N>;
 
-// f(Int<R>) with the smallest compiled rank that holds r, at most MAX.
+// Calls f(Int<R>{}) with the smallest compiled rank R >= r. r is at most MAX.
 template <int MAX, class F>
 void dispatch_rank(int64_t r, F f) {
   static_assert(MAX == 64 || MAX == 128 || MAX == 256);
@@ -30,7 +30,7 @@ void dispatch_rank(int64_t r, F f) {
   if constexpr (MAX >= 256) f(Int<256>{});
 }
 
-// f(an element) of any type.
+// Calls f with a value of the element type: float, __nv_bfloat16 or __half.
 template <class F>
 void dispatch_type(DType type, F f) {
   if (type == DType::float32)
@@ -41,7 +41,7 @@ void dispatch_type(DType type, F f) {
     f(__half{});
 }
 
-// f(an element) of the half types: a type other than bfloat16 is float16.
+// The same for a half type. A type other than bfloat16 counts as float16.
 template <class F>
 void dispatch_half(DType type, F f) {
   if (type == DType::bfloat16)

@@ -1,6 +1,6 @@
 // Implements the few-token form of launch.h: tokens are multiplied with the core, which is not
-// folded into B. A backward pass has the launches of the folded form; a forward pass has one
-// fewer, because no F is made.
+// folded into B. A backward pass has as many launches as that of the folded form, a forward pass
+// one fewer, because it makes no F.
 #include <utility>
 
 #include "launchers.h"
@@ -35,8 +35,8 @@ ExpandProblem expand_of(const Matrix& y, const Matrix& u, const Matrix& F, int64
   return problem;
 }
 
-// h = g B, du = scale h core^T, Q = g^T u; without `Q` (null) h and du. The names differ from those
-// of the problem that computes them:
+// h = g B, du = scale h core^T, Q = g^T u; if `Q` is null, only h and du. The names differ from
+// those of the problem that computes them:
 //
 //   here                 h = g B     du = scale h core^T
 //   ShrinkGradProblem    du = g F    core_product.h = scale du core

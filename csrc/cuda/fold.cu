@@ -8,7 +8,7 @@ namespace lotr::cuda {
 
 using kernels::SmallTraits;
 
-// Asks about the kernel `fold`: all kernels are compiled for the same architectures.
+// The code of `fold` stands for all kernels: they are compiled for the same architectures.
 bool waits_in_kernels() {
   return ptx::capability_of_code(reinterpret_cast<const void*>(&kernels::fold)) >= 90;
 }

@@ -1,7 +1,7 @@
-// The CUDA operators without torch: raw pointers, a stream and a workspace.
-// csrc/torch/products_cuda.h calls them with tensors, csrc/simt/module with numpy arrays. They
-// check only ranks, do not allocate and never synchronize. A launch that fails throws
-// std::runtime_error with the kernel's name.
+// The CUDA operators without torch: raw pointers, a stream and a workspace. They check only ranks,
+// do not allocate and never synchronize. A launch that fails throws std::runtime_error with the
+// kernel's name. csrc/torch/products_cuda.h calls them with tensors, csrc/simt/module with numpy
+// arrays.
 #pragma once
 #include <cstddef>
 
@@ -18,7 +18,7 @@ struct Call {
   DType type;    // of the large matrix
   Card card;     // decides how the work is split
   void* stream;  // cudaStream_t
-  bool early;    // kernels may be launched early: waits_in_kernels() and early_launches()
+  bool early;    // kernels may start early; requires waits_in_kernels() and early_launches()
 };
 
 // Whether the current device runs code of compute capability 9.0 or later. Its kernels call
@@ -26,8 +26,8 @@ struct Call {
 // which the driver translates for a newer card, does not call it.
 bool waits_in_kernels();
 
-// How many elements are 16 bytes. A matrix with rows at multiples of it, in aligned memory, is read
-// 16 bytes at a time. Give u, du, h and F such rows, whatever their rank is.
+// The number of elements in 16 bytes. A matrix in aligned memory whose row stride is a multiple of
+// it is read 16 bytes at a time. Give u, du, h and F such rows, whatever their rank is.
 constexpr int64_t row_elements(DType type) {
   return 16 / element_size(type);
 }
@@ -48,7 +48,7 @@ class Workspace {
   bool is_measuring() const { return is_measuring_; }
   size_t peak_bytes() const { return peak_bytes_; }
 
-  // Aligned to 256 bytes.
+  // Returns memory for `count` elements, aligned to 256 bytes.
   template <class T>
   T* take(int64_t count) {
     T* const buffer = reinterpret_cast<T*>(start_ + used_bytes_);
@@ -89,7 +89,7 @@ class Workspace {
 // that are not multiples of 16 bytes, a transposed g) is first cast or packed into the workspace,
 // with one more launch. Outputs may have any strides; rows at multiples of 16 bytes are faster.
 //
-// A FloatSum that is written, not added to, needs no zeros. It must be contiguous if M is 0.
+// A FloatSum that is written, not added to, need not be zeroed. It must be contiguous if M is 0.
 void run(const Call& call, const ShrinkProblem& p, Workspace& memory);
 void run(const Call& call, const ExpandProblem& p, Workspace& memory);
 void run(const Call& call, const FactorGradProblem& p, Workspace& memory);

@@ -51,7 +51,7 @@ struct Launchers {
 
 // ---- the second launch, for sums that are split over blocks ----
 
-// type: of the core product.
+// type: of core_product's core and h.
 void sum_parts(const Call& call, DType type, const SumTwoParams& p);
 // dcores [rows, cols], contiguous, from the parts of fold_grad or row_core_grad.
 void sum_cores(const Call& call, const float* parts, float* dcores, int64_t rows, int32_t cols,

@@ -14,9 +14,9 @@
 namespace lotr::cuda {
 namespace {
 
-// f(the launchers of the call's element type).
+// Calls f with the launchers of the call's element type.
 template <class F>
-void dispatch_policy(const Call& call, F f) {
+void with_launchers(const Call& call, F f) {
   dispatch_type(call.type, [&](auto element) {
     using T = decltype(element);
     f(Launchers<std::conditional_t<std::is_same_v<T, float>, tile::Exact, tile::Half<T>>>{});
@@ -30,8 +30,8 @@ Matrix columns(Matrix m, int64_t first, DType type) {
   return m;
 }
 
-// f(first, ranks) for each launch of a product of rank r: it computes `ranks` ranks, the first of
-// which is `first`.
+// Calls f(first, ranks) for each launch of a product of rank r. A launch computes the ranks from
+// `first` to `first` + `ranks` - 1.
 template <class F>
 void each_launch(const Call& call, int64_t r, F f) {
   const int64_t step = max_rank_of_launch(call.type);
@@ -46,7 +46,7 @@ void pack(const Call& call, Workspace& memory, Matrix& m, int64_t rows, int64_t 
   m = copy;
 }
 
-// Without tokens no kernel runs: writes the zeros of a sum of `count` contiguous elements.
+// Without tokens no kernel runs, so this zeroes a contiguous sum, unless it is added to.
 void clear(const Call& call, const Workspace& memory, const FloatSum& sum, int64_t count) {
   if (!sum.add && !memory.is_measuring())
     ptx::clear(sum.data, size_t(count) * sizeof(float), call.stream);
@@ -56,8 +56,8 @@ Matrix matrix_of(const FloatSum& sum) {
   return {sum.data, sum.row, sum.col, Access::element};
 }
 
-// The second launch for `splits` parts that are already in the workspace: their sum is rounded to
-// the call's type in `out` [rows, cols].
+// The second launch for `splits` parts: it adds them, and rounds the sum to the call's type in
+// `out` [rows, cols].
 SumPartsParams rounded_sum(const Call& call, const float* parts, const Matrix& out, int64_t rows,
                            int32_t cols, int64_t splits, float scale) {
   SumPartsParams sum{};
@@ -124,7 +124,7 @@ void run(const Call& call, const ShrinkProblem& problem, Workspace& memory) {
   pack(call, memory, p.A, p.K, p.r);
   const bool is_one_launch = p.r <= max_rank_of_launch(call.type);
   each_launch(call, p.r, [&](int64_t first, int32_t ranks) {
-    const Workspace::Scope of_launch(memory);
+    const Workspace::Scope launch_scope(memory);
     const plan::Plan plan = plan_of(call, Kernel::shrink, p.M, p.K, ranks);
     auto params = params_of<ShrinkParams>(p);
     params.r = ranks;
@@ -135,7 +135,7 @@ void run(const Call& call, const ShrinkProblem& problem, Workspace& memory) {
     if (plan.n_blocks > 1)
       params.parts = memory.take<float>(plan.n_blocks * p.M * params.parts_row);
     if (memory.is_measuring()) return;
-    dispatch_policy(call, [&](auto launchers) { launchers.shrink(call, params, plan); });
+    with_launchers(call, [&](auto launchers) { launchers.shrink(call, params, plan); });
     if (!params.parts) return;
     SumTwoParams sums{};
     sums.first = rounded_sum(call, params.parts, params.u, p.M, ranks, plan.n_blocks,
@@ -161,7 +161,7 @@ void run(const Call& call, const ExpandProblem& problem, Workspace& memory) {
     params.F = columns(p.F, first, call.type);
     if (first > 0) params.start = p.y;
     if (!memory.is_measuring())
-      dispatch_policy(call, [&](auto launchers) { launchers.expand_add(call, params, plan); });
+      with_launchers(call, [&](auto launchers) { launchers.expand_add(call, params, plan); });
   });
 }
 
@@ -173,7 +173,7 @@ void run(const Call& call, const FactorGradProblem& problem, Workspace& memory) 
   pack(call, memory, p.x, p.M, p.K);
   pack(call, memory, p.v, p.M, p.r);
   each_launch(call, p.r, [&](int64_t first, int32_t ranks) {
-    const Workspace::Scope of_launch(memory);
+    const Workspace::Scope launch_scope(memory);
     const plan::Plan plan = plan_of(call, Kernel::factor_grad, p.M, p.K, ranks);
     auto params = params_of<FactorGradParams>(p);
     params.r = ranks;
@@ -188,7 +188,7 @@ void run(const Call& call, const FactorGradProblem& problem, Workspace& memory) 
       params.dropout.scale = 1.f;  // comes with the sum
     }
     if (memory.is_measuring()) return;
-    dispatch_policy(call, [&](auto launchers) { launchers.factor_grad(call, params, plan); });
+    with_launchers(call, [&](auto launchers) { launchers.factor_grad(call, params, plan); });
     if (sums.first.rows) sum_parts(call, call.type, sums);
   });
 }
@@ -220,7 +220,7 @@ void run(const Call& call, const ShrinkGradProblem& problem, Workspace& memory) 
     params.Q_part = p.N * params.Q.row;
   }
   if (memory.is_measuring()) return;
-  dispatch_policy(call, [&](auto launchers) { launchers.shrink_grad(call, params, plan); });
+  with_launchers(call, [&](auto launchers) { launchers.shrink_grad(call, params, plan); });
   if (sums.first.rows || sums.second.rows) sum_parts(call, call.type, sums);
 }
 

@@ -77,7 +77,7 @@ struct SumPartsParams {
 
 // The sums of up to two outputs, and a product of the first one with a core.
 struct SumTwoParams {
-  SumPartsParams first, second;  // second.rows is 0 if there is no second sum
+  SumPartsParams first, second;  // rows is 0 in a sum that is absent
   CoreProduct core_product;      // of the first output
 };
 

@@ -52,8 +52,8 @@ inline Pieces pieces(int64_t tiles, int64_t count) {
   return {int32_t(tiles / count), int32_t(tiles % count)};
 }
 
-// m_blocks x n_blocks blocks of the large matrix [M, N], and the pieces of its tiles that they
-// have.
+// The tiles of the large matrix [M, N] divided among m_blocks x n_blocks blocks: each has a piece
+// along M and a piece along N.
 struct Plan {
   int rows, cols;  // of a tile
   int64_t m_tiles, n_tiles;
@@ -63,7 +63,7 @@ struct Plan {
   Pieces n_pieces() const { return pieces(n_tiles, n_blocks); }
 };
 
-// The fewest blocks whose longest piece of `tiles` tiles is as long as with `blocks` of them.
+// The fewest blocks that divide `tiles` tiles into pieces no longer than `blocks` blocks do.
 constexpr int64_t fewest_blocks(int64_t tiles, int64_t blocks) {
   return ceil_div(tiles, ceil_div(tiles, blocks));
 }
@@ -75,13 +75,13 @@ inline Plan one_block(int64_t M, int64_t N, int rows, int cols) {
 
 // ---- cost model ----
 
-// Bytes per clock and SM. Of device memory: 3.35 TB/s of an H100 SXM are 14.5, 2.04 TB/s of an
-// A100 13.4 (vendor's data sheets). Of L2 while all SMs read: microbenchmarks of Hopper (arXiv
+// Bytes per clock and SM. Device memory: 14.5 on an H100 SXM (3.35 TB/s), 13.4 on an A100 (2.04
+// TB/s), by the vendor's data sheets. L2 while all SMs read: microbenchmarks of Hopper (arXiv
 // 2402.13499).
 constexpr double MEMORY_RATE = 14, L2_RATE = 30;
 
-// Throughput of two resident blocks over one, which computes while the other waits: 1.3 to 1.9,
-// counted in the kernels' machine code.
+// Throughput of two resident blocks relative to one, because one computes while the other waits:
+// 1.3 to 1.9, counted in the kernels' machine code.
 constexpr double TWO_BLOCK_SPEEDUP = 1.5;
 
 // Clocks of a second launch: a microsecond at 1.7 GHz.
@@ -97,8 +97,8 @@ constexpr double block_rate(int R, double up_to_32, double at_64) {
   return R <= 32 ? up_to_32 : at_64 * 64 / R;
 }
 
-// Resident blocks per SM: at_most by registers, one if two of `bytes` do not fit in shared memory,
-// of which the system reserves 1 KB per block.
+// Resident blocks per SM: `at_most`, the limit by registers, or one if shared memory does not hold
+// two of `bytes` and the 1 KB that the system reserves for each.
 inline int resident_blocks(const Card& card, int at_most,
                            size_t bytes = kernels::SHARED_BYTES_OF_TWO) {
   return size_t(card.shared) >= 2 * (bytes + 1024) ? at_most : 1;

@@ -19,7 +19,7 @@ constexpr size_t TILED_KERNELS = 4;  // the first of them: their plan is a plan:
 static_assert(size_t(Kernel::shrink_grad) + 1 == TILED_KERNELS);
 constexpr const char* ALL_LAUNCHES = "";  // in place of a kernel, for words without one
 
-// What the plan of a tiled kernel follows from.
+// What determines the plan of a tiled kernel.
 struct Shape {
   int64_t M, N;  // of the large matrix
   int32_t r;
@@ -119,24 +119,27 @@ plan::Plan default_plan(Kernel kernel, const Shape& shape) {
   }
 }
 
-// shrink is compiled for two heights of tiles, factor_grad for two widths. If the words give only
-// that extent of `tile`, sets the other from it. Returns false if they give both, or if the kernel
-// is not compiled for the tile.
+// Returns whether the kernel is compiled for `tile`. shrink has two heights of tiles, factor_grad
+// two widths. That extent decides the other one, which is set unless the words give it.
 bool complete_tile(const Words& words, Kernel kernel, const Shape& shape, plan::Plan& tile) {
   const int R = plan::padded_rank(shape.r);
   const auto element = size_t(shape.element);
-  if (kernel == Kernel::shrink && !words.count("cols")) {
-    tile.cols = kernels::shrink_cols(element, R, tile.rows);
-    return tile.rows == kernels::SHRINK_LOW || tile.rows == kernels::shrink_tall(R);
+  if (kernel == Kernel::shrink) {
+    const int cols = kernels::shrink_cols(element, R, tile.rows);
+    if (!words.count("cols")) tile.cols = cols;
+    return tile.cols == cols &&
+           (tile.rows == kernels::SHRINK_LOW || tile.rows == kernels::shrink_tall(R));
   }
-  if (kernel == Kernel::factor_grad && !words.count("rows")) {
-    tile.rows = kernels::factor_grad_rows(element, R, tile.cols);
-    return tile.cols == kernels::factor_grad_narrow(R) || tile.cols == kernels::factor_grad_wide(R);
+  if (kernel == Kernel::factor_grad) {
+    const int rows = kernels::factor_grad_rows(element, R, tile.cols);
+    if (!words.count("rows")) tile.rows = rows;
+    return tile.rows == rows && (tile.cols == kernels::factor_grad_narrow(R) ||
+                                 tile.cols == kernels::factor_grad_wide(R));
   }
   return false;
 }
 
-// Replaces the plan's tile by another one that the kernel is compiled for.
+// Replaces the plan's tile by another one that the kernel is compiled for, all below 1 << 20.
 void replace_tile(const Words& words, Kernel kernel, const Shape& shape, plan::Plan& plan) {
   plan::Plan other = plan;
   replace(words, "rows", other.rows, 1 << 20);
@@ -206,7 +209,7 @@ bool early_launches() {
 
 plan::Plan plan_of(const Call& call, Kernel kernel, int64_t M, int64_t N, int32_t r) {
   // Each kernel's latest plan is kept: a call plans twice, for its workspace and for its launches,
-  // and consecutive layers often have one shape.
+  // and consecutive layers often have the same shape.
   struct Latest {
     Shape shape;
     plan::Plan plan;

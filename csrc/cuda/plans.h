@@ -9,8 +9,8 @@ namespace lotr::cuda {
 // LOTR_CUDA_PLAN, for experiments, is read once: parts separated by semicolons, each a kernel and
 // words NAME=NUMBER that replace the numbers of its plans. shrink, expand_add, factor_grad and
 // shrink_grad have rows, cols (of a tile that the kernel is compiled for), m_blocks and n_blocks;
-// fold_grad and row_core_grad have splits. The part "early=0" has no kernel: no launch starts
-// before the previous one has ended.
+// fold_grad and row_core_grad have splits. The part "early=0", which names no kernel, makes every
+// launch wait until the previous one has ended.
 //
 //   LOTR_CUDA_PLAN="shrink rows=128 m_blocks=64 n_blocks=2; early=0"
 enum class Kernel { shrink, expand_add, factor_grad, shrink_grad, fold_grad, row_core_grad };

@@ -38,10 +38,10 @@ struct FloatSum {
 struct Dropout {
   const int64_t* seed;  // [1] on the device, or null: no dropout
   uint32_t threshold;   // p * 2^32
-  float scale;  // of the product: 1 / (1 - p), without dropout 1 or a scaling that comes last
+  float scale;          // of the product: 1 / (1 - p); without dropout 1, or a scaling applied last
 };
 
-// h = scale * u core, for few tokens in the launches that compute u. core null: no such product.
+// h = scale * u core for few tokens, by the launches that compute u. None if core is null.
 struct CoreProduct {
   Matrix core;  // [r, r_core]
   Matrix h;     // [M, r_core]
@@ -176,7 +176,7 @@ struct RowCoreProblem {
   float missing;  // the value of a row if its core or token does not exist
 };
 
-// ends[c + 1] = the place after the last key <= c, for c = -1 .. bound - 1
+// ends[c + 1] = the number of keys <= c, for c = -1 .. bound - 1
 struct RowEndsProblem {
   const int64_t* keys;  // [rows], ascending
   int32_t* ends;        // [bound + 1]

@@ -22,8 +22,8 @@ void run(const Call& call, const RowCoreProblem& problem, Workspace& memory) {
   if (problem.index.rows == 0 || memory.is_measuring()) return;
   auto p = params_of<RowCoreParams>(problem);
   p.rows_of_block = plan::rows_of_block(call.card, p.index.rows, p.r_out);
-  // Of a core as it is stored, neighbors in memory are neighbors along r_out. The backward pass
-  // exchanges the strides, and they become neighbors along the sum.
+  // In a core as it is stored, neighbors in memory are neighbors along r_out. The backward pass
+  // exchanges the strides, which makes them neighbors along the sum.
   const bool along_k = std::abs(p.cores.row) < std::abs(p.cores.col);
   const dim3 grid(unsigned(plan::ceil_div(p.index.rows, p.rows_of_block)),
                   unsigned(plan::ceil_div(p.r_out, kernels::SMALL_COLS)));

@@ -65,8 +65,8 @@ endfunction()
 #   compiled_result   80;90a-real
 #   options_result    --generate-code=arch=compute_80,code=[sm_86], and the same for sm_89
 #
-# A "-real" entry is assembled from the lowest other architecture of the list that is below it and
-# on the same side of 9.0, the only version that the sources distinguish.
+# A "-real" entry is assembled from the lowest other architecture of the list that is below it. An
+# entry from 9.0 on uses only one from 10.0 on: the sources distinguish versions from 9.0 on.
 function(lotr_share_ptx compiled_result options_result archs)
   set(compiled)
   set(options)

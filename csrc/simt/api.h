@@ -37,7 +37,7 @@ struct Options {
   uint64_t seed = 1;          // of the random order; the same seed gives the same schedule
   unsigned preempt = 0;       // random order: chance in 256 of a switch at a memory access
   bool count_memory = false;  // bytes, sectors and bank conflicts (about twice as slow)
-  // Bytes of shared memory that a block may request: 101376 on sm_86 and 89, 166912 on sm_80.
+  // Bytes of shared memory that a block may request: sm_90's. 101376 on sm_86 and 89, 166912 on 80.
   size_t shared_limit = 232448;
 };
 // For mutation tests: barriers, warp synchronization, commits, waits and fences at this line do

@@ -11,7 +11,7 @@ bool same(Site a, Site b) {
   return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file));
 }
 
-// The first thread at a barrier says for how many threads it is. The others must say the same.
+// The first thread at a barrier sets how many threads it expects. The others must give the same.
 void agree_on_threads(Barrier& b, int id, uint32_t threads, const char* op, Site site) {
   if (!b.arrived) {
     b.site = site;
@@ -23,7 +23,7 @@ void agree_on_threads(Barrier& b, int id, uint32_t threads, const char* op, Site
   }
 }
 
-// Makes all threads ready that wait at the barrier.
+// Makes every thread that waits at the barrier ready.
 void open_barrier(Block& block, int id) {
   Barrier& b = block.barriers[id];
   b.arrived = 0;

@@ -313,7 +313,7 @@ def load(
 ) -> ModuleType:
     """Builds and imports the module, or imports the one at `path`.
 
-    One mode per process; asan only in one that was started with `python_environment("asan")`.
+    One mode per process; asan only in a process started with `python_environment("asan")`.
 
     Args:
         mode: One of MODES.

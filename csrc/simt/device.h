@@ -31,8 +31,8 @@ namespace lotr::simt {
 struct Launch {
   const char* name;
   dim3 grid, block, cluster;
-  size_t smem;
-  bool early;  // as LaunchArgs has it
+  size_t smem;  // bytes
+  bool early;   // as LaunchArgs has it
 };
 void run_grid(const Launch& launch, void (*thread)(void*), void* context);
 

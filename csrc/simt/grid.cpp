@@ -17,12 +17,11 @@ constexpr size_t STACK_BYTES = 64 << 10;
 #endif
 
 void check_launch(const Launch& launch) {
-  const auto refuse = [&](const char* what, unsigned long got, unsigned long most) {
+  const auto check = [&](const char* what, unsigned long got, unsigned long most, int least = 1) {
+    if (got >= size_t(least) && got <= most) return;
     throw Error(std::string(launch.name) + ": a GPU would refuse this launch: " + what + " is " +
-                std::to_string(got) + ", expected 1 to " + std::to_string(most));
-  };
-  const auto check = [&](const char* what, unsigned long got, unsigned long most) {
-    if (got < 1 || got > most) refuse(what, got, most);
+                std::to_string(got) + ", expected " + std::to_string(least) + " to " +
+                std::to_string(most));
   };
   check("gridDim.x", launch.grid.x, 2147483647ul);
   check("gridDim.y", launch.grid.y, 65535);
@@ -32,8 +31,7 @@ void check_launch(const Launch& launch) {
   const unsigned long cluster = 1ul * launch.cluster.x * launch.cluster.y * launch.cluster.z;
   // More than 8 need an attribute of the kernel, and run on few GPUs.
   check("blocks in a cluster", cluster, 8);
-  if (launch.smem > machine.options.shared_limit)
-    refuse("shared memory in bytes", launch.smem, machine.options.shared_limit);
+  check("shared memory in bytes", launch.smem, machine.options.shared_limit, /*least=*/0);
   if (launch.grid.x % launch.cluster.x || launch.grid.y % launch.cluster.y ||
       launch.grid.z % launch.cluster.z)
     throw Error(std::string(launch.name) +
@@ -179,7 +177,7 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context) {
   machine.entry_context = context;
   machine.error.clear();
   machine.random = machine.options.seed * 0x9E3779B97F4A7C15ull | 1;
-  for (int i = 0; i < 4; ++i) next_random();  // small seeds differ only in few bits
+  for (int i = 0; i < 4; ++i) next_random();  // small seeds differ in only a few bits
   blockDim = launch.block;
   gridDim = launch.grid;
   const dim3 g = launch.grid;

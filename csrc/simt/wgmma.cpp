@@ -124,7 +124,7 @@ void hide_accumulators(Thread& t, size_t index) {
   memset(product.d, 0xFF, count * sizeof(float));
 }
 
-// Adds the thread's elements of the product to its accumulators.
+// Adds the thread's elements of the product to its accumulators, or sets them if !w.accumulate.
 void multiply(Thread& t, const WarpgroupProduct& w) {
   const int row = int(t.lane) / 4;
   const int col = int(t.lane) % 4 * 2;

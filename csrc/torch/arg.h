@@ -43,7 +43,7 @@ inline const std::array<DtypeInfo, 6>& dtypes() {
        {ScalarType::Int, "torch.int32", aoti_torch_dtype_int32(), 4}}};
   return all;
 }
-// The row of a dtype. One that no argument may have gets torch's name, for errors: Short, Byte, ..
+// The row of a dtype. One that is not in the table has torch's name, for errors: Short, Byte, ..
 inline DtypeInfo dtype_info(ScalarType type) {
   for (const DtypeInfo& info : dtypes())
     if (info.type == type) return info;
@@ -102,7 +102,7 @@ struct Arg {
   const int64_t* stride = nullptr;  // borrowed from the tensor, in elements
   int32_t device_type = 0;
   int32_t device_index = 0;
-  TensorView matrix;  // [.., cols] as [rows, cols]; without data and dtype, see view_of
+  TensorView matrix;  // [.., cols] as [rows, cols]; view_of fills in data and dtype
   // The last leading dimension whose stride is not the stride times the size of the next one, or
   // -1 if all rows have one common stride.
   int64_t split = -1;

@@ -68,12 +68,12 @@ struct Check {
            device_name(arg.device_type), ", index ", arg.device_index);
   }
   // The addresses of a tensor's first byte and of the byte after its last one; both 0 if it has no
-  // elements. Its storage may have been freed, as sharded training does between two uses, or be too
-  // short.
+  // elements.
   struct Bytes {
     uintptr_t first = 0;
     uintptr_t end = 0;
   };
+  // Fails if the storage was freed, as sharded training does between two uses, or is too short.
   Bytes memory(const Arg& arg) const {
     int64_t reach = 1;
     int64_t offset = 0;
@@ -108,7 +108,7 @@ struct Check {
       if (stride <= reach)
         fail(op, ": ", arg.name,
              ": expected a tensor without repeated elements (it is written in place), got stride ",
-             stride, " in shape ", arg.shape(), "; give a clone() of it");
+             stride, " in shape ", arg.shape(), "; pass a clone() of it");
       reach += (size - 1) * stride;
     }
   }
@@ -119,7 +119,7 @@ struct Check {
     if (written_bytes.first < other_bytes.end && other_bytes.first < written_bytes.end)
       fail(op, ": ", written.name,
            ": expected memory of its own (it is written), got memory that overlaps ", other.name,
-           "; give a clone() of one of them");
+           "; pass a clone() of one of them");
   }
 };
 
@@ -131,7 +131,7 @@ constexpr const char* DIM_NAMES[] = {"", "M", "K", "N", "r", "r_in", "r_out", "L
 enum class Type {
   unchecked,   // checked elsewhere
   activation,  // the operator's dtype
-  factor,      // that, or float32 with bfloat16 and float16: it is rounded, as under autocast
+  factor,      // the operator's, or float32 with a half type, rounded to it as under autocast
   sum,         // float32, or float64 with float64
   int64,
   int32
@@ -406,7 +406,7 @@ struct ShrinkBackwardArgs {
                        {dA, Type::sum, {K, R}, WRITTEN},
                        {seed}});
     if (bool(dx) != bool(A))
-      fail(check.op, ": A: expected a tensor or None as dx is, got ", A ? "a tensor" : "None");
+      fail(check.op, ": A: expected a tensor or None, like dx, got ", A ? "a tensor" : "None");
     if (dA) check.present(x, "because dA is given");
     check.dropout(p, seed);
     return sizes;

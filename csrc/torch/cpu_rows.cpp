@@ -25,9 +25,9 @@ std::vector<int64_t> checked_values(const char* op, const Arg& arg, const char* 
   return out;
 }
 
-// Rows grouped by a key from -1 (no group) to bound - 1. They are sorted stably by digits, so many
-// keys cost as much as few. Example: the keys {2, 0, -1, 2} make two groups, key 0 with row 1 and
-// key 2 with rows 0 and 3.
+// Rows grouped by a key from -1 (no group) to bound - 1. Keys that are not in order are sorted by a
+// stable radix sort, with a pass per 11 bits of the bound. Example: the keys {2, 0, -1, 2} make two
+// groups, key 0 with row 1 and key 2 with rows 0 and 3.
 class Grouping {
  public:
   Grouping(const std::vector<int64_t>& key, int64_t bound) : bound_(bound) {
@@ -132,7 +132,7 @@ Tensor gradient_of_u(const RowArgs& args, const Sizes& sizes, const Rows& rows, 
   TensorView transposed = first_matrix(args.cores, read_data(args.cores));
   std::swap(transposed.rows, transposed.cols);
   std::swap(transposed.row_stride, transposed.col_stride);
-  // Rows that are summed by token are not rounded before.
+  // Rows that are summed by token are rounded only after the sum.
   const ScalarType dtype = args.tokens ? acc_dtype(args.u.dtype) : args.u.dtype;
   const Tensor row_du =
       new_tensor<2>(args.u, {rows.count, sizes[R_IN]}, dtype, rows.all_have_cores());

@@ -53,8 +53,8 @@ struct Device {
 
 // Makes the device current, and reads its properties from the driver once.
 //
-// This module links a second CUDA runtime, and torch's device guard sets the device of torch's.
-// Both follow the context that is current in the thread; a thread without one gets the device here.
+// This module links its own CUDA runtime; torch's device guard sets the device of torch's runtime.
+// Both follow the context that is current in the thread. A thread without one gets the device here.
 inline const Device& device_of(const char* op, int32_t device) {
   constexpr int32_t MAX_DEVICES = 64;
   static std::array<Device, MAX_DEVICES> devices;
@@ -77,8 +77,8 @@ inline const Device& device_of(const char* op, int32_t device) {
   std::call_once(is_read[size_t(device)], [&] {
     int driver = 0;
     check(cudaDriverGetVersion(&driver));
-    // CUDA graphs support early launches since 12.3. With an older driver there are none, because
-    // any call may be captured.
+    // CUDA graphs support early launches since 12.3. With an older driver no kernel is launched
+    // early, because any call may be captured.
     const bool early = cuda::waits_in_kernels() && driver >= 12030 && cuda::early_launches();
     devices[size_t(device)] = {{attribute(cudaDevAttrMultiProcessorCount),
                                 attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)},

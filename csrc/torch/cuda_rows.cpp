@@ -36,7 +36,7 @@ struct Rows {
 void check_sizes(const char* op, const Sizes& sizes) {
   for (const int64_t size : {sizes[ROWS], sizes[M], sizes[L]})
     if (size >= std::numeric_limits<int32_t>::max())
-      fail(op, ": expected fewer than 2^31 rows, tokens and cores, got ", size);
+      fail(op, ": expected fewer than 2^31 - 1 rows, tokens and cores, got ", size);
 }
 
 // h = s a G, of `a` [tokens, r_in], or backward h = s a G^T. A row whose core or token does not
@@ -102,7 +102,7 @@ Tensor gradient_of_u(const CudaProducts& products, const RowArgs& args, const Si
   RowIndex index_of_g = rows.row_index(sizes);  // row i reads row i of g, not a token's
   index_of_g.token = nullptr;
   index_of_g.tokens = index_of_g.rows;
-  // Rows that are summed by token are not rounded before, and sum_rows reads them without padding.
+  // Rows that are summed by token are rounded only after the sum. sum_rows reads unpadded rows.
   const ScalarType dtype = rows.tokens ? ScalarType::Float : args.u.dtype;
   OptionalTensor row_du;
   const TensorView row_du_view =

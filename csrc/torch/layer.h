@@ -16,7 +16,7 @@
 //   shrink, fold        u = drop(x) A, and F = s B G^T
 //   expand              out += drop(u F^T), with Output's bias; expand_from: out = from + u F^T
 //   factor_grad         D (+)= drop(x)^T v
-//   shrink_grad         du = g F and Q (+)= g^T u, from one read of g
+//   shrink_grad         du = g F and Q (+)= g^T u, from one read of g where possible
 //   fold_grad           dB (+)= s Q G, and dG = s Q^T B
 //   few_tokens_*        all of the few-token form but the base product
 //   make, sum, add      a new matrix; a given or a new sum over tokens; sum += given
@@ -25,8 +25,8 @@
 // layer_*_projected at u = x A, layer_*_rows at h = s u G, with B in place of F.
 //
 // A direction is one operator, because a base product of a few milliseconds evicts the code and
-// data of Python, the dispatcher and autograd from the caches: each further operator costs tens of
-// microseconds instead of two.
+// data of Python, the dispatcher and autograd from the caches: each further operator would take
+// tens of microseconds, and not the 2 us of warm caches.
 //
 // Strategies:
 //
@@ -36,7 +36,8 @@
 //   beta      the adapter's product, then the base product accumulates onto it (its beta is 1).
 //             torch's own linear starts in this way from a copy of the bias, so the expand's pass
 //             over y replaces that copy, and nothing runs with cold caches after the product.
-//   fused     both in one launch, on Hopper GPUs. Operands that gemm_lotr refuses take beta.
+//   fused     both in one launch, on Hopper GPUs. beta for operands that gemm_lotr refuses, and for
+//             a backward with dropout.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -55,10 +56,10 @@ struct Output {
   Tensor matrix;
   TensorView view;
   bool fresh = false;         // true: the next product is written, and later ones are added
-  const Arg* bias = nullptr;  // of y, or null: the first product adds it, on a CPU the adapter's
+  const Arg* bias = nullptr;  // of y, or null; the first product adds it, on a CPU the adapter's
 };
 
-// A sum over tokens. Without data, as by default, it is one that is not needed.
+// A sum over tokens. One without data (the default) is not needed.
 struct Sum {
   TensorView view;
   bool add = false;  // true: an argument that is added to; false: new memory that is written
@@ -209,7 +210,7 @@ struct LayerGradients {
   }
 };
 
-// du = g F if F is given, and Q (+)= g^T u if Q is needed. Both together read g once.
+// du = g F if F is given, and Q (+)= g^T u if Q is needed. Both together read g once if possible.
 template <class Products>
 TensorView du_and_Q(const Products& products, OptionalTensor& du, const Sum& Q, const Arg& g,
                     const Arg& F, const Arg& u) {

@@ -1,4 +1,4 @@
-// Tensors without a call of the dispatcher: new ones, and views of a checked argument.
+// Makes tensors without calling the dispatcher: new ones, and views of a checked argument.
 #pragma once
 
 #include <array>
@@ -26,7 +26,7 @@ Tensor empty(const Arg& like, const std::array<int64_t, dim>& size, int32_t dtyp
   return Tensor(handle);
 }
 
-// A view of `tensor` with other sizes and strides, from its offset on.
+// A view of `tensor` with other sizes and strides, and the same offset.
 inline Tensor view(AtenTensorHandle tensor, int64_t dim, const int64_t* size,
                    const int64_t* stride) {
   AtenTensorHandle handle = nullptr;
@@ -56,7 +56,7 @@ inline Tensor with_leading(const Tensor& matrix, const Arg& like, int64_t cols) 
   return view(matrix.get(), like.dim, size.data(), stride.data());
 }
 
-// The address of an argument's first element. Kernels do not write what they only read.
+// The address of an argument's first element. The cast: TensorView also serves outputs.
 inline void* read_data(const Arg& a) {
   const void* data = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(a.handle, &data));

@@ -45,8 +45,8 @@ void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p,
   products.expand(out, read_view(u_arg), read_view(F_arg), Mask::dropout);
 }
 
-// y + u F^T as a new tensor. y is kept, because the operator that made it may have saved it; the
-// result shares no memory with y, because users may write into it.
+// y + u F^T as a new tensor. y is not written, because the operator that made it may have saved it.
+// The result shares no memory with y, because users may write into it.
 template <class Products>
 Tensor expand(const Tensor& y, const Tensor& u, const Tensor& F) {
   const Check check{"lotr::expand", Products::max_rank};

@@ -7,7 +7,7 @@
 
 Files here. Each imports only from those above it:
 
-    lora.py       PEFT's files: a folder with a LoRA is read, checked, and written
+    lora.py       PEFT's files: reads and checks a folder with a LoRA, writes one of any adapter
     hosts.py      the names and forms that servers expect for a mixture's experts
     to_lora.py    a LoTR adapter, or a task, becomes a LoRA
     to_lotr.py    a LoRA, or a checkpoint of the original implementation, becomes LoTR

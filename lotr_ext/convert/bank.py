@@ -6,8 +6,8 @@ one pair per layer:
     D_tl / |D_t| ~= B G_tl^T A^T        least squares over all t and l of the group at once
 
 D_tl is the change of layer l by LoRA t, a product of its two factors that is never formed. |D_t| is
-the norm over all layers. So every LoRA has the same weight, and the sum of the squared relative
-errors of all LoRAs is minimal.
+its norm over all layers. Divided by it, all LoRAs count alike: what is minimized is the sum of
+their squared relative errors.
 
 The LoRAs' files are read one group at a time, so memory does not grow with the collection's size.
 """
@@ -136,9 +136,10 @@ def loras_to_bank(
         The errors of the LoRAs, and the files.
 
     Raises:
-        TypeError: If an argument is of the wrong type.
-        ValueError: If `read_lora` refuses a source; if a source has modules_to_save or layers of
-            other sizes; if two sources have one name; or if rank or group_by has a wrong value.
+        TypeError, ValueError: If `read_lora` refuses a source, or an argument has a wrong type or
+            value.
+        ValueError: If a source has modules_to_save or layers of other sizes, or two sources have
+            one name.
     """
     share = _share_of(rank)
     collection = LoRACollection(sources)
@@ -172,7 +173,8 @@ def _rank_that_keeps(share: float, collection: LoRACollection, groups: Iterable[
 
     One factorization per group shows all ranks: its directions are in descending order, so a pair
     of rank r is about the first r columns of A and B, and keeps the leading r x r block of each
-    core. A cumulative sum of squares over rows and columns has the block's squared norm at (r, r).
+    core. Summed cumulatively over rows and columns, a core's squares give that block's squared norm
+    at (r, r).
     """
     squares: list[Tensor] = []  # for each group, the squared norm that rank 1, 2, .. keeps
     for layers in groups:
@@ -185,9 +187,9 @@ def _rank_that_keeps(share: float, collection: LoRACollection, groups: Iterable[
     most = max(map(len, squares))
     kept = torch.zeros(most, dtype=torch.float64)
     for square in squares:
-        # Beyond its largest rank, a group keeps what it keeps there: all.
+        # A group keeps everything at its largest rank, and so at any rank beyond it.
         kept += nn.functional.pad(square, (0, most - len(square)), value=float(square[-1]))
-    # With a margin for the rounding of sums, on which a share of 1 would depend.
+    # A margin for rounding, which would otherwise decide at which rank a share of 1 is kept.
     is_enough = kept >= (share - 1e-9) * kept[-1]
     return int(is_enough.nonzero()[0]) + 1
 
@@ -200,7 +202,8 @@ def _write(
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
         layers = [layer for names in groups.values() for layer in names]
         shape = (len(layers), len(collection.folders), *config.ranks)
-        # In a temporary file, because the cores of a large collection may not fit into memory.
+        # In a temporary file, because the cores of a large collection may not fit into memory. They
+        # start at zero, and stay zero where a LoRA does not adapt a layer.
         cores = torch.from_file(
             str(Path(temporary) / "cores"),
             shared=True,
@@ -242,10 +245,11 @@ def _factorize(
     index_of_lora = {name: index for index, name in enumerate(collection.folders)}
     for group, layers in groups.items():
         loras = collection.of_layers(layers)
-        A, B, normalized = tucker2_of_loras(list(loras.values()), config.ranks)
-        for (name, layer), core in zip(loras, normalized, strict=True):
+        A, B, group_cores = tucker2_of_loras(list(loras.values()), config.ranks)
+        for (name, layer), core in zip(loras, group_cores, strict=True):
             captured[name] += float(core.square().sum())
-            # `of_layers` divided by |D_t|, and A, B and s multiply a core with INIT_GAIN^2 s.
+            # Undoes the division by |D_t| in `of_layers`. A, B and s will multiply the core by
+            # INIT_GAIN^2 s.
             task_core = collection.norms[name] / (INIT_GAIN**2 * config.s) * core
             cores[layer][index_of_lora[name]] = task_core  # cast to the adapter's dtype
         without_task = ConvertedLayer(

@@ -43,7 +43,7 @@ def expert_tensors(layers: Mapping[str, LoRA], form: str, server: ServerNames) -
     """Returns the tensors of the experts, as a server expects them, by name.
 
     Args:
-        layers: The LoRAs by the full name of their parameter, in the order of each module.
+        layers: The LoRAs by the full name of their parameter, in the order of the parameters.
         form: One of EXPERT_FORMS.
         server: The server's names.
     """
@@ -64,10 +64,10 @@ def expert_tensors(layers: Mapping[str, LoRA], form: str, server: ServerNames) -
 
 
 def _peft(parameters: Mapping[str, LoRA], server: ServerNames) -> dict[str, LoRAPair]:
-    """Returns A [e r, k] and B [n, r e], where the expert is the last index.
+    """Returns A [e r, k], in which the expert is the outer index, and B [n, r e], the inner one.
 
     PEFT wraps the module once per parameter, so its last parameter is in the outermost wrapper. The
-    pair of down_proj is named "", and the pair of gate_up_proj ".base_layer".
+    pair of down_proj is then named "", and the pair of gate_up_proj ".base_layer".
     """
     pairs = {}
     name = ""

@@ -24,7 +24,7 @@ CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 
 FACTOR_KEY = re.compile(r"(?P<name>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight")
-# Settings of a LoRA that is more than x W^T plus the product of two factors.
+# Settings with which a LoRA adds more to W than the product of two factors.
 MORE_THAN_TWO_FACTORS = (
     "use_dora",
     "lora_bias",
@@ -108,7 +108,10 @@ def read_peft_tensors(directory: Path) -> Mapping[str, Tensor]:
 
 
 def base_name(key: str) -> str:
-    """Returns a tensor's name in the base model: PEFT writes "base_model.model." before it."""
+    """Returns a tensor's name without PEFT's prefix.
+
+    "base_model.model." for tensors in the base model, "base_model." for those of the tuner.
+    """
     return key.removeprefix("base_model.").removeprefix("model.")
 
 
@@ -149,7 +152,7 @@ def check_two_factors(config: Mapping[str, Any]) -> None:
     """
     for name in MORE_THAN_TWO_FACTORS:
         value = config.get(name)
-        # PEFT has one of these in the file of a LoRA that does not use the setting.
+        # PEFT writes one of these values for a setting that is not used.
         if value not in (None, False, "none", [], {}):
             raise ValueError(
                 f"{name}: expected a LoRA of two factors per layer, which LoTR can hold, "
@@ -205,7 +208,8 @@ class LoRAFolder:
         """Reads a layer, in float64, with the scaling multiplied into B.
 
         Raises:
-            ValueError: If its factors are incomplete, of shapes that do not fit, or not finite.
+            TypeError, ValueError: If its factors are incomplete, of shapes that do not fit, or not
+                finite, or if lora_alpha is not a finite number.
         """
         keys = self._keys[name]
         if len(keys) < 2:
@@ -244,7 +248,7 @@ def read_lora(source: FilePath) -> tuple[dict[str, LoRA], dict[str, Tensor], dic
         modules_to_save by name; and the configuration.
 
     Raises:
-        ValueError: As `LoRAFolder`.
+        TypeError, ValueError: As `LoRAFolder`, or as its `layer`.
     """
     folder = LoRAFolder(source)
     return {name: folder.layer(name) for name in folder.names}, folder.saved, folder.config

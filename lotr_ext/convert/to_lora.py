@@ -13,7 +13,7 @@ W is the trained adapter minus the start, at twice the rank: [lora_B, -start_B] 
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,13 @@ from torch import Tensor, nn
 
 from ..adapted import layers_in
 from ..adapter_state import AdapterState, LayerEntry, start_key
-from ..base_model import BaseModel
 from ..checks import check_choice
 from ..config import TASKS, LoTRConfig
 from ..core.operators import accumulate_dtype
 from ..layers import LoTRConv1D
 from ..old_files import config_of_version_1, factor_names
 from ..saving import adapter_of, unwrap, warn_of_unsaved
-from ..storage import FilePath
+from ..storage import FilePath, errors_of
 from ..targets import parameter_name
 from .hosts import EXPERT_FORMS, SERVER_NAMES, ServerNames, expert_tensors
 from .lora import (
@@ -126,7 +125,8 @@ def _read_lotr_of_peft(directory: Path) -> AdapterState:
     settings = ("rank", "alpha", "rslora", "scaling", "dropout", "core", "magnitude")
     values = {name: content[name] for name in settings if name in content}
     config = LoTRConfig.from_dict(config_of_version_1(values))
-    # In PEFT's files computed cores have only parameters, and the LoRA is written without biases.
+    # PEFT's files have the parameters of computed cores, but not the cores. And the LoRA has no
+    # biases.
     bias = content.get("bias", "none")
     if config.core != "dense" or bias != "none":
         raise ValueError(
@@ -137,17 +137,20 @@ def _read_lotr_of_peft(directory: Path) -> AdapterState:
         base_name(key).replace(".lotr_adapter.core", ".core"): tensor
         for key, tensor in read_peft_tensors(directory).items()
     }
-    layers = {
-        entry["name"]: LayerEntry(*factor_names(entry["factors"]), config.s, config.dropout)
-        for entry in content["layers"]
-    }
-    return AdapterState(
-        config=config,
-        layers=layers,
-        modules_to_save=tuple(modules_of(tensors, content.get("modules_to_save"))),
-        base=BaseModel(),
-        tensors=tensors,
-    )
+    with errors_of(f"source {directory}"):
+        layers = {
+            entry["name"]: LayerEntry(*factor_names(entry["factors"]), config.s, config.dropout)
+            for entry in content["layers"]
+        }
+        # Checks that the tensors are complete, and fit the layers and ranks.
+        return AdapterState.from_document(
+            {
+                "config": config.to_dict(),
+                "layers": {name: asdict(entry) for name, entry in layers.items()},
+                "modules_to_save": modules_of(tensors, content.get("modules_to_save")),
+            },
+            tensors,
+        )
 
 
 # ---- the folder ----------------------------------------------------------------------------------
@@ -205,8 +208,8 @@ def _target_modules(
 ) -> list[str] | str:
     """Returns target_modules of PEFT's configuration: full names, or a regular expression.
 
-    PEFT matches a name in a list with the ends of all names, so a name without a dot would match
-    other modules, too.
+    PEFT matches a name in a list with the ends of modules' names, so a name without a dot could
+    match other modules, too.
     """
     # PEFT finds experts by target_parameters. Servers expect the ends of their names here.
     endings = sorted({name.rpartition(".")[2] for name in stacked if experts != "peft"})
@@ -230,6 +233,12 @@ def _lora_layers(adapter: AdapterState, form: str) -> dict[str, LoRA]:
     """
     layers = {}
     for name, entry in adapter.layers.items():
+        # Without a configuration, the model was built by hand, and its experts are LoTRExperts.
+        if entry.experts and adapter.config is None:
+            raise ValueError(
+                f"experts: expected those of a transformers model, got LoTRExperts at {name!r}. No "
+                f"form of a LoRA has them."
+            )
         target = parameter_name(name) if entry.experts else name
         layers[target] = _lora_layer(adapter, name, form)
     rank = max(layer.rank for layer in layers.values())
@@ -250,11 +259,10 @@ def _lora_layer(adapter: AdapterState, name: str, form: str) -> LoRA:
     tensors = adapter.tensors
     core = tensors[f"{name}.core"]
     r_in, r_out = core.shape[-2:]
-    into_A = r_out <= r_in  # which gives the smaller rank
-    if entry.experts and form == "vllm-shared":
-        # vLLM shares the factor on the side of the hidden size. So the core goes to the other one:
-        # B of gate and up, A of down.
-        into_A = name.endswith("down_proj")
+    is_vllm_shared = entry.experts > 0 and form == "vllm-shared"
+    # vLLM shares the factor on the side of the hidden size. So the core goes to the other one: to B
+    # of gate and up, to A of down. Elsewhere, it goes where the rank becomes smaller.
+    into_A = name.endswith("down_proj") if is_vllm_shared else r_out <= r_in
     A, B = _lora_factors(tensors[entry.A], tensors[entry.B], core, entry.scaling, into_A)
     if start_key(entry.A) in tensors:
         start_A, start_B = _lora_factors(

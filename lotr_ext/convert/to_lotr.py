@@ -65,7 +65,7 @@ def converted_adapter(
     entries = {}
     tensors = {}
     for name, layer in layers.items():
-        # Not a model's names, because none exists yet. A load finds these by the entries.
+        # No model exists yet, so these are not its names. Loading finds them in the entries.
         A = f"lotr_factors.{layer.group}.A"
         B = f"lotr_factors.{layer.group}.B"
         entries[name] = LayerEntry(A, B, config.s, config.dropout)
@@ -108,11 +108,11 @@ def lora_to_lotr(
         dtype: The dtype of the result.
 
     Raises:
-        TypeError: If an argument is of the wrong type.
-        ValueError: If `read_lora` refuses the source, or if rank or group_by has a wrong value.
+        TypeError, ValueError: If `read_lora` refuses the source, or an argument has a wrong type or
+            value.
     """
     layers, saved, peft_config = read_lora(source)
-    # PEFT lists all usual heads, and LoTRConfig refuses those that the model does not have.
+    # PEFT lists every usual head. Loading would refuse one that the model does not have.
     endings = peft_config.get("modules_to_save") or ()
     config = LoTRConfig(
         rank=rank,
@@ -140,9 +140,10 @@ def groups_of(sizes: Mapping[str, tuple[int, int]], config: LoTRConfig) -> dict[
 
     Args:
         sizes: (in_features, out_features) by layer.
+        config: Its group_by is one of GROUPS_OF_ONE_SHAPE, or a mapping.
 
     Raises:
-        ValueError: If a group has layers of several shapes, or group_by is not one of these.
+        TypeError, ValueError: If it is another one, lacks a layer, or joins several shapes.
     """
     group_by = config.group_by
     if not isinstance(group_by, dict) and group_by not in GROUPS_OF_ONE_SHAPE:
@@ -278,9 +279,9 @@ def _original_layers(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Con
     for name, tensors in parts.items():
         # A missing part is refused below, because the shape of the empty tensor does not fit.
         lhs, mid, rhs = (tensors.get(part, torch.empty(0)) for part in ("lhs", "mid", "rhs"))
-        r = len(mid)
         shapes = [list(tensor.shape) for tensor in (lhs, mid, rhs)]
-        if shapes != [[r, lhs.shape[-1]], [r, r], [len(rhs), r]]:
+        r = shapes[1][0] if len(shapes[1]) == 2 else 0
+        if r < 1 or shapes != [[r, *lhs.shape[-1:]], [r, r], [*rhs.shape[:1], r]]:
             raise ValueError(
                 f"{name}: expected lotr.lhs [r, out], .mid [r, r] and .rhs [in, r], got {shapes}"
             )

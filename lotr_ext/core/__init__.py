@@ -5,7 +5,7 @@
     strategy         the order of the base product and the adapter's product
     factor_cache     what the calls with one factor share
     nodes            the autograd Functions
-    grouped          the frozen product of a mixture of experts
+    grouped          the base product of a mixture of experts
     fallback         the layer in PyTorch operations
     kernel_support   whether the kernels can run on a device
     call             the arguments of a layer's call

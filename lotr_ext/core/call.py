@@ -13,7 +13,7 @@ from torch import Tensor
 class RowChoice(NamedTuple):
     """Which core each row uses: by `index`, or by `offs` if the rows are sorted by core.
 
-    Six rows of three cores, the last of them without a core:
+    Six rows and three cores. The last row has no core:
 
         index [0, 0, 1, 1, 2, -1]   or   offs [2, 4, 5]
 
@@ -30,7 +30,7 @@ class RowChoice(NamedTuple):
 
     @staticmethod
     def of_index(index: Tensor, x: Tensor) -> "RowChoice":
-        """Returns the choice of an index [b], [b, tokens] or [rows] for the rows of x [.., k]."""
+        """Returns the choice that an index [b], [b, tokens] or [rows] makes for x [.., k]."""
         lead = x.shape[:-1]
         # Dimensions of x that the index lacks repeat it.
         ones = (1,) * (len(lead) - index.dim())
@@ -42,8 +42,10 @@ def index_from_offs(offs: Tensor, rows: int, count: int) -> Tensor:
 
     Args:
         offs: Where the rows of each core end [count].
+        rows: The number of rows.
+        count: The number of cores.
     """
-    # "right" skips the experts without rows, whose end equals the end before it.
+    # "right" skips a core without rows, whose end equals the end before it.
     index = torch.searchsorted(offs.long(), torch.arange(rows, device=offs.device), right=True)
     return torch.where(index < count, index, -1)
 

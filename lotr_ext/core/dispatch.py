@@ -8,14 +8,13 @@
        |
        +-- otherwise ----------> run_nodes -- choose_plan -- the autograd nodes on our operators
 
-    grouped_linear   the same for the rows of a mixture of experts, onto the grouped base product
+    grouped_linear   the same for a mixture of experts: adds the adapter to the grouped base product
 
 Arguments are not checked here (functional.py and layers.py check them).
 """
 
 import enum
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -33,9 +32,9 @@ from .strategy import choose_strategy
 # or of this file changes what a compiled graph contains.
 VERSION = "lotr 8"
 
-# Layers on one x may share u = x A, but a shared node costs host time. To compute u again costs a
+# Layers on one x may share u = x A, but a shared node costs host time. Computing u again costs a
 # pass over x: x.numel() (r_in + READ_COST) multiplications. Below LITTLE_WORK of them, each layer
-# computes u itself. How much longer a step of an adapted model takes than one of the frozen model
+# computes u itself. An adapted model's step takes this much longer than the frozen model's
 # (python -m bench.model --models smollm2-135m --sequence 256):
 #
 #     tokens   each layer computes u   layers share u
@@ -134,7 +133,7 @@ def _check_base_product(x: Tensor, weight: Tensor) -> None:
     device.
 
     Raises:
-        TypeError: If the dtypes differ (autocast has cast both already), or one has no values.
+        TypeError: If the dtypes differ (autocast has cast both already), or one of them is on meta.
     """
     if x.dtype != weight.dtype or x.is_meta != weight.is_meta:
         raise TypeError(
@@ -164,9 +163,12 @@ def fallback_reason(call: LayerCall) -> str | None:
     on_cpu = x.is_cpu and base.is_cpu and A.is_cpu and B.is_cpu and core.is_cpu
     if not on_cpu and not x.device == base.device == A.device == B.device == core.device:
         return "the tensors are on several devices"
-    return _dtype_obstacle(x.dtype, base.dtype, A.dtype, B.dtype, core.dtype, core.shape, x.device)
+    # A CPU's kernels accept any rank, and the hash of a shape takes 0.3 us.
+    core_shape = (0, 0) if on_cpu else core.shape
+    return _dtype_obstacle(x.dtype, base.dtype, A.dtype, B.dtype, core.dtype, core_shape, x.device)
 
 
+# Cached, because these arguments are the same in all calls of a layer.
 @functools.cache
 def _dtype_obstacle(
     x_dtype: torch.dtype,
@@ -177,7 +179,6 @@ def _dtype_obstacle(
     core_shape: tuple[int, ...],
     device: torch.device,
 ) -> str | None:
-    # Cached, because a layer's calls differ in none of these arguments.
     for name, dtype in (("A", A_dtype), ("B", B_dtype), ("core", core_dtype)):
         is_wide_factor = dtype == torch.float32 and x_dtype.itemsize == 2
         if dtype != x_dtype and not is_wide_factor:
@@ -200,93 +201,95 @@ class Plan(enum.Enum):
     PROJECTION = enum.auto()  # another node computes u, once for all layers on this x
 
 
+# The members by themselves, because a read such as `Plan.PROJECTION` takes 0.1 us.
+ONE_NODE, ONE_NODE_FEW_TOKENS, PROJECTION = Plan
+
+
 def choose_plan(
     x: Tensor, A: Tensor, tokens: int | torch.SymInt, layers: int, p: float, needs_projection: bool
 ) -> Plan:
     """Chooses the nodes of a call.
 
     Args:
+        x, A: As in the call.
         tokens: Rows of x. A symbol if torch.compile traces dynamic shapes; no guard is added to it.
         layers: How many layers use A, 0 if unknown.
         p: The probability of dropout. If it is not 0, each layer draws a mask, so layers cannot
             share u, and the few-token form, which has no mask, cannot run.
-        needs_projection: Whether the call has row cores or the output of another base, which one
-            node does not compute.
+        needs_projection: Whether the call has a choice or a base_output, which one node does not
+            support.
     """
     if needs_projection or (p and x.dtype == torch.float16):
-        return Plan.PROJECTION
+        return PROJECTION
     if x.dtype == torch.float16:
-        return Plan.ONE_NODE_FEW_TOKENS
+        return ONE_NODE_FEW_TOKENS
     if x.requires_grad and not A.requires_grad:
-        return Plan.PROJECTION  # one node would keep x, which a frozen A does not need
+        return PROJECTION  # one node would keep x, which a frozen A does not need
     if p:
-        return Plan.ONE_NODE
+        return ONE_NODE
     # torch.compile would turn a comparison with a symbol into a guard, and compile each form.
     is_known = isinstance(tokens, int)
     if layers != 1 and (not is_known or x.numel() * (A.shape[1] + READ_COST) >= LITTLE_WORK):
-        return Plan.PROJECTION
-    return Plan.ONE_NODE_FEW_TOKENS if is_known and tokens <= FEW_TOKENS else Plan.ONE_NODE
+        return PROJECTION
+    return ONE_NODE_FEW_TOKENS if is_known and tokens <= FEW_TOKENS else ONE_NODE
 
 
 def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
     """Computes a call by our operators.
 
-    Replaces what they do not accept: an x that cannot be flattened, a trained weight or bias. Then
+    A copy replaces an x that cannot be flattened, and a base_output a trained weight or bias. Then
     one node computes the call, or a projection and a node that starts from u or h = s u G.
 
     Args:
         call: Arguments for which `fallback_reason` is None.
         caches, layer: As for `linear`.
     """
-    x = call.x
+    x, weight, bias, A, B, core, scaling, p, base_output, choice = call
     if x.dim() > 2 and not x.is_contiguous():  # the operators flatten the leading dimensions
         return run_nodes(call._replace(x=x.contiguous()), caches, layer)
-    trains_weight = call.weight is not None and call.weight.requires_grad
-    trains_bias = call.bias is not None and call.bias.requires_grad
+    trains_weight = weight is not None and weight.requires_grad
+    trains_bias = bias is not None and bias.requires_grad
     if trains_weight or trains_bias:
-        # PyTorch's operator computes the base product, because autograd knows its gradients.
-        base_output = nn.functional.linear(x, call.weight, call.bias)
-        return run_nodes(
-            call._replace(weight=None, bias=None, base_output=base_output), caches, layer
-        )
-    A = caches.A.summed(call.A)
-    B = caches.B.summed(call.B)
-    tokens = math.prod(x.shape[:-1])
+        # PyTorch computes the base product, because our nodes have no gradients of weight and bias.
+        y = nn.functional.linear(x, weight, bias)
+        return run_nodes(call._replace(weight=None, bias=None, base_output=y), caches, layer)
+    A = caches.A.summed(A)
+    B = caches.B.summed(B)
+    tokens = x.numel() // max(x.shape[-1], 1)
     strategy = choose_strategy(tokens, x)
 
-    needs_projection = call.choice is not None or call.base_output is not None
-    plan = choose_plan(x, A, tokens, caches.A.layers, call.p, needs_projection)
+    needs_projection = choice is not None or base_output is not None
+    plan = choose_plan(x, A, tokens, caches.A.layers, p, needs_projection)
     seed = None
-    if call.p:
-        # One per call, as nn.Dropout draws a mask. So a checkpoint, which restores torch's
-        # generator, repeats the masks whatever else it shares.
+    if p:
+        # Each call draws one seed, as nn.Dropout draws one mask. A checkpoint restores torch's
+        # generator, so its recomputation draws the same seeds, whether or not layers share u again.
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
-    core = call.core
-    if call.choice is None and private.saved_tensor_hooks():
-        # Hooks may save the tensor itself, and autograd then does not compare its version. Without
-        # the copy, an optimizer step between forward and backward would change dB = s Q G.
-        core = call.core.clone()
-    if plan is not Plan.PROJECTION:
-        return nodes.layer_on_input(
-            x, A, B, core, call, strategy, plan is Plan.ONE_NODE_FEW_TOKENS, seed
-        )
+    if choice is None and private.saved_tensor_hooks():
+        # Hooks may save the tensor itself, and autograd then does not compare its version. The copy
+        # keeps dB = s Q G right if only the core is written before backward. A, B and the cores of
+        # rows have no copy: like a weight in PyTorch, they must not change before backward.
+        core = core.clone()
+    if plan is not PROJECTION:
+        few_tokens = plan is ONE_NODE_FEW_TOKENS
+        return nodes.layer_on_input(x, A, B, core, call, strategy, few_tokens, seed)
 
     if seed is None:
         projection = caches.A.projection(x, A, layer)
     else:
-        projection = nodes.project_input(x, A, call.p, seed)
-    if call.choice is None and x.dtype != torch.float16:
+        projection = nodes.project_input(x, A, p, seed)
+    if choice is None and x.dtype != torch.float16:
         return nodes.layer_on_projection(
-            projection.route, call.base_output, projection.u, B, core, call, projection, strategy
+            projection.route, base_output, projection.u, B, core, call, projection, strategy
         )
     # Rows have different cores, or float16 cannot fold: the layer's node starts from h.
-    scaled_B, scaling = fallback.scaling_in_range(B, call.scaling, x.dtype)
-    if call.choice is not None:
-        h = nodes.row_core(projection.u, core, scaling, call.choice)
+    scaled_B, scaling = fallback.scaling_in_range(B, scaling, x.dtype)
+    if choice is not None:
+        h = nodes.row_core(projection.u, core, scaling, choice)
     else:
         h = projection.u @ (core * scaling).to(x.dtype)
     return nodes.layer_on_rows(
-        projection.route, call.base_output, h, scaled_B, call, projection, strategy
+        projection.route, base_output, h, scaled_B, call, projection, strategy
     )
 
 

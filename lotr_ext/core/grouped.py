@@ -1,9 +1,9 @@
-"""The frozen product of a mixture of experts, whose rows are sorted by expert.
+"""The base product of a mixture of experts, whose rows are sorted by expert.
 
     y_i = x_i W_c(i)^T      expert c computes the rows from offs[c - 1] to offs[c]
 
-It is one matrix product per expert, or PyTorch's grouped product where that one runs. Rows past the
-last end belong to no expert. They are not read, and zero in y.
+It is one matrix product per expert, or PyTorch's grouped product if that accepts the tensors. Rows
+past the last end belong to no expert: x is not read there, and y is zero.
 
 The products are operators, so that a compiled graph contains no loop over experts.
 
@@ -31,7 +31,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """
     if _torch_can_run(x, weight):
         y = nn.functional.grouped_mm(x, weight.mT, offs=offs)
-        # torch leaves the rows past the end unwritten. offs stays on the GPU: no wait for it.
+        # torch leaves the rows past the end unwritten. To read offs here would wait for the GPU.
         is_past_end = torch.arange(len(x), device=x.device) >= offs[-1]
         return y.masked_fill_(is_past_end.unsqueeze(1), 0)
     y = x.new_empty(x.shape[0], weight.shape[1])
@@ -63,13 +63,15 @@ def grouped_outer(g: Tensor, x: Tensor, offs: Tensor) -> Tensor:
 def _torch_can_run(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch's grouped product accepts these tensors.
 
-    It accepts bfloat16 on a GPU from sm_80 on, if the rows or columns are aligned to 16 bytes.
+    It accepts bfloat16 on a GPU from sm_80 on, if the address is aligned to 16 bytes, and so are
+    the rows or the columns.
     """
     return (
         x.is_cuda
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
         and x.dtype == torch.bfloat16
         and x.shape[0] > 0
+        and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
         and x.stride(1) == 1
         and 1 in (weight.stride(1), weight.stride(2))
         and x.stride(0) % 8 == 0
@@ -103,10 +105,10 @@ def _(g, x, offs):
 # ---- gradients -----------------------------------------------------------------------------------
 
 
-def _save_factors(ctx, inputs, output) -> None:
-    """Saves the factors of a product: (x, weight), or (g, x).
+def _save_operands(ctx, inputs, output) -> None:
+    """Saves the operands of a product: (x, weight), or (g, x).
 
-    The first one is needed only for the gradient of the second one. Experts' weights are mostly
+    The first one is needed only for the gradient of the second one. Experts' weights are usually
     frozen, and x would take memory.
     """
     first, second, offs = inputs
@@ -127,8 +129,8 @@ def _grouped_outer_backward(ctx, dW: Tensor):
     return grouped_mm(x, dW, offs), dx, None
 
 
-grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_save_factors)
-grouped_outer.register_autograd(_grouped_outer_backward, setup_context=_save_factors)
+grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_save_operands)
+grouped_outer.register_autograd(_grouped_outer_backward, setup_context=_save_operands)
 
 
 # ---- with a bias ---------------------------------------------------------------------------------
@@ -146,11 +148,11 @@ def linear(
         offs: Where the rows of each expert end [e] (int32).
         reads: t(i) [rows]. None if row i reads x_i.
     """
-    rows = x if reads is None else x[reads]
+    x_rows = x if reads is None else x[reads]
     if private.functorch_is_active() or private.forward_ad_is_active():
-        y = _differentiable_product(rows, weight, offs)
+        y = _differentiable_product(x_rows, weight, offs)
     else:
-        y = grouped_mm(rows.contiguous(), weight, offs)
+        y = grouped_mm(x_rows.contiguous(), weight, offs)
     if bias is None:
         return y
     expert = index_from_offs(offs, len(y), len(bias))

@@ -12,9 +12,9 @@ This file adds what LibTorch's stable ABI cannot register:
 
 It also holds the Python functions through which the autograd nodes call the operators.
 
-dtypes: x and the results have one dtype: float32, bfloat16, float16 or float64. Sums over tokens
-and layers are float32 (float64 for float64). Factors may be float32 if x has a half-precision
-dtype. They are then rounded to x's dtype first, as under autocast.
+dtypes: x, u, F, h, y and their gradients have one dtype: float32, bfloat16, float16 or float64.
+Sums over tokens and layers are float32 (float64 for float64). Factors may be float32 if x has a
+half-precision dtype. They are then rounded to x's dtype first, as under autocast.
 
 Not here: gradients (nodes.py), the same formulas in PyTorch (fallback.py), and the question whether
 the kernels can run on a device (kernel_support.py).
@@ -64,6 +64,22 @@ lotr = torch.ops.lotr
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype of sums over tokens and layers: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def scaling_in_range(B: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Returns (B', s') with s' (u G) B'^T = s (u G) B^T.
+
+    In float16, s u G overflows for a large s where the layer's output does not. Such an s is moved
+    into B', so s' = 1. A small s stays, because u G without it could overflow.
+
+    Args:
+        B: [n, r_out].
+        scaling: s.
+        dtype: The dtype of u.
+    """
+    if dtype == torch.float16 and abs(scaling) > 1:
+        return B * scaling, 1.0
+    return B, scaling
 
 
 # ---- calls from the autograd nodes ---------------------------------------------------------------
@@ -172,10 +188,10 @@ def layer_forward_few_tokens(
     Args:
         core: G [r_in, r_out], which is not folded. The others are as for `layer_forward`.
     """
-    base_output = nn.functional.linear(x, weight, bias)
     u = lotr.shrink.default(as_matrix(x), A)
-    h = (u @ core.to(u.dtype)) * scaling
-    return lotr.expand.default(base_output, h, B.to(u.dtype)), u
+    scaled_B, h_scaling = scaling_in_range(B, scaling, u.dtype)
+    h = u @ (core * h_scaling).to(u.dtype)
+    return lotr.expand.default(nn.functional.linear(x, weight, bias), h, scaled_B.to(u.dtype)), u
 
 
 @_in_one_call("layer_forward_projected")
@@ -214,7 +230,7 @@ def layer_forward_rows(
 
 
 def _empty_rows(like: Tensor, rows: int, rank: int, dtype: torch.dtype | None = None) -> Tensor:
-    """A new [rows, rank]. On CUDA each row starts at a multiple of 16 bytes."""
+    """A new tensor [rows, rank]. On CUDA each row starts at a multiple of 16 bytes."""
     dtype = dtype or like.dtype
     elements_per_chunk = 16 // dtype.itemsize if like.device.type == "cuda" else 1
     row_stride = -(-rank // elements_per_chunk) * elements_per_chunk
@@ -258,7 +274,7 @@ def _(B, core, scaling, dtype):
 
 @fake_kernel("layer_backward_few_tokens_")
 def _(g, weight, x, u, A, B, core, scaling, strategy, dA, dB, need_B, need_core):
-    # As the next one, which also has an F.
+    # The same results as the next one, which also has an F.
     return _fake_layer_backward(
         g, weight, x, u, A, None, B, core, scaling, strategy, dA, dB, need_B, need_core
     )

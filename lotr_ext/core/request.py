@@ -7,10 +7,10 @@ A request gives each layer that it concerns a state, which is one of
     tasks         state.cores [tasks, r_in, r_out], for experts [tasks, e, r_in, r_out], and
                   state.index_of(x): the task of each row or token of an input x, -1 for none
 
-`disabled` and `use_tasks` open a request. It is in force for the thread that opened it and for the
-backwards that this thread starts, because it is in a thread-local of torch that autograd carries
-into its backward threads. So a checkpoint recomputes in the same request, if backward is called
-inside the context.
+`disabled` and `use_tasks` open a request. It applies to the thread that opened it and to the
+backwards that this thread starts: torch stores it in a thread-local, which autograd copies into its
+backward threads. So a checkpoint recomputes in the same request if backward is called inside the
+context.
 
 Not here: what a state means to a layer (layers.py, experts.py) and where it is set (model.py,
 tasks.py).
@@ -36,7 +36,7 @@ _open_requests: set[object] = set()
 def open_request(states: Mapping[nn.Module, Any]) -> Iterator[None]:
     """Opens a request in which `state_of(module)` is states[module].
 
-    A module that `states` does not name keeps its state of the enclosing request.
+    A module that `states` does not name keeps its state from the enclosing request.
     """
     outer = current_request()
     # A token and not a count, because threads add and discard at the same time.

@@ -21,8 +21,8 @@ from .operators import BETA, FUSED, TWO_PASS, lotr
 
 STRATEGIES = {"two_pass": TWO_PASS, "beta": BETA, "fused": FUSED}
 
-# On CUDA, from this many tokens on, BETA is faster: it does not read y again, which outweighs its
-# slower start. The number is derived from the bytes that both move, not measured.
+# On CUDA, from this many tokens on, BETA is expected to be faster: both write y twice and read it
+# once, but BETA's read is in the base product, which computes meanwhile. An estimate, not measured.
 BETA_TOKENS = 1024
 
 
@@ -68,13 +68,13 @@ def _has_fused() -> bool:
     return "90a" in build_info()["cuda"]["archs"]
 
 
-@functools.cache
 def fused_obstacle(
     k: int, n: int, rank: int, dtype: torch.dtype, device: torch.device
 ) -> str | None:
     """Why gemm_lotr cannot compute a layer [k] -> [n], None if it can.
 
-    It also refuses tensors whose address or strides are not multiples of 16 bytes.
+    None is no promise: gemm_lotr also refuses addresses and strides that are not multiples of 16
+    bytes.
 
     Args:
         k: in_features.

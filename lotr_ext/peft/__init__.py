@@ -6,10 +6,9 @@
 PEFT's functions then work as for its methods: save_pretrained, from_pretrained, add_adapter,
 set_adapter, delete_adapter, disable_adapter, merge_adapter, unmerge_adapter, merge_and_unload,
 modules_to_save, adapter_names. A process that loads such an adapter must import this package first.
-PEFT's registry is a closed enum, so `register_peft_method` refuses "lotr"; the mappings that it
-fills take any string.
+`register_peft_method` accepts only members of PEFT's enum, so this file fills the mappings itself.
 
-    config.py   LoTRPeftConfig, its file
+    config.py   LoTRPeftConfig, and its form in a file
     layer.py    a layer with adapters by name
     model.py    PEFT's tuner, which owns the factors
 """

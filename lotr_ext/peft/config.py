@@ -29,8 +29,8 @@ class PeftType(str, Enum):
     LOTR = "LOTR"
 
 
-# Fields in files of version 1 that this version lacks. Without a value they are ignored, with one
-# they are an error.
+# Fields in files of version 1 that this version lacks. An empty one is ignored, any other is an
+# error.
 _REMOVED_FIELDS = ("magnitude", "use_dora", "target_parameters")
 
 
@@ -40,14 +40,14 @@ class LoTRPeftConfig(PeftConfig):
 
     Attributes:
         rank: An int or (r_in, r_out), 16 if neither rank nor r is given.
-        r: The name that PEFT's other methods have for rank. Equal to it.
+        r: The name of rank in PEFT's other methods. Always equal to rank.
         alpha: As in `lotr_ext.LoTRConfig`, as are rslora, scaling, dropout, group_by, init, core,
             core_init and train. A saved configuration has the scaling as a number. group_by cannot
             be a callable, which cannot be saved, and init cannot be "svd", which changes the base
             weights that PEFT's adapters share.
         target_modules: As in `peft.LoraConfig`, as are exclude_modules, layers_to_transform,
-            layers_pattern and modules_to_save. None selects PEFT's default for LoRA and the type of
-            the model.
+            layers_pattern and modules_to_save. None selects what PEFT's LoRA targets by default in
+            a model of this type.
         bias: "none", "all", or "lotr_only" to train the biases of adapted layers.
         layers: The adapted layers with the names of their factors. Set when layers are adapted.
 
@@ -75,7 +75,8 @@ class LoTRPeftConfig(PeftConfig):
     r: int | tuple[int, int] | None = None
 
     def __new__(cls, *_: Any, **values: Any) -> "LoTRPeftConfig":
-        # Before `__init__`, whose error for an unknown name does not say what to use.
+        # Before `__init__`, whose error for an unknown name does not say what to use. That error is
+        # left to removed fields without a value: PEFT then calls `from_peft_type` without them.
         refuse_lora_settings(_without_removed_fields(values), cls)
         return super().__new__(cls)
 
@@ -85,11 +86,16 @@ class LoTRPeftConfig(PeftConfig):
         if self.rank is None:
             self.rank = 16 if self.r is None else self.r
         if self.r not in (None, self.rank):
-            raise ValueError(f"r: expected rank = {self.rank!r}, or only one, got {self.r!r}")
+            raise ValueError(
+                f"r: expected rank = {self.rank!r}, got {self.r!r}. Pass only one of them."
+            )
         if callable(self.group_by) or callable(self.core) or self.core == "custom":
             raise ValueError(
                 f"group_by, core: expected what can be saved, got {self.group_by!r}, {self.core!r}"
             )
+        # PEFT's files name factors after their groups. A name of a module cannot have a dot.
+        if isinstance(self.group_by, dict) and "." in "".join(map(str, self.group_by.values())):
+            raise ValueError(f"group_by: expected groups without dots, got {self.group_by!r:.200}")
         if self.init == "svd":
             raise ValueError(
                 'init: expected one that does not change the base weights, got "svd". Use '
@@ -98,8 +104,7 @@ class LoTRPeftConfig(PeftConfig):
         check_choice("bias", self.bias, ("none", "all", "lotr_only"))
         # Checks the fields that both configurations have.
         checked = self.to_lotr()
-        self.rank = checked.rank  # a pair is a list in JSON
-        self.r = checked.rank
+        self.rank = self.r = checked.rank  # a tuple, also of the list that JSON has
         self.train = list(checked.train)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -141,21 +146,23 @@ class LoTRPeftConfig(PeftConfig):
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
-        """Returns the configuration of a file, as PEFT's method does, also of the first version.
+        """Returns the configuration in a file, as PEFT's method does. Also reads version 1.
 
         Raises:
-            TypeError: If the file has a setting that this version lacks.
+            TypeError, ValueError: If the file has a setting that this version lacks, or a wrong
+                value.
         """
-        # Only version 1 saved None or "auto", with its meanings. Later files have a number, see
-        # `to_dict`.
+        # Only version 1 saved None or "auto", which had other meanings. Later files have a number,
+        # see `to_dict`.
         if kwargs.get("scaling") in (None, "auto"):
             values = {**kwargs, "rank": kwargs.get("rank") or 16}
             kwargs["scaling"] = config_of_version_1(values)["scaling"]
-        # In version 1, adapters could share A and B. A file has both, so the setting is not needed.
+        # In version 1, several adapters could share one A and B. Each file has both, so the setting
+        # is not needed.
         kwargs.pop("share_factors", None)
         return super().from_peft_type(**_without_removed_fields(kwargs))
 
 
 def _without_removed_fields(values: dict[str, Any]) -> dict[str, Any]:
-    # Otherwise PEFT's base class would drop them, with a warning.
+    # PEFT's base class would drop them with a warning. A field with a value stays, and raises.
     return {name: value for name, value in values.items() if value or name not in _REMOVED_FIELDS}

@@ -46,12 +46,12 @@ class LoTRPeftAdapter(nn.Module):
         set_unregistered(self, "factors", factors)
         set_unregistered(self, "form", form)
         for part, parameter in self.parts():
-            # For good, because PEFT switches only what `parameters` yields.
+            # Permanently: PEFT switches requires_grad only of what `parameters` yields.
             if part not in self.trained:
                 parameter.requires_grad_(False)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Yields the parameters that are trained while the adapter is active, also of A and B.
+        """Yields the parameters of A, B and the core that are trained while the adapter is active.
 
         torch's method would yield the core. PEFT calls this method to switch requires_grad when the
         adapter becomes active or inactive, and has no other hook for an adapter that also trains
@@ -75,7 +75,7 @@ class LoTRPeftAdapter(nn.Module):
             x: [.., k].
             weight: W [n, k].
             bias: [n].
-            base_output: Takes the place of x W^T + bias. There is then no weight.
+            base_output: Replaces x W^T + bias. weight is then None.
         """
         core = self.core_matrix()
         dropout = self.dropout if self.training else 0.0
@@ -145,14 +145,14 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """Moves an adapter to the base. PEFT calls it after loading into tensors without memory.
+        """Moves an adapter to the device of the base, as BaseTunerLayer does, but without a cast.
 
-        Does what BaseTunerLayer's method does, without the cast to the dtype of the base.
+        With low_cpu_mem_usage, PEFT calls it when the values have been loaded.
         """
         if adapter_name not in self.lotr_adapter:
             return
         adapter = self.lotr_adapter[adapter_name]
-        # PEFT also calls it before the values are loaded, when there is nothing to move.
+        # A meta tensor, whose value was not loaded, cannot be moved.
         if not any(parameter.is_meta for _, parameter in adapter.parts()):
             for module in adapter.modules_of_parts().values():
                 module.to(device or device_of(self.base_layer))
@@ -172,7 +172,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
             for name in self.active_adapters
             if name in self.lotr_adapter and not self.merged
         ]
-        # More arguments than x are for the base's forward, which then has to be called.
+        # Further arguments are for the base's forward, which must then be called.
         has_plain_call = layer_class(self.base_layer) is not LoTRWrapped and not args and not kwargs
         if adapters and has_plain_call:
             # The first adapter also computes the product of the base.
@@ -184,7 +184,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         return y
 
     def _per_row(self, x: Tensor, names: Sequence[str], y: Tensor) -> Tensor:
-        """Returns y, the output of the base, plus for row i of x the adapter names[i]."""
+        """Returns the base's output y, with the adapter names[i] added in row i."""
         if len(names) != len(x):
             raise ValueError(
                 f"adapter_names: expected one name for each of the {len(x)} rows, got {len(names)}"
@@ -196,8 +196,9 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
             )
         for name in dict.fromkeys(names):
             if name in self.lotr_adapter:
-                matching = [i for i, row_name in enumerate(names) if row_name == name]
-                rows = torch.tensor(matching, device=x.device)
+                rows = torch.tensor(
+                    [i for i, row_name in enumerate(names) if row_name == name], device=x.device
+                )
                 # Not in place: autograd may need the base's output as it was.
                 y = y.index_copy(0, rows, self.lotr_adapter[name](x[rows], base_output=y[rows]))
         return y
@@ -215,7 +216,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
             adapter_names: The active ones if None.
 
         Raises:
-            TypeError: If the base has no plain weight.
+            TypeError: If the weight is not plain, or the base returns more than x W^T + bias.
             ValueError: If the sum is not finite and safe_merge is set.
         """
         # PEFT merges in every layer, also in those that have no adapter of these names.
@@ -228,12 +229,12 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
             return
         weight = mergeable_weight(self.base_layer).detach()
         backup = weight.clone() if self.weight_backup is None else self.weight_backup
-        # All adapters anew, so that a second merge does not round the first one's result again.
+        # Sums all adapters again, so that a second merge does not round the first one's result.
         total = backup.to(accumulate_dtype(backup.dtype))
         for name in (*self.merged_adapters, *names):
             total = total + self.lotr_adapter[name].delta_weight().to(total.device)
             if safe_merge and not bool(total.isfinite().all()):
-                # In PEFT's words, which its users may look for.
+                # PEFT's wording, for which its users may search. The sum may also be infinite.
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )

@@ -1,7 +1,7 @@
 """PEFT's tuner for LoTR: finds the layers, owns the factors and writes the files.
 
-PEFT's BaseTuner adds, switches, merges and removes adapters. It calls these hooks, here in this
-order:
+PEFT's BaseTuner adds, switches, merges and removes adapters. PEFT calls these hooks, in the order
+of this file:
 
     _pre_injection_hook                 once, before the first adapter: the owners of all factors
     inject_adapter                      adds an adapter: calls the next two
@@ -24,7 +24,8 @@ factor once, so the hooks do for factors what BaseTuner does for layers:
     base_model.model.<layer>.lotr_adapter.<adapter>.core    the core of a layer
     base_model.lotr_cores.<adapter>.<parameter>             instead of those, with computed cores
 
-The files leave out the adapter's name, as PEFT does. A layer's core refers to its pair of factors.
+The files leave out the adapter's name, as PEFT does. The configuration's `layers` names the factors
+of each layer.
 """
 
 import re
@@ -61,7 +62,7 @@ BASE = "__base__"  # PEFT's name, in adapter_names, for rows without an adapter
 
 
 def _prefix_of(adapter_name: str) -> re.Pattern[str]:
-    """Matches the start of a tensor's name up to the adapter's, such as lotr_factors.default."""
+    """Returns a pattern for the part of a tensor's name like "lotr_factors.default."."""
     return re.compile(rf"\b(lotr_(?:factors|cores|adapter))\.{re.escape(adapter_name)}\.")
 
 
@@ -89,11 +90,11 @@ class LoTRPeftModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Adds an adapter, as BaseTuner does. The factors of others keep their requires_grad."""
+        """Adds an adapter, as BaseTuner does. Factors of other adapters keep requires_grad."""
         existing = chain(self.lotr_factors.parameters(), self.lotr_cores.parameters())
         before = {parameter: parameter.requires_grad for parameter in existing}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        # BaseTuner restores it for parameters of the model, in which the factors are not.
+        # BaseTuner does this only for parameters in the model, where the factors are not.
         for parameter, requires_grad in before.items():
             parameter.requires_grad_(requires_grad)
         block_bypasses(self.model, LoTRPeftLinear)
@@ -124,14 +125,14 @@ class LoTRPeftModel(BaseTuner):
     def _select(self, peft_config: LoTRPeftConfig, model: nn.Module) -> list[Target]:
         """Returns the layers that a configuration selects, by PEFT's rules for names.
 
-        As in PEFT, "all-linear" is replaced in the configuration by the names of all linear layers.
-        Layers on which an adapter would have no effect are taken out of these names; by any other
-        configuration, selecting one is an error.
+        As in PEFT, the names of all linear layers replace "all-linear" in the configuration. Layers
+        in which an adapter would have no effect are left out of them. To select such a layer in any
+        other way is an error.
         """
         tied = tied_names(model)
         is_all_linear = str(peft_config.target_modules).lower() == "all-linear"
         config = _maybe_include_all_linear_layers(peft_config, model)  # replaces "all-linear"
-        # As PEFT, not the modules inside layers that have an adapter already.
+        # As in PEFT, modules inside adapted layers are skipped.
         inside_adapted = tuple(
             f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)
         )
@@ -142,7 +143,7 @@ class LoTRPeftModel(BaseTuner):
                 config, name
             ):
                 continue
-            # PEFT would replace only the first.
+            # PEFT would replace the layer only in the first of its places.
             if len(names) > 1:
                 raise ValueError(
                     f"target_modules: expected layers in one place each, got one at "
@@ -168,7 +169,8 @@ class LoTRPeftModel(BaseTuner):
         the tensor's name is the name of another adapter.
 
         Raises:
-            ValueError: If a name has a dot, or is also the name of a module or group.
+            ValueError: If a name has a dot, or is also the name of a module, a group or an
+                attribute of nn.ModuleDict.
         """
         names_of_tensors: list[str] = []
         for config in self.peft_config.values():
@@ -177,10 +179,10 @@ class LoTRPeftModel(BaseTuner):
         parts = set(".".join(names_of_tensors).split("."))
         has_others = len(self.peft_config) > 1
         for name in self.peft_config:
-            if "." in name or hasattr(nn.ModuleDict, name) or (has_others and name in parts):
+            if "." in name or hasattr(nn.ModuleDict(), name) or (has_others and name in parts):
                 raise ValueError(
                     f"adapter_name: expected a name without dots that no adapted module, group or "
-                    f"method of nn.ModuleDict has, got {name!r}"
+                    f"attribute of nn.ModuleDict has, got {name!r}"
                 )
 
     def _create_and_replace(
@@ -197,7 +199,8 @@ class LoTRPeftModel(BaseTuner):
         layer = target
         if not isinstance(target, LoTRPeftLinear):
             layer = LoTRPeftLinear(target).train(target.training)
-            # PEFT's _replace_module would also move the core to the device of an offloaded weight.
+            # Not PEFT's _replace_module: it would also move adapters to the device of the weight,
+            # which is the meta device if the layer is offloaded.
             setattr(parent, target_name, layer)
         if adapter_name not in self.lotr_factors:
             self.lotr_factors[adapter_name] = nn.ModuleDict()
@@ -225,8 +228,8 @@ class LoTRPeftModel(BaseTuner):
             peft_config: The adapter's configuration.
             adapter_name: The adapter.
             name: The layer.
-            like: Has the device and dtype of the parameters: the meta device, if PEFT loads into
-                tensors without memory.
+            like: A tensor with the device and dtype of the parameters. It is on the meta device if
+                PEFT loads with low_cpu_mem_usage.
         """
         if peft_config.core == "dense":
             return None
@@ -256,7 +259,7 @@ class LoTRPeftModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        # Here for all layers, so that an error leaves none of them merged.
+        # For all layers before the first is merged, so that an error leaves none of them merged.
         for name, module in self.model.named_modules():
             try:
                 if isinstance(module, LoTRPeftLinear):
@@ -273,15 +276,15 @@ class LoTRPeftModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Inside, row i of a batch has the adapter adapter_names[i], as in PEFT's LoRA.
+        """Applies the adapter adapter_names[i] to row i of a batch inside the context.
 
-        "__base__" is for a row without an adapter. Forward pre-hooks hand the names to the layers.
+        As in PEFT's LoRA, "__base__" applies none. Forward pre-hooks pass the names to the layers.
         """
         names = kwargs.get("adapter_names")
         if names is None:
             yield
             return
-        # In training, a checkpoint would recompute the layers in backward, after the context.
+        # Activation checkpointing would recompute the layers in backward, outside of the context.
         if self.training:
             raise ValueError(
                 "adapter_names: expected a model in eval mode, got one in training mode. Call "
@@ -307,11 +310,11 @@ class LoTRPeftModel(BaseTuner):
             yield
 
     def _encoder_modules(self) -> set[nn.Module]:
-        """Returns the modules of an encoder. A beam search does not repeat its rows."""
+        """Returns the modules of the encoder, whose rows a beam search does not repeat."""
         if not hasattr(self.model, "get_encoder"):
             return set()
         encoder = self.model.get_encoder()
-        # A decoder returns None or itself.
+        # A model with only a decoder returns None or itself.
         return set() if encoder in (None, self.model) else set(encoder.modules())
 
     # ---- files -----------------------------------------------------------------------------------
@@ -328,7 +331,7 @@ class LoTRPeftModel(BaseTuner):
         """Returns the tensors of an adapter's file, as BaseTuner does.
 
         Raises:
-            RuntimeError: If a tensor is sharded, of which PEFT would save a shard.
+            RuntimeError: If a tensor is sharded. PEFT would save only one shard.
         """
         tensors = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
@@ -345,8 +348,8 @@ class LoTRPeftModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT's method expects the adapter's name just before the last part, where it is only for a
-        # plain core. A factor's name has the group in between.
+        # PEFT's method expects the adapter's name just before the last part. That is so only for a
+        # dense core: a factor's name has the group in between.
         return _prefix_of(adapter_name).sub(r"\1.", key, count=1)
 
     @classmethod
@@ -356,16 +359,16 @@ class LoTRPeftModel(BaseTuner):
         """Returns the tensors of a file by the model's names, as BaseTuner does.
 
         Raises:
-            ValueError: If the adapter has other layers, of which PEFT would only warn.
+            ValueError: If the file has other layers than the adapter. PEFT would only warn.
         """
-        # In files of version 1, lotr_factors.<group>.A is lotr_factors.A_<group>.value.
+        # Files of version 1 have lotr_factors.<group>.A for lotr_factors.A_<group>.value.
         renamed = {
             re.sub(r"(lotr_factors)\.(.+)\.([AB])$", r"\1.\3_\2.value", key): tensor
             for key, tensor in state_dict.items()
         }
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
         expected = {key for key in model.state_dict() if _prefix_of(adapter_name).search(key)}
-        # All but biases and modules_to_save, also a tensor for which the model has no layer.
+        # All but biases and modules_to_save, with or without a layer for it in the model.
         actual = {key for key in tensors if re.search(r"\blotr_(factors|cores|adapter)\.", key)}
         expect_names("adapter", expected, actual)
         return tensors

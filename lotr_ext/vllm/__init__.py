@@ -132,7 +132,7 @@ def export_task(
             engine.
         task: A task of the model's TaskBank. If None, the cores of the model's adapter.
         base_model: The path or name of the base model, which vLLM's resolver of folders needs. If
-            None, as the model was loaded.
+            None, the one from which the model was loaded.
 
     Raises:
         RuntimeError: If the model has no adapter.
@@ -144,7 +144,7 @@ def export_task(
     task_format = factors_of(adapter, "export_task").task_format
     cores = adapter.tensors if task is None else model.lotr_tasks.cores_of(task)
     rank = max(max(shape) for shape in task_format.shapes.values())
-    # vLLM reads it before the plugin sees the folder: it must be a LoRA that the engine accepts.
+    # vLLM reads this file before it calls the plugin, so it must be one that the engine accepts.
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -195,7 +195,7 @@ def register() -> None:
     Does nothing if the variable is not set.
 
     Raises:
-        RuntimeError: If this version of vLLM is not tested.
+        RuntimeError: If this version of vLLM is not tested, unless LOTR_VLLM_ANY=1.
         ValueError: If there is no such folder, or it has an adapter that the engine cannot hold.
     """
     if os.environ.get("LOTR_FACTORS"):

@@ -82,12 +82,12 @@ def install(factors: EngineFactors) -> None:
     # vLLM has no interface for other kinds of adapters. So this replaces its choice of layers, the
     # classes of layers, and the method that loads an adapter.
     _adapt_only({name.rpartition(".")[2] for name in factors.layers})
-    # They have the names of vLLM's classes, because vLLM compares the names of some.
+    # With the names of vLLM's classes, because vLLM compares the names of some.
     layer_classes = [
         type(base.__name__, (_LayerWithCores, base), {"lotr_factors": factors})
         for base in LINEAR_LAYERS
     ]
-    # Before vLLM's, because it takes the first class that can replace a layer.
+    # Before vLLM's classes, because vLLM uses the first one that can replace a layer.
     utils._all_lora_classes = (*layer_classes, *utils._all_lora_classes)
 
     def load(self: WorkerLoRAManager, request: LoRARequest) -> LoRAModel:
@@ -110,9 +110,10 @@ def install(factors: EngineFactors) -> None:
 
 
 def _adapt_only(names: Collection[str]) -> None:
-    """Restricts vLLM to linear layers of these names, none of them of experts.
+    """Restricts vLLM's adapters to linear layers of these names, outside of experts.
 
-    Otherwise it has slots for embeddings, the head and experts as well, and computes with them.
+    Otherwise vLLM would make slots for embeddings, the head and experts as well, and compute with
+    them.
     """
     supported_modules = manager.get_supported_lora_modules
 
@@ -200,10 +201,10 @@ class _LayerWithCores:
         packed_modules_list: list[str],
         **options: Any,
     ) -> bool:
-        """Whether this class replaces a layer, as vLLM's wrapper says.
+        """Whether this class replaces a layer, by the rules of vLLM's wrapper.
 
-        If so, the layer gets `lotr_names`, the full names of its modules: only this call has them,
-        and `create_lora_weights` needs them.
+        If so, the layer gets `lotr_names`, the full names of its modules. `create_lora_weights`
+        needs them, and only this call can compute them.
 
         Args:
             source_layer: The layer.

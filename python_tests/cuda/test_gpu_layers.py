@@ -51,7 +51,7 @@ def test_tasks(device: str) -> None:
     assert relative(y.cpu(), row_by_row(truth, x.double())) < 1e-5
 
 
-# ---- models ----
+# ---- models --------------------------------------------------------------------------------------
 
 
 def gradients(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
@@ -61,11 +61,11 @@ def gradients(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> 
 
 
 def definition(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The gradients by the formula in float64."""
-    model = copy.deepcopy(model).to("cpu", torch.float64)
+    """Returns the gradients by the formula, in float64."""
+    exact = copy.deepcopy(model).to("cpu", torch.float64)
     plain = zoo.net("mlp").double()
-    parameters = models.adapter_parameters(model)
-    y = torch.func.functional_call(plain, models.written_out(model, plain), (x.double().cpu(),))
+    parameters = models.adapter_parameters(exact)
+    y = torch.func.functional_call(plain, models.written_out(exact, plain), (x.double().cpu(),))
     return list(torch.autograd.grad(y.square().mean(), parameters))
 
 
@@ -95,7 +95,7 @@ def test_autocast(dtype: torch.dtype, device: str) -> None:
     assert worst(gradients(model, call, x), definition(model, x)) < CLOSE[dtype]
 
 
-class Trained:
+class TrainingRun:
     """A model, its optimizer and its batch buffer. A graph captures `step`."""
 
     def __init__(self, model: nn.Module):
@@ -114,10 +114,10 @@ class Trained:
 
 
 def test_a_training_step_is_captured_and_replayed() -> None:
-    """Forward, sums of the shared gradients, AdamW: replays on new batches against eager steps."""
+    """Replays of forward, backward and AdamW on new batches agree with eager steps."""
     start = models.trained("mlp")
-    plain = Trained(start)
-    graphed = Trained(start)
+    plain = TrainingRun(start)
+    graphed = TrainingRun(start)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # torch requires a warm-up off the default stream

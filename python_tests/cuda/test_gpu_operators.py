@@ -1,7 +1,7 @@
 """The table of operators (python_tests/test_operators.py) on a GPU.
 
-On a Hopper GPU also the strategy FUSED of the layer's operators, which runs gemm_lotr. The same
-tests run once on the CPU, which shows that the checks can pass.
+A Hopper GPU also runs the layer's operators with the strategy FUSED, which uses gemm_lotr. The
+same table runs on the CPU as well, which shows that the checks can pass.
 """
 
 from collections.abc import Callable
@@ -78,7 +78,7 @@ class OnDevice:
 
 
 def check(name: str, make: Callable[[], Case], where: str) -> None:
-    """The numbers, and the same bits a second time."""
+    """Checks the numbers, and that a second run has the same bits."""
     test_operators.check(name, make(), where)
     first = test_operators.results_of(name, make())
     second = test_operators.results_of(name, make())

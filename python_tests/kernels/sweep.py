@@ -21,7 +21,7 @@ from csrc.simt import build
 
 
 def problems(which: str, kinds: Iterable[str], kernels: Iterable[str]) -> Iterator[Problem]:
-    """Yields one problem at a time, because each has its arrays."""
+    """Yields one problem at a time, because each holds its arrays in memory."""
     cases = [(kernel, kind) for kernel in kernels for kind in kinds if (kernel, kind) in CASES]
     return (
         Problem(kernel, shape, kind) for kernel, kind in cases for shape in shapes_of(kernel, which)

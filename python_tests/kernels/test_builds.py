@@ -31,7 +31,7 @@ def test_no_race() -> None:
     ("mode", "schedules"), [("race", "reverse,1,102"), ("asan", "forward,2,103")]
 )
 def test_no_race_and_no_bad_access_anywhere(mode: str, schedules: str, kernel: str) -> None:
-    """All shapes and element types. `make test` relies on NaN around arrays and the executor."""
+    """All shapes and element types. `make test` relies on the executor and NaN around arrays."""
     sweep(mode, "--shapes", "all", "--kernels", kernel, "--schedules", schedules)
 
 

@@ -225,7 +225,7 @@ def launched(plan: str, op: str) -> tuple[str, int]:
 
 
 PLANS = {
-    "shrink": "rows=64 cols=128 m_blocks=6 n_blocks=2",
+    "shrink": "rows=128 cols=64 m_blocks=3 n_blocks=2",
     "expand_add": "rows=128 cols=64 m_blocks=1 n_blocks=10",
     "factor_grad": "rows=64 cols=128 m_blocks=3 n_blocks=5",
     "shrink_grad": "rows=64 cols=128 m_blocks=2 n_blocks=5",

@@ -40,7 +40,7 @@ ENVIRONMENT = {  # one thread, one process and no network
 
 def main(spec: dict) -> None:
     os.environ |= {**ENVIRONMENT, "LOTR_FACTORS": spec["factors"]}
-    # Now, because vLLM reads the environment when it is imported.
+    # Imported here, because vLLM reads the environment when it is imported.
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

@@ -85,7 +85,7 @@ MISTAKES: dict[str, dict[str, str]] = {
     "too_many_threads": {"plain": f"{REFUSED}threads in a block is 1056, expected 1 to 1024"},
     "too_large_a_cluster": {"plain": f"{REFUSED}blocks in a cluster is 16, expected 1 to 8"},
     "too_much_shared_memory": {
-        "plain": f"{REFUSED}shared memory in bytes is 300000, expected 1 to 232448"
+        "plain": f"{REFUSED}shared memory in bytes is 300000, expected 0 to 232448"
     },
     "too_little_shared_memory": {"plain": "shared struct has 9216 bytes, the launch gave 4608"},
     "empty_tensor_map": {"plain": "tensor map: expected at least one row and column"},

@@ -11,10 +11,10 @@
 //          along tokens; u once for each piece of N (plan.h balances them)
 // Sums     float32, start or the bias added last, rounded once
 //
-// Lane 4 g + q reads only what it copied. Of each product of 8 columns it has the sums (g, 2q),
-// (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1). The columns of F are dealt to the products so that
-// the lane's sums of a row are 16 contiguous bytes of y. So lanes share only the warp's strip of
-// u, and no warp waits for another.
+// Lane 4 g + q reads only the part of start that it copied. In each product of 8 columns it has the
+// sums (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1). The rows of F are dealt to the products
+// so that the lane's sums of a row are 16 contiguous bytes of y. So in the loop, lanes share only
+// the warp's strip of u and F, which no longer changes, and no warp waits for another.
 //
 // Timeline of a warp (tile t = strip i, column tile n; L copies in flight, P product, sum and
 // store; a __syncwarp at |, for u):
@@ -64,8 +64,8 @@ struct ExpandTraits {
   }
 };
 
-// Rows row0 .. of F, dealt to the products. By plain loads, while the first tiles of start are in
-// flight: the loop then waits only for these.
+// Copies the rows of F from row0 on, dealt to the products. Plain loads do it while the first tiles
+// of start are in flight, so the loop waits only for these.
 template <class Traits>
 LOTR_DEVICE void load_factor(typename Traits::Factor& tile, const Matrix& F, int64_t row0,
                              int64_t rows, int r) {
@@ -120,14 +120,14 @@ LOTR_DEVICE void load_strip(Tile& tile, const Matrix& u, int64_t row0, int64_t r
   }
 }
 
-// How a lane walks a matrix [M, N], in elements. Of a tile the lane has 2 GROUPS chunks: chunk c is
-// c % 2 steps down and c / 2 steps to the right of its first one.
+// How a lane walks a matrix [M, N], in elements. In a tile, the lane has 2 GROUPS chunks: chunk c
+// is c % 2 steps down and c / 2 steps to the right of the first one.
 struct LaneSteps {
   int64_t down;      // 8 rows
   int64_t right;     // a group of columns
   int64_t to_tile;   // to the next tile of the strip
   int64_t to_strip;  // from past the last tile of a strip to the first one of the next strip
-  int full_strips;   // strips of 16-byte chunks entirely inside the matrix
+  int full_strips;   // strips entirely inside the matrix; 0 unless by_chunks
   bool by_chunks;    // 16 bytes at a time
 
   template <class Traits>
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
   const auto inside = [&](const Place& place, const LaneSteps& steps) {
     return place.strip < steps.full_strips && place.n < full_n;
   };
-  // Elements of the lane's chunk c that are inside the matrix.
+  // How many elements of the lane's chunk c are inside the matrix.
   const auto valid_of = [&](const Place& place, int c) {
     return tile::valid_elements<CHUNK>(
         int64_t(place.strip) * STRIP + row_of_lane + c % 2 * 8, p.M,
@@ -281,8 +281,8 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
       Chunk sum[2 * GROUPS];
 #pragma unroll
       for (int c = 0; c < 2 * GROUPS; ++c) {
-        // At a ragged edge only the elements inside the matrix were copied. The others have old
-        // contents of shared memory: they are added to as well, but not stored below.
+        // At a ragged edge only the elements inside the matrix were copied. The others, zeros or
+        // old contents of shared memory, are added to as well, but not stored below.
         if constexpr (Traits::FROM_BIAS)
           sum[c] = ptx::load_shared(
               reinterpret_cast<const Chunk*>(&sm.bias[now.n * COLS + c / 2 * GROUP + col_of_lane]));

@@ -1,8 +1,8 @@
 // fold:       F = s B G^T                     B [N, r_out], G [r_in, r_out], F [N, r_in]
 // fold_grad:  dB (+)= s Q G,  dG = s Q^T B    Q [N, r_in] float32, dB [N, r_out], dG [r_in, r_out]
 //
-// A few hundred kilobytes and N r^2 multiply-adds, so plain float32 fused multiply-adds on tiles of
-// 32 x 16: the result is rounded once, and sums keep float32 operands if the adapter has them.
+// The products are small (N r^2 multiply-adds), so plain float32 fused multiply-adds on tiles of
+// 32 x 16 suffice. The result is rounded once, and float32 factors are not rounded at all.
 //
 // Grid     fold       x: tiles of N, y: tiles of r_in
 //          fold_grad  one launch for both: first the tiles of dB; then one block of dG for each

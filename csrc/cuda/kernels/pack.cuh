@@ -5,9 +5,9 @@
 // row strides, transposed matrices. One pass before the pipelined kernels, which then need only
 // one way to read.
 //
-// Grid     x: tiles of ROWS x COLS, one below the other. Not y: its 65,535 blocks would be only
-//          4,194,240 columns. A tile passes through shared memory, so that both matrices are
-//          accessed along their neighbors in memory, whatever the order of `from` is.
+// Grid     x: tiles of ROWS x COLS, one below the other. y would allow only 65,535 tiles in a
+//          row, or 4,194,240 columns. A tile passes through shared memory, so that both matrices
+//          are accessed along their neighbors in memory, whatever the order of `from` is.
 // Bytes    from once, to once. Nothing past the last column of a row is written: the memory of the
 //          last row may end there.
 #pragma once

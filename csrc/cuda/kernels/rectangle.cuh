@@ -50,8 +50,8 @@ struct ColumnSums {
 
   static LOTR_DEVICE int i0() { return int(threadIdx.x) / 32 % WARP_COLS * 16; }
   static LOTR_DEVICE int j0() { return int(threadIdx.x) / 32 / WARP_COLS * (8 * NJ); }
-  // f(sums of column tile n). Registers need a constant index, so there is one copy of f for each
-  // tile if the compiler cannot deduce n.
+  // Calls f with the sums of column tile n. Registers need a constant index, so there is one copy
+  // of f for each tile if the compiler cannot deduce n.
   template <class F>
   LOTR_DEVICE void with_sums(int n, F f) {
 #pragma unroll
@@ -92,7 +92,7 @@ struct ColumnSums {
   }
 };
 
-// The columns of a block's rectangle of a matrix of `cols` columns.
+// How many of the matrix's `cols` columns are in a block's rectangle.
 template <int COLS, class Rectangle>
 LOTR_DEVICE int64_t columns_of(const Rectangle& walk, int64_t cols) {
   const int64_t width = int64_t(walk.n_tiles) * COLS;

@@ -14,7 +14,7 @@
 //          row_core_grad  one block for each core, tile of the core and split of its rows
 //          row_ends       x: 128 keys, one thread per key
 //          sum_rows       x: 128 elements of du, one thread per element
-// Bytes    row_core       a and the core of each run r_out / 16 times, h once
+// Bytes    row_core       a r_out / 16 times, the core of each run once, h once
 //          row_core_grad  u r_out / 16 times, g r_in / 32 times, dG once. With s splits, dG is
 //                         written s times as parts and read s times by sum_parts.
 //          sum_rows       row_du once, du once

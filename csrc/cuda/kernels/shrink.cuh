@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
   float d[SUBS][MI][NJ][4] = {};
   for (int i = 0; i < STAGES - 1; ++i) fetch();
   tile::with_dropout(p.dropout, [&](auto dropout) {
-    // One place per loop. If the loops shared one, the compiler would keep the sums in local
-    // memory.
+    // One place for each of the two loops, with and without dropout. If they shared one, the
+    // compiler would keep the sums in local memory.
     Place now;
     for (; now.step < steps; advance(now)) {
       auto& x = sm.stage[now.stage].x;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
     }
   });
 
-  // f(sum of a 16 x 8 tile, its first row in the block, its first rank) for those inside the matrix
+  // Calls f(sums, first row in the block, first rank) for each 16 x 8 tile inside the matrix.
   const auto each = [&](auto f) {
 #pragma unroll
     for (int s = 0; s < SUBS; ++s)

@@ -1,4 +1,4 @@
-// Tiles of 32 x 16 of the small products (fold, fold_grad, row_core): plain float32 fused
+// Tiles of 32 x 16 of the small products (fold, row_core and their gradients): plain float32 fused
 // multiply-adds. The caller's lambdas read the operands, which may have any type and strides.
 #pragma once
 #include "../tile/load.cuh"
@@ -16,7 +16,7 @@ struct SmallTraits {
   };
 };
 
-// The order of an operand in global memory: neighboring threads read neighbors in memory.
+// An operand's order in global memory, so that neighboring threads read neighbors in memory.
 using tile::Order;
 
 // d[i] += sum over k < K of a(row, k) b(k, col) for this thread's column and rows. Operands past

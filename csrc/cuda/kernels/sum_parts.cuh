@@ -25,7 +25,7 @@ struct SumPartsTraits {
 LOTR_DEVICE float4 sum_of_parts(const SumPartsParams& p, int64_t first) {
   const int64_t part = p.rows * p.parts_row;
   float4 sum{0.f, 0.f, 0.f, 0.f};
-#pragma unroll 4  // so many loads in flight
+#pragma unroll 4  // four loads in flight
   for (int s = 0; s < p.splits; ++s) {
     const float4 v = ptx::load(reinterpret_cast<const float4*>(p.parts + s * part + first));
     sum.x += v.x;

@@ -29,6 +29,7 @@ constexpr int blocks_of_one_product(int R) {
 constexpr size_t shared_budget(int blocks) {
   return blocks == 2 ? SHARED_BYTES_OF_TWO : SHARED_BYTES;
 }
+// 1 KB stays free: the bias of expand_add takes up to that.
 constexpr int stages_that_fit(size_t stage, size_t resident, int at_most,
                               size_t budget = SHARED_BYTES) {
   const int fit = int((budget - 1024 - resident) / stage);
@@ -63,7 +64,7 @@ constexpr int shrink_cols(size_t element, int R, int rows) {
   return cols > 128 ? 128 : cols;
 }
 
-// ---- fold, fold_grad, row_core: tiles of the output ----
+// ---- fold, row_core and their gradients: tiles of the output ----
 
 constexpr int SMALL_ROWS = 32, SMALL_COLS = 16;
 

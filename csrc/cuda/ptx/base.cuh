@@ -120,8 +120,8 @@ LOTR_DEVICE void from_floats(__half* to, float a, float b) {
   to[1] = pair.y;
 }
 
-// Returns the value, and keeps it in a register: the compiler would compute it again in every
-// iteration.
+// Returns the value, and keeps it in a register. Otherwise the compiler would compute it again in
+// every iteration.
 LOTR_DEVICE int held(int value) {
 #ifdef __CUDACC__
   asm volatile("mov.b32 %0, %0;" : "+r"(value));

@@ -10,11 +10,11 @@
 //     thread reads too early, and a kernel never ends before the previous ones: a wait for the last
 //     kernel is a wait for all. The executor checks this rule.
 //   - The previous operation may be anything. A kernel without launch_dependents, a memset or an
-//     event is waited for as usual, and early kernels of a library wait for theirs in the same way.
-//   - griddepcontrol_launch_dependents lets the next kernel start, but makes no store visible. A
-//     next kernel, also one of a library, must call griddepcontrol_wait before it reads. The call
-//     comes after a thread's last store, so that the next kernel's blocks do not take the place of
-//     blocks that still have work.
+//     event is waited for as usual. A library's early kernels wait for ours in the same way.
+//   - griddepcontrol_launch_dependents lets the next kernel start, but makes no store visible. That
+//     kernel, even a library's, must call griddepcontrol_wait before it reads. A thread calls
+//     launch_dependents after its last store, so that the next kernel's blocks do not take the
+//     place of blocks that still have work.
 #pragma once
 #include "base.cuh"
 
@@ -66,8 +66,8 @@ LOTR_DEVICE void griddepcontrol_launch_dependents(LOTR_SITE_ONLY) {
 #endif
 }
 
-// The compute capability of the current device, times ten; 90 in the executor. Throws
-// std::runtime_error with the kernel's name.
+// The compute capability of the current device, times ten; 90 in the executor. If CUDA reports an
+// error, throws std::runtime_error with `name`, the kernel's.
 inline int capability_of_device([[maybe_unused]] const char* name) {
 #ifdef __CUDACC__
   int device = 0, major = 0, minor = 0;
@@ -82,7 +82,7 @@ inline int capability_of_device([[maybe_unused]] const char* name) {
 }
 
 #ifdef __CUDACC__
-// Allows, during its lifetime, calls that ask about a kernel or set its attributes. The first such
+// Allows, during its lifetime, calls that query a kernel or set its attributes. The first such
 // call may load the kernel or allocate memory for its module, which a stream capture of this or
 // another thread forbids by default, although it touches no stream.
 class DriverQuery {
@@ -114,7 +114,7 @@ inline int capability_of_code([[maybe_unused]] const void* kernel) {
 #endif
 }
 
-// How many clusters of such a launch are resident on the current device: 0 if a block needs more
+// How many clusters of such a launch fit on the current device at once: 0 if a block needs more
 // shared memory than the device has, or if there is no code for the device.
 inline int resident_clusters([[maybe_unused]] const LaunchArgs& args,
                              [[maybe_unused]] const void* kernel) {
@@ -158,8 +158,8 @@ cudaError_t allow_shared_memory(size_t bytes) {
 }
 #endif
 
-// Throws std::runtime_error with the kernel's name. An error inside the kernel appears at a later
-// call on the device, and here in the executor (lotr::simt::Error).
+// A launch that fails throws std::runtime_error with the kernel's name. An error inside the kernel
+// appears at a later call on the device, and here in the executor (lotr::simt::Error).
 template <auto KERNEL, class... Args>
 void launch(const LaunchArgs& args, Args&&... params) {
 #ifdef __CUDACC__

@@ -7,7 +7,7 @@
 namespace lotr::ptx {
 
 #ifdef __CUDACC__
-// INSTRUCTION: the opcode without its type ("ld.global"). LOTR_PTX_ADDRESS: per memory, see below.
+// INSTRUCTION: the opcode without its type ("ld.global"). LOTR_PTX_ADDRESS is defined below.
 #define LOTR_PTX_LOAD(T, p, INSTRUCTION)                                                   \
   if constexpr (sizeof(T) == 16) {                                                         \
     uint4 v;                                                                               \

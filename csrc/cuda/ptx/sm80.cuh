@@ -30,8 +30,8 @@
 // call site together count as one instruction, so coalescing is counted as on the device. Accesses
 // to other memory are listed as "(unregistered)".
 //
-// The executor throws simt::Error, with file and line, for: a barrier or warp collective that not
-// all threads reach, or reach at different lines; lanes missing from a mask; misaligned or
+// The executor throws simt::Error, with file and line, for: a barrier or warp collective that some
+// threads do not reach, or reach at another line; lanes missing from a mask; misaligned or
 // out-of-range shared addresses; a thread that exits with a copy in flight; a launch that a GPU
 // would refuse. The data of cp.async does not exist before the wait: until then the destination
 // reads as NaN. Shared memory starts as NaN.

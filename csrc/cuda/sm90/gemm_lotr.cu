@@ -16,7 +16,7 @@ namespace {
 // the matrix.
 constexpr int64_t MAX_EXTENT = int64_t(1) << 30;
 
-// f(the traits of the problem's instance).
+// Calls f with the traits of the problem's instance.
 template <class F>
 void with_traits(const Call& call, const GemmLotr& problem, F f) {
   dispatch_half(call.type, [&](auto element) {
@@ -40,14 +40,14 @@ std::string matrix_refusal(const char* name, const Matrix& m, int64_t rows, int6
   return {};
 }
 
-// The same for one extent of the problem.
+// Returns why an extent of the problem is out of range, or an empty string.
 std::string extent_refusal(const char* name, int64_t least, int64_t extent) {
   if (extent >= least && extent <= MAX_EXTENT) return {};
   return std::string(name) + ": expected " + std::to_string(least) + " to 2^30, got " +
          std::to_string(extent);
 }
 
-// The same for all extents and matrices of the problem: the first reason.
+// Returns the first reason of all extents and matrices of the problem, or an empty string.
 std::string layout_refusal(const GemmLotr& problem) {
   const std::string extents[] = {extent_refusal("M", 0, problem.M),
                                  extent_refusal("N", 1, problem.N),
@@ -80,7 +80,7 @@ ptx::LaunchArgs launch_args(const Call& call, int64_t pairs) {
 }
 
 // Returns why the current device cannot run the instance, or an empty string. A MIG slice may have
-// no room for it. Queries the driver once per device and thread.
+// no room for it. Each thread remembers the devices that can.
 template <class Traits>
 std::string device_refusal(const Call& call) {
   thread_local std::array<bool, 64> runs{};  // devices that run it

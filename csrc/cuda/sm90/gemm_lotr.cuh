@@ -10,7 +10,7 @@
 //
 // Grid     pairs of blocks, as many as fill the GPU's SMs or fewer. Pair c computes tiles c,
 //          c + pairs, c + 2 pairs, .. of 256 x 256; each block has 128 of the rows. Each block
-//          loads half of the columns of W and writes them to both blocks (multicast). Blocks of
+//          loads W for half of the columns and writes it to both blocks (multicast). Blocks of
 //          different pairs share nothing.
 // Block    two warpgroups multiply 64 x 256 each, one thread of a ninth warp loads.
 // Bytes    x once for each column of tiles, W once for each band of 256 rows, both mostly from L2;
@@ -26,14 +26,14 @@
 //   stage 3   L L L L P . L L L L P .
 //   y                         S S S S
 //
-// Each stage has two mbarriers: `full` counts the bytes of the copies; at `empty` the warps of both
-// blocks arrive that have read the stage.
+// Each stage has two mbarriers: `full` counts the bytes of the copies; the warps of both blocks
+// arrive at `empty` when they have read the stage.
 //
 // Epilogue A warpgroup writes 64 x 64 of y to shared memory. One thread stores it by a bulk copy,
 //          while all threads write the next 64 columns to a second buffer. Meanwhile the stages of
 //          the next tile are loaded, and the other warpgroup, up to four k-steps later, multiplies.
 // Early    Programmatic dependent launch: the block sets up its barriers while the previous kernel
-//          ends. The next kernel may start when a block's last store is complete.
+//          ends. The next kernel may start when the last store of every block is complete.
 // Bits     Each element of y is summed by one thread in one order.
 #pragma once
 #include "../ptx/launch.cuh"
@@ -48,7 +48,7 @@ struct GemmLotrTraits {
   static constexpr int BM = 128, BN = 256, BK = 64;
   static constexpr int PAIR = 2;           // blocks of a cluster
   static constexpr int SHARE = BN / PAIR;  // columns that each block loads for both
-  static constexpr int GROUPS = 2, GROUP_ROWS = BM / GROUPS;  // of a warpgroup
+  static constexpr int GROUPS = 2, GROUP_ROWS = BM / GROUPS;  // warpgroups, and rows of each
   static constexpr int WARPS = 4 * GROUPS, THREADS = 32 * (WARPS + 1);
   static constexpr int STAGES = 4, PANEL = 64;  // columns of y, or of MN-major W: 128 bytes
   static constexpr int PANEL_BYTES = sizeof(T) * BK * PANEL;  // of MN-major W
@@ -69,8 +69,8 @@ struct GemmLotrTraits {
 
 // Tiles of the pairs, 256 x 256, in the order in which the pairs take them.
 struct GemmLotrTiles {
-  // Bands that are walked together. On a GPU with 66 pairs, 8 x 8 tiles read 2,048 rows of x and
-  // 2,048 columns of W, the least that a wave can read.
+  // Bands that are walked together. On a GPU with 66 pairs, 8 x 8 tiles read x for 2,048 rows and W
+  // for 2,048 columns, the least that a wave can read.
   static constexpr int BANDS_TOGETHER = 8;
   int bands, columns;
   struct Tile {
@@ -106,7 +106,7 @@ struct RingPlace {
   LOTR_DEVICE int before() const { return (stage + STAGES - 1) % STAGES; }
 };
 
-// f(first row of the block's tile, first column) for each tile of the block.
+// Calls f(first row, first column) for each tile of the block.
 template <class Traits, class F>
 LOTR_DEVICE void each_tile(const GemmLotrParams& p, F f) {
   const int pair = int(blockIdx.x) / Traits::PAIR;
@@ -185,7 +185,7 @@ struct Multiplier {
     each_tile<Traits>(p, [&](int m0, int n0) {
       T bias[Traits::BN / 128];
       load_bias(bias, n0);
-      // Not zeroed by the first product: ptxas 12 would serialize the products.
+      // Zeroed here: if the first product did it, ptxas 12 would serialize the products.
       float d[Traits::BN / 2] = {};
 #pragma unroll 1
       for (int k = 0; k < p.K; k += Traits::BK) {

@@ -164,7 +164,7 @@ LOTR_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank LOTR_S
 }
 
 // Waits until the phase of this parity has completed. The first phase has parity 0; waiting for
-// parity 1 on a new barrier returns.
+// parity 1 on a new barrier returns at once.
 LOTR_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile(

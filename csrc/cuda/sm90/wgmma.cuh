@@ -13,10 +13,11 @@
 
 namespace lotr::ptx {
 
-// ---- descriptors of swizzled tiles in shared memory: the canonical layouts of the PTX manual
-// ("Strides" of asynchronous warpgroup-level matrix instructions). From bit 0: the address / 16;
-// from 16: the bytes to the next panel / 16 (K-major: unused, 1); from 32: the bytes of 8 rows /
-// 16; from 62: 1, a swizzle of 128 bytes ----
+// ---- descriptors of swizzled tiles in shared memory ----
+//
+// The canonical layouts of the PTX manual ("Strides" of asynchronous warpgroup-level matrix
+// instructions). From bit 0: the address / 16; from 16: the bytes to the next panel / 16 (K-major:
+// unused, 1); from 32: the bytes of 8 rows / 16; from 62: 1, a swizzle of 128 bytes.
 
 // K-major: a row of the tile is 64 k of one m or n, 128 bytes; 8 rows are a pattern of 1024 bytes.
 LOTR_DEVICE uint64_t swizzled_descriptor(const void* tile) {
@@ -33,8 +34,8 @@ LOTR_DEVICE uint64_t swizzled_descriptor_mn(const void* tile, uint32_t panel_byt
          uint64_t(1) << 62;
 }
 
-// Added to a descriptor, moves it by so many elements. K-major: fewer than a row has. MN-major:
-// complete rows, a multiple of 8.
+// Added to a descriptor, this moves it by `elements`: in a K-major tile by less than a row, in an
+// MN-major tile by complete rows, 8 or a multiple of 8.
 template <class T>
 LOTR_DEVICE constexpr uint64_t descriptor_step(int elements) {
   return uint64_t(elements) * sizeof(T) >> 4;

@@ -2,8 +2,8 @@
 // so it can mask what it copied as soon as its copies have landed, before the block's barrier.
 //
 // The rows of all matrices here start at multiples of 16 bytes (launchers pack the others), so
-// every copy is asynchronous. A tile inside the matrix takes a path without bounds: the thread's
-// address, and steps that are the same for all threads.
+// every copy is asynchronous. A tile inside the matrix takes a path without bounds checks: it needs
+// only the thread's address, and steps that are the same for all threads.
 #pragma once
 #include "philox.cuh"
 #include "shared.cuh"
@@ -94,9 +94,9 @@ LOTR_DEVICE uint4 kept(uint4 value, uint32_t keep) {
   return value;
 }
 
-// f(true or false as a type): compiles a kernel's loop once with dropout and once without. A test
-// in every step would cost the loop without dropout up to 30 % more instructions, because the masks
-// take registers from addresses.
+// Calls f with std::true_type or std::false_type, so that a kernel's loop is compiled with and
+// without dropout. A test in every step would cost the loop without dropout up to 30 % more
+// instructions, because the masks take registers from addresses.
 template <class F>
 LOTR_DEVICE void with_dropout(const Dropout& dropout, F f) {
   if (dropout.seed)

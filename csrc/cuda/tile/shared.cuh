@@ -7,8 +7,8 @@
 //   four rows, two chunks     -> eight different bank groups    32-bit reads down a column
 //   one row, all its chunks   -> a permutation of them          cp.async, 16-byte loads and stores
 //
-// Rows shorter than 128 bytes share a 128-byte line with their neighbors. Then the mask drops the
-// bits that the position in the line already provides.
+// Rows shorter than 128 bytes share a 128-byte line with their neighbors. Then swizzle() masks out
+// the bits of rev3(i) that the position in the line already provides.
 #pragma once
 #include "../params.h"
 #include "../ptx/sm80.cuh"

@@ -1,6 +1,6 @@
 // Accumulators to global memory: through a shared tile in the output's type, so that rows leave in
-// 16-byte chunks, or directly to a float32 matrix, where two neighboring values of a lane form
-// complete sectors.
+// 16-byte chunks, or directly to a float32 matrix, where four lanes with two neighboring values
+// each fill a 32-byte sector.
 #pragma once
 #include "shared.cuh"
 
@@ -74,8 +74,8 @@ struct SumTiles {
   int64_t rows;
   int cols;
 
-  // the tile at [i0, j0] += or = d * scale, nothing outside the matrix. All loads come before the
-  // first addition, which waits for one.
+  // the tile at [i0, j0] += or = d * scale, nothing outside the matrix. All loads start before the
+  // first addition, which waits for its load.
   LOTR_DEVICE void accumulate(int64_t i0, int j0, const float (&d)[4], float scale) const {
     float v[4] = {};
     if (sum.add) load(v, i0, j0);

@@ -65,7 +65,7 @@ class Arguments {
   std::map<std::string, double> numbers_;
 };
 
-// A kernel that Python can run. arrays: names, those after a bracket are optional, as in
+// A kernel that Python can run. arrays: names, of which those after "[" are optional, as in
 // "x A u [ seed ]". numbers: names with their defaults, as in "p=0 scale=1".
 struct Kernel {
   const char *name, *arrays, *numbers;

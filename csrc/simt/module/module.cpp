@@ -10,8 +10,8 @@
 namespace lotr::simt {
 namespace {
 
-// Bytes of shared memory per block: on the smallest supported GPU (sm_86), and of gemm_lotr's
-// (sm_90).
+// Bytes of shared memory that a block may request: on the supported GPUs with the least (sm_86),
+// and on sm_90, for gemm_lotr.
 constexpr size_t SHARED_LIMIT = 101376, SHARED_LIMIT_SM90 = 232448;
 
 void run(const std::string& name, const py::dict& arrays, const py::dict& numbers) {
