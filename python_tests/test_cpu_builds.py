@@ -84,15 +84,13 @@ def test_a_build_contains_the_requested_sets(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_toolkit_is_found_before_a_wrapper_on_path(tmp_path: Path) -> None:
-    """Without CUDA_HOME, nvcc of /usr/local/cuda comes before /bin/nvcc, here in another root."""
+    # Without CUDA_HOME, nvcc of /usr/local/cuda comes before /bin/nvcc, here in another root.
     for folder in ("bin", "usr/local/cuda/bin"):
         (tmp_path / folder).mkdir(parents=True)
         shutil.copy2("/bin/false", tmp_path / folder / "nvcc")
     configured(tmp_path / "build", f"-DCMAKE_FIND_ROOT_PATH={tmp_path}")
-    assert (
-        f"LOTR_NVCC:FILEPATH={tmp_path}/usr/local/cuda/bin/nvcc"
-        in (tmp_path / "build" / "CMakeCache.txt").read_text().splitlines()
-    )
+    entry = f"LOTR_NVCC:FILEPATH={tmp_path}/usr/local/cuda/bin/nvcc\n"
+    assert entry in (tmp_path / "build" / "CMakeCache.txt").read_text()
 
 
 @pytest.mark.slow
