@@ -86,10 +86,8 @@ def test_strategies_and_float32_adapters_are_rivals(
 def test_require_kernels_refuses_the_fallback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("kernel_support", "dispatch"):
-        monkeypatch.setattr(f"lotr_ext.core.{module}.kernel_obstacle", lambda *_: "they are asleep")
-    # At rank 7, which no other test uses, because dispatch keeps its answer for each rank.
-    assert run("layer", tmp_path, "--require-kernels", "--shapes", "32x48x40x7") == 1
+    monkeypatch.setattr("lotr_ext.core.dispatch.fallback_reason", lambda call: "they are asleep")
+    assert run("layer", tmp_path, "--require-kernels") == 1
     assert "they are asleep" in capsys.readouterr().err
     assert rows_in(tmp_path, "layer") == []
 
