@@ -3,7 +3,7 @@
     python -m bench.host                      24 layers of width 32; 1, 16, 160 tokens; fp32
     python -m bench.host --shapes 1x96x32x8,2048x24x32x8 --wirings siblings
     python -m bench.host --shapes 256x64x768x16 --wirings chained --rivals lotr-eager,lotr_ext
-    python -m bench.host --against ../other   this lotr_ext over that of another checkout
+    python -m bench.host --against ../other   this lotr_ext over another checkout's
 
 A shape is tokens x layers x width x rank. chained: the x of a layer is the y of the one before.
 siblings: three layers on one x, as q, k and v of a block. At width 32 products take almost no time.

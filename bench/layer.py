@@ -3,7 +3,7 @@
     python -m bench.layer                     six sizes, one CPU thread (GPU: Llama-3-8B's layers)
     python -m bench.layer --shapes 512x768x768x16,2048x4096x4096x64 --dtypes bf16 --threads 1,2
     python -m bench.layer --rivals frozen,lora-compiled,lotr_ext,lotr_ext-compiled
-    python -m bench.layer --against ../other  this lotr_ext over that of another checkout
+    python -m bench.layer --against ../other  this lotr_ext over another checkout's
 
 A shape is tokens x in x out x rank. Every rival is checked against float64 before it is timed. The
 adapters have the dtype of the layer, so that all do the same arithmetic. "lotr_ext-fp32" has

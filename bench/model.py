@@ -4,7 +4,7 @@
                                               MiniLM's with query and value
     python -m bench.model --models minilm --rank 8 --targets query,key,value --batch 16
     python -m bench.model --rivals frozen,lora-peft,lotr_ext,lotr_ext-compiled
-    python -m bench.model --against ../other  this lotr_ext over that of another checkout
+    python -m bench.model --against ../other  this lotr_ext over another checkout's
 
 Weights are random, because times do not depend on them. A step is forward, a loss, backward and
 AdamW. The frozen model goes forward and backward through all layers as well. All methods share its

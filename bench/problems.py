@@ -307,7 +307,7 @@ class Teacher(Problem):
     """A small residual net learns what a changed copy of it computes, from noisy outputs.
 
     `task.source` is the part of a change's squared norm that is in spaces which all layers of one
-    shape share. The loss is the squared error, divided by that of the unchanged net without noise.
+    shape share. The loss is the squared error, divided by the unchanged net's without noise.
     """
 
     def __init__(self, task: Task):

@@ -11,7 +11,7 @@ the rivals of a case. `Program.main` measures them, for example bench.layer:
 
 Nothing that was measured is lost. A rival that fails loses its column, a case that fails its rows,
 and a program that is stopped keeps the rounds that it has measured. With --against, every round
-measures this lotr_ext and that of another checkout.
+measures this lotr_ext and another checkout's.
 """
 
 import argparse

@@ -41,7 +41,7 @@ def config(name: str, way: str = "shape", **settings: object) -> LoTRConfig:
     """Returns the configuration that adapts the layers of zoo.TARGETS.
 
     Unless the way or the settings say otherwise, the scaling is 1.5. "auto" would move the outputs
-    far from those of the plain network.
+    far from the plain network's.
     """
     field = "target_parameters" if name == "mixture" else "target_modules"
     values = {"rank": 3, field: zoo.TARGETS[name], **WAYS[way], **settings}

@@ -1,6 +1,6 @@
 """DistributedDataParallel and FSDP2: two processes train, save and load as one process does.
 
-distributed.py has the checks. test_frameworks.py runs those of DeepSpeed.
+distributed.py has the checks. test_frameworks.py runs DeepSpeed's.
 """
 
 import pytest

@@ -347,7 +347,7 @@ def test_strides_on_cuda(name: str, dtype: torch.dtype) -> None:
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     """The fake kernels, by which torch.compile works, have the results' shapes, dtypes, strides.
 
-    `linear` is absent, because compilers decompose it. The tolerance is that of decompositions,
+    `linear` is absent, because compilers decompose it. The tolerance fits decompositions,
     which round in several steps.
     """
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype in HALVES else {}

@@ -334,7 +334,7 @@ def fold_grad(problem: Problem, shape: Shape, outputs: tuple[str, ...] = ("dcore
 # ---- the few-token form --------------------------------------------------------------------------
 
 # Its operands may be products, which a kernel may store rounded. So the error of an output also
-# depends on those of its operands.
+# depends on its operands' errors.
 
 
 class Rounded(NamedTuple):

@@ -116,7 +116,7 @@ def greedy(model: nn.Module, numbers: Mix) -> list[list[int]]:
 
 
 def run(folder: Path, steps: list[dict], *, factors: Path | None = None, **options) -> list:
-    """Returns the results of an engine's steps. Its factors are those of the folder by default."""
+    """Returns the results of an engine's steps. Its factors come from the folder by default."""
     spec = {
         "model": str(folder / "base"),
         "factors": str(factors or folder / "factors"),
