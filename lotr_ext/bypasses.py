@@ -57,7 +57,8 @@ def block_bypasses(model: nn.Module, layer_type: type[nn.Module] = LoTRLayer) ->
             module.fuse_projections = _refuse_to_fuse
         # The method also resizes the output layer. Without an adapter there, its result is right.
         if callable(getattr(module, "resize_token_embeddings", None)):
-            output = module.get_output_embeddings()
+            # Not every class with such a method is one of transformers.
+            output = getattr(module, "get_output_embeddings", lambda: None)()
             if output is not None and _contains(output, layer_type):
                 module.resize_token_embeddings = _refuse_to_resize
 

@@ -252,6 +252,8 @@ CHOICES = [
         saved=("classifier", "pre_classifier"),
     ),
     Choice(shared_memory, {}, ["c"], left_out={"a": "tied", "b": "tied"}),
+    # A method like one of transformers, in a class that lacks its others.
+    Choice(lambda: zoo.Children(a=nn.Linear(8, 8), resize_token_embeddings=len), {}, ["a"]),
     Choice(
         mostly_left_out,
         {},
