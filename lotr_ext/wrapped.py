@@ -112,7 +112,7 @@ class LoTRWrapped(LoTRLayer):
         """
         # After an earlier merge the base is a plain nn.Linear, and LoTRLayer.merge raises.
         if dequantize is False or has_plain_weight(self.base_layer):
-            mergeable_weight(self.base_layer)
+            mergeable_weight(self.base_layer)  # raises if it is not mergeable
             super().merge(safe, keep_backup)
         else:
             self._merge_into_new_linear(safe, keep_backup, dequantize)
@@ -175,7 +175,7 @@ def layer_class(module: nn.Module) -> type[LoTRLinear] | type[LoTRConv1D] | type
     """Returns the class that adapts a module.
 
     LoTRLinear for an nn.Linear and LoTRConv1D for a Conv1D that compute a plain product. Otherwise
-    LoTRWrapped: for a quantized or computed weight, for hooks, and for another forward.
+    LoTRWrapped: for a quantized weight, a computed weight or bias, hooks, and another forward.
     """
     has_hooks = bool(
         module._forward_hooks
@@ -183,10 +183,10 @@ def layer_class(module: nn.Module) -> type[LoTRLinear] | type[LoTRConv1D] | type
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-    # A weight that is not a parameter is computed in each forward (weight_norm, parametrizations).
-    has_parameter = has_plain_weight(module) and "weight" in module._parameters
+    # What is not a parameter is computed in each forward (weight_norm, parametrizations).
+    is_computed = not {"weight", "bias"} <= module._parameters.keys()
     # accelerate replaces `forward` on the module object.
-    if has_hooks or not has_parameter or "forward" in vars(module):
+    if has_hooks or is_computed or not has_plain_weight(module) or "forward" in vars(module):
         return LoTRWrapped
     if is_conv1d(module):
         return LoTRConv1D
@@ -300,8 +300,12 @@ def mergeable_weight(base: nn.Module) -> Tensor:
     x = torch.randn(2, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
     y = base(x)
     expected = nn.functional.linear(x, weight, base.bias)
-    # The base may round differently, for example if a hook splits its product.
-    bound = max(1e-4, 4 * torch.finfo(weight.dtype).eps) * expected.abs().max().item()
+    # The base may round differently, for example if a hook splits its product. The bound is of the
+    # finite values: NaN would be an error of allclose, and infinity would accept any output.
+    bound = (
+        max(1e-4, 4 * torch.finfo(weight.dtype).eps)
+        * expected.nan_to_num(0, 0, 0).abs().max().item()
+    )
     is_same = (
         isinstance(y, Tensor)
         and y.shape == expected.shape
