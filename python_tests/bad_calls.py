@@ -745,8 +745,8 @@ def run_with_adapter_names(
     model(zoo.inputs("attention"), adapter_names=names)
 
 
-def add_second(name: str) -> Callable[[], object]:
-    return lambda: tuned().add_adapter(name, LoTRPeftConfig(rank=2, target_modules=["q"]))
+def add_second(name: str, core: str = "dense") -> Callable[[], object]:
+    return lambda: tuned(core=core).add_adapter(name, LoTRPeftConfig(rank=2, target_modules=["q"]))
 
 
 def one_layer_twice() -> nn.Module:
@@ -816,6 +816,9 @@ OTHER_PACKAGES: list[Row] = [
     ("PEFT adapter_name training", "adapter_name", lambda: tuned(name="training")),
     ("PEFT adapter_name of a layer", "adapter_name", add_second("q")),
     ("PEFT adapter_name of a group", "adapter_name", add_second("A_16x16")),
+    ("PEFT adapter_name of a factor's tensor", "adapter_name", add_second("value")),
+    ("PEFT adapter_name of a core", "adapter_name", add_second("core")),
+    ("PEFT adapter_name of computed cores", "adapter_name", add_second("diagonal", "diagonal")),
     ("PEFT adapter_names a word", "adapter_names", partial(run_with_adapter_names, "default")),
     (
         "PEFT too few adapter_names",

@@ -198,8 +198,12 @@ def _write_lora(
         written[f"{name}.lora_A.weight"] = layer.A
         written[f"{name}.lora_B.weight"] = layer.B
     written |= {key: t for key, t in adapter.tensors.items() if key.startswith(inside_saved)}
-    named = {f"base_model.model.{key}": tensor for key, tensor in written.items()}
-    put_folder(directory, TENSORS_NAME, named, config)
+    put_folder(
+        directory,
+        TENSORS_NAME,
+        {f"base_model.model.{key}": tensor for key, tensor in written.items()},
+        config,
+    )
     return layers
 
 

@@ -91,11 +91,13 @@ class LoTRPeftModel(BaseTuner):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Adds an adapter, as BaseTuner does. Factors of other adapters keep requires_grad."""
-        existing = chain(self.lotr_factors.parameters(), self.lotr_cores.parameters())
-        before = {parameter: parameter.requires_grad for parameter in existing}
+        were_trained = {
+            parameter: parameter.requires_grad
+            for parameter in chain(self.lotr_factors.parameters(), self.lotr_cores.parameters())
+        }
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # BaseTuner does this only for parameters in the model, where the factors are not.
-        for parameter, requires_grad in before.items():
+        for parameter, requires_grad in were_trained.items():
             parameter.requires_grad_(requires_grad)
         block_bypasses(self.model, LoTRPeftLinear)
 
@@ -163,26 +165,31 @@ class LoTRPeftModel(BaseTuner):
         return targets
 
     def _check_adapter_names(self) -> None:
-        """Checks that no adapter's name can be confused with the names of modules and groups.
+        """Checks that no adapter's name can be confused with a part of a tensor's name.
 
         With several adapters, PEFT leaves a tensor out of one adapter's file if a dotted part of
         the tensor's name is the name of another adapter.
 
         Raises:
-            ValueError: If a name has a dot, or is also the name of a module, a group or an
+            ValueError: If a name has a dot, or is also a part of the name of a tensor or an
                 attribute of nn.ModuleDict.
         """
-        names_of_tensors: list[str] = []
+        # The parts around the names of layers, groups and the parameters of computed cores.
+        names_of_tensors = ["model.lotr_adapter.core", "lotr_factors.value", "lotr_cores"]
         for config in self.peft_config.values():
-            for entry in config.layers:
-                names_of_tensors += [entry["name"], *entry["factors"]]
+            factors = {entry["name"]: entry["factors"] for entry in config.layers}
+            names_of_tensors += chain(factors, *factors.values())
+            cores = make_cores(
+                config.to_lotr(), list(factors), device=torch.device("meta"), dtype=torch.float32
+            )
+            names_of_tensors += () if cores is None else cores.state_dict()
         parts = set(".".join(names_of_tensors).split("."))
         has_others = len(self.peft_config) > 1
         for name in self.peft_config:
             if "." in name or hasattr(nn.ModuleDict(), name) or (has_others and name in parts):
                 raise ValueError(
-                    f"adapter_name: expected a name without dots that no adapted module, group or "
-                    f"attribute of nn.ModuleDict has, got {name!r}"
+                    f"adapter_name: expected a name without dots that is neither a part of a "
+                    f"tensor's name nor an attribute of nn.ModuleDict, got {name!r}"
                 )
 
     def _create_and_replace(
@@ -368,7 +375,8 @@ class LoTRPeftModel(BaseTuner):
         }
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
         expected = {key for key in model.state_dict() if _prefix_of(adapter_name).search(key)}
-        # All but biases and modules_to_save, with or without a layer for it in the model.
+        # All of LoTR's tensors, also those for which the model has no layer. The others are biases
+        # and modules_to_save.
         actual = {key for key in tensors if re.search(r"\blotr_(factors|cores|adapter)\.", key)}
         expect_names("adapter", expected, actual)
         return tensors
