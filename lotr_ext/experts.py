@@ -84,7 +84,7 @@ class Routing:
         """
         if self.reads is None:
             return self.zero_past_end(x)
-        # Rows past the last end are sent to an entry after x, which is cut off below.
+        # Rows past the last end get the index len(x), which is cut off below.
         read = self.reads.masked_fill(self._is_past_end(self.reads), len(x))
         is_unread = torch.ones(len(x) + 1, dtype=torch.bool, device=read.device)
         return _with_zeros(x, is_unread.index_fill(0, read, False)[: len(x)])
@@ -294,7 +294,7 @@ class LoTRExperts(LoTRLayer):
                 a request belong.
         """
         state = state_of(self)
-        # Nothing has to be added back, because experts cannot have init "svd".
+        # Unlike in LoTRLayer, no start is added back: experts cannot have init "svd".
         if self.merged or state is ADAPTER_OFF:
             return grouped.linear(x, weight, bias, routing.offs, routing.reads)
         if state is None:

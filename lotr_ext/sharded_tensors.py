@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 def imported_class(module: str, name: str) -> type | tuple[()]:
-    """Returns a class if its module was imported, else (), which is the class of no object.
+    """Returns a class if its module was imported, else (), of which nothing is an instance.
 
     Importing torch.distributed.tensor or DeepSpeed takes seconds.
     """

@@ -49,9 +49,9 @@ class AdaptedExperts(nn.ModuleDict):
 
 
 def _register() -> None:
-    # Under a name that only the configurations of adapted modules have.
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    # Under a name that only the configurations of adapted modules have.
     ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _forward_of_host)
 
 
@@ -82,7 +82,7 @@ def expert_obstacle(module: nn.Module, parameter: str) -> str | None:
 
 def _accepts_forward(module: nn.Module) -> bool:
     """Whether the class of experts calls a registered function in its forward."""
-    # `__wrapped__` is a trace of `use_experts_implementation`. `_forward_of_host` reads the rest.
+    # `use_experts_implementation` sets `__wrapped__`. `_forward_of_host` reads the rest.
     return (
         all(hasattr(module, n) for n in ("is_transposed", "has_bias", "num_experts", "config"))
         and hasattr(type(module).forward, "__wrapped__")

@@ -92,9 +92,9 @@ class LoRACollection:
             self.folders[name] = folder
 
     def of_layers(self, layers: Sequence[str]) -> dict[tuple[str, str], LoRA]:
-        """Returns the LoRAs of these layers by (name of the LoRA, layer).
+        """Returns the factors of these layers by (the folder's name, layer).
 
-        Each is divided by the LoRA's norm over all layers.
+        Each product is divided by the norm |D_t| of its folder's LoRA.
         """
         loras = {}
         for name, folder in self.folders.items():

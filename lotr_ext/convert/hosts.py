@@ -64,7 +64,7 @@ def expert_tensors(layers: Mapping[str, LoRA], form: str, server: ServerNames) -
 
 
 def _peft(parameters: Mapping[str, LoRA], server: ServerNames) -> dict[str, LoRAPair]:
-    """Returns A [e r, k], in which the expert is the outer index, and B [n, r e], the inner one.
+    """Returns A [e r, k] and B [n, r e]: the expert is the outer index in A, the inner one in B.
 
     PEFT wraps the module once per parameter, so its last parameter is in the outermost wrapper. The
     pair of down_proj is then named "", and the pair of gate_up_proj ".base_layer".

@@ -56,7 +56,8 @@ def export_lora(
             all processes call this, and process 0 writes.
         directory: Created if it does not exist.
         task: A task of the model's TaskBank, which is written instead of the adapter's cores.
-        options: As for `lotr_to_lora`. base_model, fan_in_fan_out and hosts default to the model's.
+        options: As for `lotr_to_lora`. base_model, fan_in_fan_out and, in the servers' forms, hosts
+            default to the model's.
 
     Returns:
         The layers by name, as for `lotr_to_lora`. Empty in a process that does not write.

@@ -112,7 +112,7 @@ def lora_to_lotr(
             value.
     """
     layers, saved, peft_config = read_lora(source)
-    # PEFT lists every usual head. Loading would refuse one that the model does not have.
+    # PEFT may list heads that the model does not have, which loading would refuse.
     endings = peft_config.get("modules_to_save") or ()
     config = LoTRConfig(
         rank=rank,

@@ -75,8 +75,8 @@ class LoTRPeftConfig(PeftConfig):
     r: int | tuple[int, int] | None = None
 
     def __new__(cls, *_: Any, **values: Any) -> "LoTRPeftConfig":
-        # Before `__init__`, whose error for an unknown name does not say what to use. That error is
-        # left to removed fields without a value: PEFT then calls `from_peft_type` without them.
+        # Before `__init__`, whose error for an unknown name does not say what to use. A removed
+        # field without a value gets that error, because PEFT catches it and drops the field.
         refuse_lora_settings(_without_removed_fields(values), cls)
         return super().__new__(cls)
 
@@ -91,7 +91,8 @@ class LoTRPeftConfig(PeftConfig):
             )
         if callable(self.group_by) or callable(self.core) or self.core == "custom":
             raise ValueError(
-                f"group_by, core: expected what can be saved, got {self.group_by!r}, {self.core!r}"
+                f"group_by, core: expected no callable, which cannot be saved, got "
+                f"{self.group_by!r}, {self.core!r}. Use apply_lotr for callables."
             )
         # PEFT's files name factors after their groups. A name of a module cannot have a dot.
         if isinstance(self.group_by, dict) and "." in "".join(map(str, self.group_by.values())):

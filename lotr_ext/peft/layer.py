@@ -2,7 +2,7 @@
 
     y = base(x) + the sum over active adapters of s ((drop(x) A) G) B^T
 
-The first active adapter runs with the product of a plain base. The others are added to its output.
+One call computes a plain base and the first active adapter. The others are added to its output.
 
 Not here: the factors A and B, which the tuner owns (model.py).
 """
@@ -209,7 +209,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds adapters to the weight that the layer had before its first merge.
 
-        The sum is computed in float32 and cast once, whatever the number of adapters.
+        The sum is computed in float32 (float64 for float64), and is cast once.
 
         Args:
             safe_merge: Whether to check that the sum is finite before the weight is changed.
