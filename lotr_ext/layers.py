@@ -440,9 +440,8 @@ class LoTRLayer(nn.Module):
         # A merged weight contains the trained adapter, which takes the place of the initial one.
         if self.start_core is None or self.merged:
             return
-        factors = self.factors
         start = fallback.delta_weight(
-            factors.A.start, factors.B.start, self.start_core, self.scaling
+            self.factors.A.start, self.factors.B.start, self.start_core, self.scaling
         )
         weight = self._weight_to_write("unload")
         weight.copy_(plus(weight, start))
