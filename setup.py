@@ -169,7 +169,7 @@ class BuildPython(build_py):
 
 
 if {"build_ext", "bdist_wheel", "dist_info", "editable_wheel"} & set(sys.argv):
-    check_packages()  # before setuptools, whose own error for a missing wheel says no remedy
+    check_packages()  # before setuptools, whose error for a missing wheel does not say what to do
 
 setup(
     ext_modules=[Extension("lotr_ext._C", sources=[], py_limited_api=True)],
