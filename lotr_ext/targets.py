@@ -354,7 +354,7 @@ def linear_obstacle(
         isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     )
     if overrides_forward and has_plain_weight(module) and not _returns_rows(module):
-        return "its forward returns something other than x W^T"
+        return "its forward does not return a tensor [.., out_features]"
     return None
 
 

@@ -376,10 +376,12 @@ class _ModelTasks:
             [b], [b, tokens] or [m].
         """
         self._refuse_recomputation()
-        columns = self.index if self.after_cache is None else self.after_cache
-        index = columns.to(x.device)  # copies only if the bank is on another device
+        # Copies only if the bank is on another device.
+        index = (self.index if self.after_cache is None else self.after_cache).to(x.device)
         rows = len(index)
         is_flat = self.flat and x.dim() == 2
+        if is_flat and not rows and not len(x):
+            return index.flatten()
         has_equal_rows = is_flat and rows > 0 and len(x) % rows == 0
         # (rows, tokens, ..), also for a flat input, which has the tokens of all rows. If they do
         # not divide evenly, [m], which the check refuses.
@@ -399,9 +401,8 @@ class _ModelTasks:
             )
         if not is_flat:
             return index
-        # An entry of the index is for one token, or for all tokens of its row. Both numbers are 0
-        # for a batch without rows.
-        return index.flatten().repeat_interleave(len(x) // max(index.numel(), 1))
+        # An entry of the index is for one token, or for all tokens of its row.
+        return index.flatten().repeat_interleave(len(x) // index.numel())
 
     def _refuse_recomputation(self) -> None:
         """Refuses a checkpoint's recomputation in a context that had a forward with a cache.

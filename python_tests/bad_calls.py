@@ -409,6 +409,7 @@ SETTINGS_OF_LORA = [
     "use_rslora",
     "init_lora_weights",
     "use_dora",
+    "magnitude",
     "rank_pattern",
     "alpha_pattern",
     "bias",
