@@ -37,7 +37,7 @@ def stop(message: str) -> NoReturn:
     sys.exit(f"lotr_ext: {message}")
 
 
-if sys.version_info < (3, 10):  # noqa: UP036  (setup.py run by hand checks no requires-python)
+if sys.version_info < (3, 10):  # noqa: UP036  (without pip, nothing checks requires-python)
     stop(f"expected Python >= 3.10, got {sys.version.split()[0]}")
 
 
@@ -92,9 +92,10 @@ def find_cmake() -> str:
         stop("expected ninja or make, got neither. Install one: pip install ninja")
     output = subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout
     version_line = output.split("\n")[0]
-    if major_minor(version_line.split()[-1]) < MIN_CMAKE:
+    # A broken cmake prints no version, such as pip's script `cmake` without its package.
+    if not version_line or major_minor(version_line.split()[-1]) < MIN_CMAKE:
         stop(
-            f"expected cmake >= 3.26, got {version_line} at {cmake}. "
+            f"expected cmake >= 3.26, got {version_line or 'no version'} at {cmake}. "
             "Upgrade it: pip install -U cmake"
         )
     return cmake
@@ -104,7 +105,7 @@ def parallel_jobs() -> str:
     """Returns the number of parallel compilations: MAX_JOBS, or one per core, at most eight."""
     jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
     if not jobs.isdecimal() or int(jobs) < 1:
-        stop(f"MAX_JOBS: expected a whole number from 1 on, got {jobs!r}. Unset or correct it.")
+        stop(f"MAX_JOBS: expected an integer of at least 1, got {jobs!r}. Unset or correct it.")
     return jobs
 
 
@@ -160,7 +161,7 @@ class CMakeBuild(build_ext):
 
 
 class BuildPython(build_py):
-    """Empties the build folder first. Setuptools would also pack modules of earlier sources."""
+    """Empties the build folder first, which may have modules that the sources no longer have."""
 
     def run(self) -> None:
         shutil.rmtree(Path(self.build_lib) / "lotr_ext", ignore_errors=True)
@@ -168,7 +169,7 @@ class BuildPython(build_py):
 
 
 if {"build_ext", "bdist_wheel", "dist_info", "editable_wheel"} & set(sys.argv):
-    check_packages()  # before setuptools prints anything, so that its message is the last line
+    check_packages()  # before setuptools, whose error for a missing wheel does not say what to do
 
 setup(
     ext_modules=[Extension("lotr_ext._C", sources=[], py_limited_api=True)],

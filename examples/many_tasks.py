@@ -3,9 +3,9 @@
     python examples/data.py minilm snippets
     python examples/many_tasks.py                     about two minutes on two cores
 
-Four tasks of MiniLM are trained together, with rows of all tasks in each batch: is a text
-positive, for movie reviews, tweets, product reviews and sentences of editorials? Then forwards of
-64 rows with 1 to 64 of 1,000 tasks are timed, and the model without an adapter. A task has a core
+Four tasks of MiniLM are trained together, with rows of all tasks in each batch. Each tells whether
+a text is positive: a movie review, a tweet, a product review or a sentence of an editorial. Then
+forwards of 64 rows are timed, with 1 to 64 of 1,000 tasks and without an adapter. A task has a core
 for each of 36 linear layers. Writes demo_results/many_tasks.png.
 """
 

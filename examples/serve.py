@@ -93,7 +93,7 @@ def make_tasks(options: argparse.Namespace) -> None:
     train("three tasks", options.steps, optimizer, next_loss)
     for task, name in enumerate(TASKS):
         export_task(model, options.out / name, task=task, base_model=str(options.model))
-    # Written last: `main` takes this folder as the sign that everything was written.
+    # Written last: if this folder exists, `main` does not train again.
     export_factors(model, options.out / "factors")
 
 
@@ -109,7 +109,7 @@ def serve(options: argparse.Namespace) -> None:
         **os.environ,
         "LOTR_FACTORS": str(options.out / "factors"),
     }
-    command = [  # options that belong together are in one line
+    command = [  # options that belong together are on one line
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(options.model), "--served-model-name", "smollm2"),
         *("--max-model-len", "1024", "--max-num-seqs", "32", "--max-loras", "8"),

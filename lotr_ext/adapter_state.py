@@ -90,7 +90,7 @@ class LayerEntry:
         # The kernels compute with it in float32, where a larger number would be infinite.
         if abs(entry.scaling) > torch.finfo(torch.float32).max:
             raise ValueError(f"{layer}.scaling: expected a float32 number, got {entry.scaling}")
-        # JSON writes 2.0 as 2 in some languages, and a task's file compares s as text.
+        # Some languages write 2.0 as 2 in JSON, and s in the file of a task is compared as text.
         return replace(entry, scaling=float(entry.scaling), dropout=float(entry.dropout))
 
 
@@ -207,8 +207,8 @@ class AdapterState:
         """Reads the adapter in a directory, also one of an older version.
 
         Raises:
-            TypeError, ValueError: If there is none, or a damaged or newer one. The message names
-                the file or the directory, what was expected and what was found.
+            ValueError: If there is none, or a damaged or newer one. The message names the file or
+                the directory, what was expected and what was found.
             OSError: If the directory cannot be looked up, for example without permission.
         """
         path = directory / FILE_NAME

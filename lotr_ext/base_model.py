@@ -36,8 +36,8 @@ class BaseModel:
         """Returns the base that `dataclasses.asdict` wrote as a JSON object.
 
         Raises:
-            OverflowError, TypeError, ValueError: If a field is unknown, or a value is not a number
-                or exceeds every float.
+            AttributeError, OverflowError, TypeError, ValueError: If a field is unknown, `values` is
+                not an object, or a value in it is not a number or exceeds every float.
         """
         base = BaseModel(**values)
         # float raises here, and not at the comparison, when the model is adapted already.
@@ -135,7 +135,8 @@ def _sample(tensor: Tensor) -> list[float]:
 
 
 def _agree(actual: Sequence[float], expected: Sequence[float]) -> bool:
-    """Whether two samples differ by no more than the rounding to bfloat16."""
+    """Whether two samples differ by no more than the rounding to bfloat16 or float16."""
+    # abs_tol is for float16, which is coarser than bfloat16 for values below about 1e-5.
     return len(actual) == len(expected) and all(
         math.isclose(value, other, rel_tol=2.0**-7, abs_tol=1e-6)
         for value, other in zip(actual, expected)

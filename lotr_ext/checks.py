@@ -61,7 +61,8 @@ def check_number(name: str, value: object) -> None:
     """Checks that value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    # A comparison with a symbol of torch.compile would add a guard. An int may exceed every float.
+    # A comparison with a symbol of torch.compile would add a guard. Not math.isfinite, which raises
+    # OverflowError for an int past every float.
     if not torch.compiler.is_compiling() and not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name}: expected a finite number, got {value!s:.40}")
 
@@ -81,8 +82,8 @@ def check_choice(
     Args:
         name: The argument or field, for the error.
         value: Its value.
-        choices: The names of the choices.
-        alternative: What else the message says is allowed.
+        choices: The allowed values.
+        alternative: Text for the message, about what else is allowed.
 
     Raises:
         ValueError: If it is not.

@@ -1,7 +1,7 @@
 """rank_for: the recipe of docs/choosing.md for one model.
 
-    the adapter's parameters     form                                       size in the recipe
-    fewer than LoRA of rank 0.1  dense cores, one pair per shape            1/10 of LoRA of rank 1
+    the adapter's parameters     form                                       measured at the size of
+    fewer than LoRA of rank 0.1  dense cores, one pair per shape            LoRA of rank 0.09
     fewer than LoRA of rank 2    diagonal cores, one pair per shape         LoRA of rank 1
     more                         dense cores, one pair per shape and block  LoRA of rank 4
 
@@ -18,8 +18,8 @@ from .checks import check_dimension
 from .config import LoTRConfig
 from .targets import Selection, select
 
-# The rows of the table: (the rank of a LoRA below whose size a form is used, the form's settings).
-# The ranks separate the sizes that docs/choosing.md measured. 2 is the geometric mean of 1 and 4.
+# The rows of the table: (rank, settings). A form is used below the size of a LoRA of that rank. The
+# ranks separate the sizes that docs/choosing.md measured. 2 is the geometric mean of 1 and 4.
 _RECIPE = (
     (0.1, {"group_by": "shape", "core": "dense"}),
     (2.0, {"group_by": "shape", "core": "diagonal"}),

@@ -24,7 +24,8 @@ PARTS = ("A", "B", "core")
 HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # models with a new head
 TASKS = (*HEADED_TASKS, "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION")
 
-# Settings of PEFT's LoRA that LoTR lacks or calls by another name, and what to use instead.
+# Settings of PEFT's LoRA, and one of lotr_ext 0.1, that LoTR lacks or calls by another name, and
+# what to use instead.
 LORA_SETTINGS = {
     "r": "Here it is 'rank'.",
     "lora_alpha": "Here it is 'alpha'.",
@@ -36,7 +37,7 @@ LORA_SETTINGS = {
     "bias": "To train biases, use lotr_ext.peft. Its configuration has this field.",
     "lora_bias": "An adapter has no bias.",
     "use_dora": "LoTR has no magnitudes.",
-    "magnitude": "LoTR has no magnitudes.",  # a field of lotr_ext 0.1, not of LoRA
+    "magnitude": "LoTR has no magnitudes.",  # of lotr_ext 0.1
     "fan_in_fan_out": "Conv1D layers are recognized without it.",
     "layers_to_transform": "Pass a regular expression as target_modules.",
     "layers_pattern": "Pass a regular expression as target_modules.",
@@ -50,7 +51,7 @@ LORA_SETTINGS = {
 
 
 def refuse_lora_settings(names: Iterable[str], config_class: type) -> None:
-    """Raises for a name that is a setting of PEFT's LoRA but not a field of a configuration.
+    """Raises for a name that is in `LORA_SETTINGS` but not a field of a configuration.
 
     Args:
         names: The names of the arguments with which the configuration is made.
@@ -63,8 +64,8 @@ def refuse_lora_settings(names: Iterable[str], config_class: type) -> None:
     for name in names:
         if name in LORA_SETTINGS and name not in field_names:
             raise TypeError(
-                f"{name}: expected a field of {config_class.__name__}, got one of PEFT's LoRA. "
-                f"{LORA_SETTINGS[name]}"
+                f"{name}: expected a field of {config_class.__name__}, got one of PEFT's LoRA or "
+                f"of lotr_ext 0.1. {LORA_SETTINGS[name]}"
             )
 
 
@@ -204,7 +205,8 @@ class LoTRConfig:
             )
 
     def __getattr__(self, name: str) -> Any:
-        """Raises. Says which class `peft.get_peft_model` needs, which reads these names first."""
+        """Raises AttributeError. Names the right class if `peft.get_peft_model` got this one."""
+        # The attributes that get_peft_model reads first.
         if name in ("base_model_name_or_path", "peft_type"):
             raise AttributeError(
                 "peft_config: expected a LoTRPeftConfig, got a LoTRConfig, which is for "

@@ -92,6 +92,8 @@ class Cores(nn.Module):
         Raises:
             ValueError: If the place is unknown.
         """
+        if place not in self.places:
+            raise ValueError(f"place: expected one of {self.places!r:.200}, got {place!r}")
         return CoreAt(self, self.places.index(place), owned)
 
     def begin_as_identity(self) -> None:
@@ -253,8 +255,9 @@ class FewCores(Cores):
         self.numbers = nn.Parameter(torch.zeros(1 if tied else len(self.places), count))
         # On the CPU, so that a seed gives the same R on every device and in every process.
         generator = torch.Generator("cpu").manual_seed(seed)
-        device = "meta" if self.numbers.is_meta else "cpu"
-        random = self.numbers.new_empty(count, self.r_in, self.r_out, device=device)
+        random = self.numbers.new_empty(
+            count, self.r_in, self.r_out, device="meta" if self.numbers.is_meta else "cpu"
+        )
         random.normal_(generator=generator).div_(math.sqrt(self.r_in))
         self.register_buffer("random", random)
 

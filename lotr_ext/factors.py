@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ def scaling_of(
     """Returns the scaling s of an adapter.
 
     "auto" is 4 (8 / r)^1.5 / INIT_GAIN^3. INIT_GAIN = 0.4 is the constant by which the initial
-    factors are multiplied. With these two, a learning rate that suits LoRA suits LoTR at every rank
+    factors are multiplied. With "auto", a learning rate that suits LoRA suits LoTR at every rank
     (docs/choosing.md).
 
     Args:
@@ -52,7 +52,8 @@ def scaling_of(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If scaling is given together with alpha or rslora.
+        ValueError: If rank is below 1, if alpha or scaling is not finite, or if scaling is given
+            together with alpha or rslora.
     """
     if not isinstance(rslora, bool):
         raise TypeError(f"rslora: expected a bool, got {type(rslora).__name__} {rslora!r}")
@@ -143,7 +144,7 @@ class LoTRFactor(nn.Module):
         self.cache = FactorCache()
         fill_factor_(self.value, init)
 
-    def forward(self, operation: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, operation: Callable[[Tensor], Any]) -> Any:
         """Returns operation(value). Sharded training gathers the value around this call."""
         return operation(self.value)
 
@@ -166,7 +167,7 @@ class LoTRFactors(nn.Module):
         A: The `LoTRFactor` [in_features, r_in].
         B: The `LoTRFactor` [out_features, r_out].
         rank: An int if r_in = r_out, else the pair.
-        caches: What calls with this A and this B share.
+        caches: The cache of A and that of B. All layers with one of these factors share its cache.
     """
 
     def __init__(
@@ -220,8 +221,8 @@ class LoTRFactors(nn.Module):
         self.r_out = B.rank
         self.rank = A.rank if A.rank == B.rank else (A.rank, B.rank)
 
-    def read(self, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Returns operation(A, B), and gathers sharded A and B around it.
+    def read(self, operation: Callable[[Tensor, Tensor], Any]) -> Any:
+        """Returns operation(A, B), a tensor in a forward. Gathers sharded A and B around it.
 
         Shard each LoTRFactor, not the pair.
 

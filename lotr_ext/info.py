@@ -59,7 +59,7 @@ def report() -> list[str]:
     for device, name in names.items():
         lines.append(f"{device!s:10} {name}")
         for dtype in CUDA_DTYPES:  # float64 has kernels only on the CPU, and is not listed
-            obstacle = kernel_obstacle(16, dtype, device)
+            obstacle = kernel_obstacle(16, dtype, device)  # the default rank of LoTRConfig
             runs = f"the PyTorch fallback, because {obstacle}" if obstacle else "the kernels"
             lines.append(f"           {str(dtype).removeprefix('torch.'):9} {runs}")
     return lines
@@ -102,7 +102,7 @@ def plans(m: int, k: int, n: int, r: int) -> list[str]:
     if not build_info()["cuda"]["built"]:
         raise RuntimeError("--plans: expected a build with CUDA kernels, got one without")
     device = 0 if torch.cuda.is_available() else -1  # -1: an H100
-    # Rows and columns of the large matrix of each kernel, for which it is planned.
+    # Each kernel divides its work by the rows and columns of its large matrix.
     large_matrices = {
         "shrink": (m, k),
         "expand_add": (m, n),

@@ -70,7 +70,7 @@ def fill_factor_(tensor: Tensor, init: str, generator: torch.Generator | None = 
         q, upper = torch.linalg.qr(torch.randn(max(d, r), min(d, r), **options))
         # The signs make q uniform over all matrices with orthonormal columns.
         q = q * torch.where(upper.diagonal() < 0, -1.0, 1.0).to(q.dtype)
-        # A factor that is wider than long has orthonormal rows.
+        # A factor with more columns than rows has orthonormal rows.
         values = q if r <= d else q.T
     return tensor.copy_(INIT_GAIN * values)
 
@@ -223,7 +223,7 @@ _PROBES = 32  # random vectors that estimate what A does not capture
 class CapturedGradient(NamedTuple):
     """The share of the gradients' squared norm that A and B capture, from 0 to 1.
 
-    A higher rank captures more. The part outside A is estimated, to about 10%.
+    A higher rank captures more. The part outside A is estimated, to about 10 %.
 
     Attributes:
         total: The share over all adapted layers.
@@ -298,7 +298,9 @@ def start_from_gradients(
     A fourth pass measures what they capture: |B^T dW_l A|^2 / |dW_l|^2.
 
     Args:
-        layers: Modules with `factors`, by name.
+        model: The adapted model, whose adapter must be off.
+        layers: Its adapted layers by name.
+        batches: Each is used four times.
         loss: (model, batch) -> a scalar.
 
     Raises:
@@ -337,7 +339,10 @@ def start_from_gradients(
 
 
 def _random_directions(factor: nn.Module, generator: torch.Generator) -> Tensor:
-    """Returns orthonormal columns, up to _EXTRA_DIRECTIONS more than the rank, on its device."""
+    """Returns random orthonormal columns [features, c] on the factor's device.
+
+    c is the factor's rank plus _EXTRA_DIRECTIONS, at most its features.
+    """
     columns = min(factor.rank + _EXTRA_DIRECTIONS, factor.features)
     drawn = torch.empty(factor.features, columns, device="cpu")
     # The iteration needs columns of length 1, without INIT_GAIN.

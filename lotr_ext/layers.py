@@ -267,7 +267,7 @@ class LoTRLayer(nn.Module):
         return self.weight
 
     def to_base(self) -> nn.Module:
-        """Returns the plain layer with the current weight, which contains a merged adapter."""
+        """Returns the plain layer with the current weight (with the adapter in it, if merged)."""
         self.add_start_back()
         base = self.original
         base.weight = self.weight
@@ -321,7 +321,7 @@ class LoTRLayer(nn.Module):
             parameter.requires_grad_(part in train)
 
     def use_core(self, form: nn.Module) -> None:
-        """Computes the core by a module, whose parameters are trained instead of the core.
+        """Computes the core with a module, whose parameters are trained instead of the core.
 
         `lotr_ext.cores` has forms that share parameters between layers.
 
@@ -440,9 +440,8 @@ class LoTRLayer(nn.Module):
         # A merged weight contains the trained adapter, which takes the place of the initial one.
         if self.start_core is None or self.merged:
             return
-        factors = self.factors
         start = fallback.delta_weight(
-            factors.A.start, factors.B.start, self.start_core, self.scaling
+            self.factors.A.start, self.factors.B.start, self.start_core, self.scaling
         )
         weight = self._weight_to_write("unload")
         weight.copy_(plus(weight, start))
@@ -528,7 +527,7 @@ class LoTRLinear(LoTRLayer, nn.Linear):
 class LoTRConv1D(LoTRLayer):
     """An adapted Conv1D of transformers (GPT-2), whose weight is [in_features, out_features].
 
-    state_dict: `weight` and `bias` as the original, and `core`.
+    state_dict: As for `LoTRLinear`, with `weight` as in the original.
     """
 
     @staticmethod

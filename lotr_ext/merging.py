@@ -41,8 +41,8 @@ def merge(
         The same model.
 
     Raises:
-        TypeError: If the adapter cannot be merged into a base; or if a weight is sharded, or not a
-            parameter (weight_norm, parametrizations, pruning).
+        TypeError: If dequantize has a wrong type; if the adapter cannot be merged into a base; or
+            if a weight is sharded, or not a parameter (weight_norm, parametrizations, pruning).
         ValueError: If a merged weight is not finite and safe is set.
         RuntimeError: If the model has no adapter, is merged already, or is on the meta device; or
             if a weight is tied to another module.
@@ -100,9 +100,9 @@ def _check_weights(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
             raise RuntimeError(
                 f"merge: expected tensors with values, got {name!r} on the meta device"
             )
-        # Another module with the same weight, such as an embedding, would change as well.
-        base = getattr(layer, "base_layer", None)  # of a LoTRWrapped, whose base has the weight
-        other_names = tied.get(layer) or tied.get(base)
+        # Another module with the same weight, such as an embedding, would change as well. The
+        # weight of a LoTRWrapped is its base's.
+        other_names = tied.get(layer) or tied.get(getattr(layer, "base_layer", None))
         if other_names:
             raise RuntimeError(
                 f"merge: expected a weight that no other module uses, got {name!r}, tied to "
@@ -119,14 +119,17 @@ def unmerge(model: Model) -> Model:
     Raises:
         RuntimeError: If the model has no adapter, or no layer is merged, or a layer was
             dequantized without a backup.
+        TypeError: If a weight has become computed or sharded since the merge.
     """
     merged = {name: layer for name, layer in adapted_layers(model).items() if layer.merged}
     if not merged:
         raise RuntimeError("unmerge: expected merged layers, got none that is merged")
     # Before the first layer changes, so that all are unmerged or none.
     for name, layer in merged.items():
+        if not getattr(layer, "replaced", False):
+            layer._weight_to_write("unmerge")  # for its check
         # A base that was dequantized is replaced, and only the old module has its quantized values.
-        if getattr(layer, "replaced", False) and layer.quantized_base is None:
+        elif layer.quantized_base is None:
             raise RuntimeError(
                 f"unmerge: expected the quantized base of {name!r}, got a layer merged with "
                 f"keep_backup=False"

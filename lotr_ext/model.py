@@ -1,8 +1,9 @@
 """Adapts a model, and takes the adapter off: apply_lotr, disabled, init_from_gradient, unload.
 
-After `apply_lotr(model, config)`, every targeted layer is a `LoTRLayer` in its old place, with its
-old state_dict keys and `core`. The model registers each A and B once (adapted.py), the layers only
-refer to them.
+After `apply_lotr(model, config)`, every targeted linear layer is a `LoTRLayer` in its old place. It
+keeps its state_dict keys (under `base_layer.` if it is wrapped, see wrapped.py) and gets `core`. An
+experts module stays, and gets its adapters as a child. The model registers each A and B once
+(adapted.py), the layers only refer to them.
 
     select (targets.py)   finds the layers and their groups, and checks them
     make_pair             makes A and B of a group
@@ -51,11 +52,11 @@ from .wrapped import LoTRWrapped, adapt, layer_class, matrix_of
 def apply_lotr(model: Model, config: LoTRConfig) -> Model:
     """Adapts a model in place: y = x W^T + bias + s ((x A) G_l) B^T (arXiv 2402.01376).
 
-    Each targeted layer l gets a core G_l [r_in, r_out], and each group of layers one pair A [k,
-    r_in], B [n, r_out], in config.adapter_dtype. With target_parameters, each expert of a
-    transformers mixture gets a core. All other parameters are frozen, except modules_to_save. The
-    output does not change at first (with init "svd", except for one rounding of each weight). Use
-    the learning rate that you would use for LoRA.
+    Each targeted layer l gets a core G_l [r_in, r_out], and each group of layers shares one pair of
+    A [k, r_in] and B [n, r_out], all in config.adapter_dtype. With target_parameters, each expert
+    of a transformers mixture gets a core. All other parameters are frozen, except modules_to_save.
+    The output does not change at first (with init "svd", except for one rounding of each weight).
+    Use the learning rate that you would use for LoRA.
 
     Args:
         model: Any nn.Module with nn.Linear layers, transformers' Conv1D, or named modules that have
@@ -70,9 +71,11 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
     Raises:
         TypeError: If the model is wrapped, compiled or sharded; or a target is not linear, or has a
             DTensor; or the experts have an unknown format.
-        ValueError: If a name matches nothing; if a target shares its weight with another module, or
-            is read without being called (nn.MultiheadAttention.out_proj); if the layers of a group
-            have different shapes; or if "svd" cannot read a weight.
+        ValueError: If a name matches nothing, or no layer can be adapted; if a target shares its
+            weight with another module, or is read without being called
+            (nn.MultiheadAttention.out_proj); if the layers of a group have different shapes; if
+            "svd" cannot read a weight; if modules_to_save has a quantized parameter; or if
+            task_type needs a head and none is known.
         RuntimeError: If the model has an adapter already, from lotr_ext or PEFT.
 
     Warns:
@@ -114,7 +117,7 @@ def install(model: nn.Module, selection: Selection) -> None:
     """Adapts the layers that `select` returned for a plain model.
 
     Args:
-        model: The plain model. Its caller opens `unchanged_on_error`.
+        model: The plain model. Call this inside `unchanged_on_error`.
         selection: From `select`, for this model.
     """
     config = selection.config
@@ -131,7 +134,7 @@ def install(model: nn.Module, selection: Selection) -> None:
     for module in selection.saved.values():
         for parameter in module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())  # integers have no gradient
-    all_factors: dict[str, LoTRFactor] = {}  # by `factor_names`
+    all_factors: dict[str, LoTRFactor] = {}  # the keys are from `factor_names`
     for group, targets in selection.groups.items():
         factors = make_pair(
             all_factors,
@@ -186,7 +189,8 @@ def make_pair(
     """Returns the pair of A and B for a group of layers, and makes what does not exist yet.
 
     Args:
-        all_factors: The factors of all groups so far, by `factor_names`. New ones are added to it.
+        all_factors: The factors of all groups so far, with keys from `factor_names`. New factors
+            are added to it.
         group: The group.
         sizes: (in_features, out_features) of its layers.
         config: The configuration.

@@ -30,11 +30,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         path: The JSON file.
 
     Returns:
-        The document, as `AdapterState.from_document` takes and checks it, and the tensors, after a
-        check of their checksum.
+        The document, which `AdapterState.from_document` checks, and the tensors, whose checksum was
+        checked here.
 
     Raises:
-        TypeError, ValueError: If the files are damaged. The message names the file.
+        ValueError: If the files are damaged. The message names the file.
     """
     content = json_in(path, "directory")
     kind = content.get("format")
@@ -82,7 +82,7 @@ def factor_names(factors: str | Sequence[str]) -> tuple[str, str]:
 def config_of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a configuration of version 1 as one of the present version.
 
-    Settings of version 1 that the present one lacks, or in which it differs:
+    Settings of version 1 that no longer exist, or had another meaning:
 
         scaling     None was alpha / r, with alpha = r by default. "auto" had other values.
         init        "gradient", which is now the function `init_from_gradient`.

@@ -26,8 +26,8 @@ from .layers import LoTRLayer
 def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Returns the trained parameters of the adapter, for an optimizer.
 
-    Each A, B and core that requires grad, or the parameters from which a core is computed; and the
-    tasks of a `TaskBank` if its cores require grad. modules_to_save are not among them:
+    They are A, B, the cores (or the parameters from which cores are computed) and the tasks of a
+    `TaskBank`, as far as these require grad. modules_to_save are not among them:
     `[p for p in model.parameters() if p.requires_grad]` has both.
 
     Raises:
@@ -169,8 +169,8 @@ def explain(model: nn.Module, x: Tensor) -> str:
         RuntimeError: If the model has no adapter.
     """
     layers = adapted_layers(model).values()
-    # Token ids go through an embedding, which has the first parameter. The weight of a quantized
-    # layer has a different dtype from its input.
+    # Token ids go through an embedding, which usually has the first parameter. Not the dtype of a
+    # layer's weight, which differs from the input's if the weight is quantized.
     dtype = next(t.dtype for t in (x, *model.parameters()) if t.dtype.is_floating_point)
     lines = Counter(_line(layer, x.new_empty(0, dtype=dtype)) for layer in layers)
     return "\n".join(f"{count} x {line}" for line, count in lines.items())

@@ -116,8 +116,7 @@ def adapter_of(model: nn.Module, gather: Gather = expect_full) -> AdapterState:
             tensors[f"{name}.core"] = _full_core(layer, gather)
         if layer.start_core is not None:
             start = (layer.factors.A.start, layer.factors.B.start, layer.start_core)
-            keys = start_keys(name, entries[name])
-            tensors |= {key: gather(tensor) for key, tensor in zip(keys, start)}
+            tensors |= zip(start_keys(name, entries[name]), map(gather, start))
     config = getattr(model, "lotr_config", None)
     dtypes = {layer.factors.A.value.dtype for layer in layers.values()}
     if config is not None and len(dtypes) == 1:

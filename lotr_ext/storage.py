@@ -25,7 +25,7 @@ def expect_names(kind: str, expected: Collection[str], actual: Collection[str]) 
     """Checks that a file has the names of the model.
 
     Args:
-        kind: What the names are of, for the error.
+        kind: What has these names, for the error: "layers" or "tensors", for example.
         expected: The names in the model.
         actual: The names in the file.
 
@@ -89,7 +89,7 @@ def put_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, s
 
     Raises:
         FileExistsError: If the directory is a file.
-        OSError: If the disk refuses. The files in the directory are then unchanged.
+        OSError: If the file cannot be written. The files in the directory are then unchanged.
     """
     from safetensors.torch import save
 
@@ -146,7 +146,7 @@ def tensors_in(
         if sha256 is not None and actual != sha256:
             raise ValueError(f"sha256 {actual} instead of {sha256}: truncated, or another file")
         tensors = load(data)
-        # `load` does not return the metadata. They are in the header, which it has checked: JSON,
+        # `load` does not return the metadata. It is in the header, which `load` has checked: JSON,
         # after the eight bytes of its length.
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (OSError, SafetensorError, ValueError) as error:
@@ -178,7 +178,7 @@ def json_in(path: Path, argument: str) -> dict[str, Any]:
         argument: The caller's argument that leads to the file, for the error.
 
     Raises:
-        ValueError: If there is no such file, or it has something else.
+        ValueError: If there is no such file, or it contains something else.
     """
     try:
         content = json.loads(read_bytes(path))

@@ -108,7 +108,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
         raise ValueError(
             f"target_modules: expected linear layers that can be adapted (nn.Linear, transformers' "
             f"Conv1D, or modules with in_features and out_features), got none for "
-            f"{config.target_modules!r} in {type(model).__name__}. Left out: "
+            f"{config.target_modules or 'all-linear'!r} in {type(model).__name__}. Left out: "
             f"{'; '.join(reasons) or 'none'}."
         )
     return Selection(config, targets, saved, in_groups(targets), left_out)
@@ -354,7 +354,7 @@ def linear_obstacle(
         isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     )
     if overrides_forward and has_plain_weight(module) and not _returns_rows(module):
-        return "its forward returns something other than x W^T"
+        return "its forward does not return a tensor [.., out_features]"
     return None
 
 

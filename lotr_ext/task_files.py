@@ -119,8 +119,10 @@ class TaskFormat:
                 # By width, a group of layers has no pair of its own.
                 factor_group = f"{part}_{len(value)}" if self.group_by == "width" else group
                 factors.setdefault(id(value), (factor_group, part, value))
-        in_order = sorted(factors.values(), key=lambda factor: factor[:2])
-        return [(part, value) for _, part, value in in_order]
+        return [
+            (part, value)
+            for _, part, value in sorted(factors.values(), key=lambda factor: factor[:2])
+        ]
 
 
 def task_format_of(adapter: AdapterState) -> TaskFormat:

@@ -7,7 +7,7 @@ one parameter [tasks, r_in, r_out] per layer, and a forward computes rows of any
 
     use_tasks(model, index)       opens a request (core/request.py): a `_ModelTasks` for the model,
                                   a `_LayerTasks` per adapted layer
-    the model's forward           notes which columns of the index it runs (`_before_forward`)
+    the model's forward           stores which columns of the index it runs (`_before_forward`)
     each adapted layer's forward  reads its cores of all tasks and the task of each row
 
 Not here: the file of a task (task_files.py), how a layer computes rows with different cores
@@ -160,7 +160,11 @@ class TaskBank(Attachment):
         return slot
 
     def replace(self, task: int, source: Source | None) -> None:
-        """Replaces a task by another one. Arguments and errors are as for `add`."""
+        """Replaces a task by another one. source is as for `add`, as are the errors.
+
+        Raises:
+            ValueError: If there is no such task.
+        """
         cores = self._checked_cores(source)
         with _change_lock:
             self._write(self._slot(task), cores, taken=True)
@@ -192,6 +196,7 @@ class TaskBank(Attachment):
             TypeError, ValueError: If path is not a path, or there is no such task.
             OSError: If the file cannot be written.
         """
+        # No other thread may change the task while it is written.
         with _change_lock:
             put_tensors(Path(path), self.cores_of(task), self._format().metadata())
 
@@ -275,8 +280,9 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
             adapted experts.
 
     Raises:
-        TypeError, ValueError: If index is not an index of tasks, or names a free slot. In a layer,
-            ValueError if the rows or tokens of an input do not match the index.
+        TypeError, ValueError: If index is not an index of tasks, or names a free slot (its values
+            are checked only on the CPU). In a layer, ValueError if the rows or tokens of an input
+            do not match the index.
         RuntimeError: If the model has no adapter, no bank, or is merged.
 
     Warns:
@@ -376,10 +382,12 @@ class _ModelTasks:
             [b], [b, tokens] or [m].
         """
         self._refuse_recomputation()
-        columns = self.index if self.after_cache is None else self.after_cache
-        index = columns.to(x.device)  # copies only if the bank is on another device
+        # Copies only if the bank is on another device.
+        index = (self.index if self.after_cache is None else self.after_cache).to(x.device)
         rows = len(index)
         is_flat = self.flat and x.dim() == 2
+        if is_flat and not rows and not len(x):
+            return index.flatten()
         has_equal_rows = is_flat and rows > 0 and len(x) % rows == 0
         # (rows, tokens, ..), also for a flat input, which has the tokens of all rows. If they do
         # not divide evenly, [m], which the check refuses.
@@ -394,14 +402,13 @@ class _ModelTasks:
         if index.dim() == 2 and lead[1] != index.shape[1]:
             raise ValueError(
                 f"x: expected {index.shape[1]} tokens per row, as in the index of tasks or in the "
-                f"call of the model, got {lead[1]}. Pass an index [b] of one task per row. Steps "
-                f"after the index need a cache that the model's own forward gets."
+                f"call of the model, got {lead[1]}. Pass an index [b] of one task per row. To "
+                f"generate tokens past the index, pass the cache to the model's own forward."
             )
         if not is_flat:
             return index
-        # An entry of the index is for one token, or for all tokens of its row. Both numbers are 0
-        # for a batch without rows.
-        return index.flatten().repeat_interleave(len(x) // max(index.numel(), 1))
+        # An entry of the index is for one token, or for all tokens of its row.
+        return index.flatten().repeat_interleave(len(x) // index.numel())
 
     def _refuse_recomputation(self) -> None:
         """Refuses a checkpoint's recomputation in a context that had a forward with a cache.
@@ -455,7 +462,7 @@ def _remove_without_bank(hooks: list[RemovableHandle], model: nn.Module, args: t
 
 
 def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Notes which columns of an index per token a forward of the model runs."""
+    """Stores which columns of an index per token a forward of the model runs."""
     request = state_of(model)
     if isinstance(request, _ModelTasks) and request.index.dim() == 2:
         request.after_cache = _columns_after_cache(request.index, model, args, kwargs)

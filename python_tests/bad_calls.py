@@ -182,6 +182,7 @@ LAYERS: list[Row] = [
     ("diagonal of two ranks", "rank", partial(FORMS["diagonal"], PLACES, (3, 4))),
     ("cores of no places", "places", partial(FORMS["diagonal"], [], 4)),
     ("cores of a place twice", "places", partial(FORMS["diagonal"], [("0", "q")] * 2, 4)),
+    ("an unknown place", "place", lambda: FORMS["diagonal"](PLACES, 4).at("nowhere")),
     ("no slices", "slices", partial(FORMS["tucker"], PLACES, 4, slices=0)),
     ("few as identity", "core_init", lambda: FORMS["few"](PLACES, 4).begin_as_identity()),
     # starts
@@ -409,6 +410,7 @@ SETTINGS_OF_LORA = [
     "use_rslora",
     "init_lora_weights",
     "use_dora",
+    "magnitude",
     "rank_pattern",
     "alpha_pattern",
     "bias",

@@ -34,7 +34,7 @@ from models import (
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from lotr_ext import (
     LoTRConfig,
@@ -221,12 +221,27 @@ def test_a_failure_in_the_last_layer_changes_none(
     assert not any(layer.merged for layer in adapted_layers(model).values())
 
 
-def test_unmerge_changes_all_layers_or_none(x: Tensor) -> None:
-    model = nn.Sequential(nn.Linear(16, 16), zoo.Dense(nn.Linear(16, 16)))
+@pytest.mark.parametrize(
+    ("last", "break_layer", "error"),
+    [
+        # Without a backup of the quantized base.
+        (zoo.Dense, lambda layer: None, RuntimeError),
+        (
+            lambda linear: linear,
+            lambda layer: parametrize.register_parametrization(layer, "weight", nn.Identity()),
+            TypeError,
+        ),
+    ],
+    ids=["replaced", "computed"],
+)
+def test_unmerge_changes_all_layers_or_none(
+    last: Callable, break_layer: Callable, error: type[Exception], x: Tensor
+) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), last(nn.Linear(16, 16)))
     moved(apply_lotr(model, LoTRConfig(rank=2, scaling=1.5)))
-    merge(model, keep_backup=False, dequantize=True)
+    break_layer(merge(model, keep_backup=False, dequantize=True)[1])
     y = model(x)
-    with refused("unmerge", RuntimeError):
+    with refused("unmerge", error):
         unmerge(model)
     assert torch.equal(model(x), y)
 

@@ -1,4 +1,4 @@
-"""The wheel, and the messages of setup.py for a missing package and an old torch or Python."""
+"""The wheel, and the messages of setup.py for packages, tools and a Python that do not suffice."""
 
 import os
 import re
@@ -71,8 +71,9 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
 
 # ---- messages ------------------------------------------------------------------------------------
 
-# Each patch makes a package or Python look missing or old. In it, u is importlib.util, and m is
-# importlib.metadata. find and version are the original u.find_spec and m.version.
+# Each patch makes a package, cmake or Python look missing, old or broken. In it, u is
+# importlib.util, and m is importlib.metadata. find and version are the original u.find_spec and
+# m.version.
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,11 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
             "u.find_spec = lambda n, *a: None if n == 'wheel' else find(n, *a)\n"
             "m.version = lambda n: '69.5' if n == 'setuptools' else version(n)",
             ["package wheel", "setuptools wheel"],
+        ),
+        (
+            # As of a cmake that fails and prints no version.
+            "import subprocess as s\ns.run = lambda *a, **k: s.CompletedProcess(a, 1, '')",
+            ["cmake >= 3.26", "no version"],
         ),
         (
             # Python 3.9 fails at `str | None`, as here at any class that follows the check.

@@ -380,6 +380,8 @@ def test_a_layer_may_get_the_tokens_of_all_rows_in_one_list(has_experts: bool) -
     x = torch.randn(4, 5, 16)
     for index in (INDEX, INDEX_PER_TOKEN):
         assert relative(output(model, x, index, flat=not has_experts), row_by_row(model, x)) < 1e-5
+        # A batch may be empty.
+        assert output(model, x[:0], index[:0], flat=not has_experts).shape == (0, 5, 16)
     with use_tasks(model, INDEX, flat=True), pytest.raises(ValueError, match="equal length"):
         model.b(torch.randn(7, 16))
 

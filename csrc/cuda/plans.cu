@@ -1,5 +1,5 @@
-// Implements plans.h: parses LOTR_CUDA_PLAN, then replaces the numbers of a
-// plan (plan.h) that the text has, and refuses a plan that the kernel cannot run.
+// Implements plans.h: parses LOTR_CUDA_PLAN, then replaces the numbers of a plan (plan.h) that the
+// text has, and refuses a plan that the kernel cannot run.
 #include "plans.h"
 
 #include <charconv>

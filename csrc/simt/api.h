@@ -1,7 +1,8 @@
 // The SIMT executor: runs CUDA kernels, compiled by a host compiler, on the CPU, so that tests need
 // no GPU. Test builds only. Host programs (the tests, the Python module) include this header.
 //
-//   site.h device.h hopper.h  the functions that csrc/cuda/ptx calls, one per instruction's wrapper
+//   site.h device.h hopper.h  the functions that the wrappers of csrc/cuda/ptx and sm90 call
+//   state.h                   the threads, warps and blocks that run, and what these files share
 //   grid.cpp scheduler.cpp    clusters of blocks one after another; one fiber per GPU thread,
 //                             switched where threads wait
 //   fiber.cpp                 stacks and the switch
@@ -12,7 +13,8 @@
 //   options.cpp               options, sparse memory
 //   race.cpp race_hooks.cpp   the race detector, which is a separate build
 //   early.cpp                 programmatic dependent launches
-//   sites.cpp                 skips one barrier, for mutation tests
+//   sites.cpp                 skips one synchronization, for mutation tests
+//   module/ build.py          the Python module; compiles it and the test programs
 //
 // It cannot test the PTX inside the wrappers, speed, or what the hardware's memory model allows but
 // the race detector's model does not. mma sums in float32 in a fixed order, so results differ from
@@ -37,10 +39,11 @@ struct Options {
   uint64_t seed = 1;          // of the random order; the same seed gives the same schedule
   unsigned preempt = 0;       // random order: chance in 256 of a switch at a memory access
   bool count_memory = false;  // bytes, sectors and bank conflicts (about twice as slow)
-  // Bytes of shared memory that a block may request: sm_90's. 101376 on sm_86 and 89, 166912 on 80.
+  // Bytes of shared memory that a block may request, here on sm_90. On sm_86 and 89 it is 101376,
+  // on sm_80 166912.
   size_t shared_limit = 232448;
 };
-// For mutation tests: barriers, warp synchronization, commits, waits and fences at this line do
+// For mutation tests: barriers, __syncwarp, arrivals, commits, waits and fences at this line do
 // nothing, as if the line were deleted and the kernel compiled again.
 struct Skip {
   std::string file;  // the end of its path, as "tile/load.cuh"; empty: nothing is skipped
@@ -83,13 +86,13 @@ struct LaunchRecord {
 
 struct Counters {
   uint64_t blocks = 0, threads = 0, switches = 0;
-  uint64_t barriers = 0;                     // completed __syncthreads and named barriers
-  uint64_t warp_collectives = 0;             // shuffles, __syncwarp, ldmatrix, mma, ...
-  uint64_t mma = 0, wgmma = 0;               // per warp, per warpgroup
-  uint64_t ldmatrix = 0;                     // per warp
-  uint64_t async_copies = 0;                 // cp.async, per lane
-  uint64_t bulk_copies = 0, bulk_bytes = 0;  // TMA tiles; bytes that arrive, zeros included
-  uint64_t async_waits = 0;                  // cp.async.wait_group, per lane
+  uint64_t barriers = 0;          // completed barriers: __syncthreads, named, the cluster's
+  uint64_t warp_collectives = 0;  // shuffles, __syncwarp, ldmatrix, mma, ...
+  uint64_t mma = 0, wgmma = 0;    // per warp, per warpgroup
+  uint64_t ldmatrix = 0;          // per warp
+  uint64_t async_copies = 0;      // cp.async, per lane
+  uint64_t bulk_bytes = 0;        // of TMA's tiles: complete boxes, in each block that receives one
+  uint64_t async_waits = 0;       // cp.async.wait_group, per lane
   // Shared memory, with ldmatrix and the writes of cp.async. A phase is the work of one cycle
   // without conflicts; wavefronts / phases is the degree of bank conflicts. Without count_memory:
   // only ldmatrix.
@@ -102,7 +105,8 @@ struct Counters {
 Counters counters();
 void reset_counters();  // registered arrays stay
 
-// Names [base, base + bytes). Throws std::invalid_argument if it overlaps another array.
+// Names [base, base + bytes). Throws std::invalid_argument if it overlaps another array. The same
+// array again has no effect.
 void register_array(const std::string& name, const void* base, size_t bytes);
 void clear_arrays();
 

@@ -1,5 +1,5 @@
-// Block barriers, named barriers, the cluster's barrier, and the warp collectives that exchange
-// only register values: shuffle and __syncwarp.
+// Block barriers, named barriers and the cluster's barrier; and where the lanes of a warp meet: for
+// shuffles and __syncwarp, which are here, and for ldmatrix, mma and wgmma.
 #include <cstring>
 
 #include "state.h"
@@ -76,16 +76,16 @@ struct Shuffled {
   int source;  // the lane that sends, or negative: the lane keeps its value
 };
 
-// The leader of a shuffle. op: its name.
-void exchange(Warp& warp, uint32_t mask, void* op) {
+// The leader of a shuffle.
+void exchange(Warp& warp, uint32_t mask, void*) {
   for (uint32_t lanes = mask; lanes; lanes &= lanes - 1) {
     const int lane = __builtin_ctz(lanes);
     auto& value = *static_cast<Shuffled*>(warp.thread[lane].operand);
     value.received = value.sent;
     if (value.source < 0) continue;
     if (!(mask >> value.source & 1))
-      fail("%s: lane %d reads lane %d, which is not in mask %08x", static_cast<const char*>(op),
-           lane, value.source, mask);
+      fail("%s: lane %d reads lane %d, which is not in mask %08x", self().op, lane, value.source,
+           mask);
     value.received = static_cast<Shuffled*>(warp.thread[value.source].operand)->sent;
   }
 }
@@ -126,7 +126,7 @@ void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Le
   if ((warp.arrived & mask) == mask) {
     if (leader) leader(warp, mask, context);
     warp.arrived &= ~mask;
-    ++warp.generation;
+    if (!warp.arrived) ++warp.generation;  // else lanes of another mask still release into `sync`
     ++totals.warp_collectives;
     set_ready(warp, mask);
     if (mask == warp.alive) flush_log(warp);
@@ -188,7 +188,7 @@ uint64_t shuffle_xor(uint32_t mask, uint64_t bits, int lanes, int width, Site si
   const int last = lane / width * width + width - 1;
   const int source = (lane ^ lanes) > last ? -1 : lane ^ lanes;
   Shuffled value{bits, bits, source};
-  warp_collective(op, mask, site, &value, exchange, const_cast<char*>(op), false);
+  warp_collective(op, mask, site, &value, exchange, nullptr, false);
   return value.received;
 }
 

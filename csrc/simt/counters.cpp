@@ -60,14 +60,14 @@ void count_global_instruction(const Access* const* lanes, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     const Access& access = *lanes[i];
     const uintptr_t sector = access.address / SECTOR;
-    const uint32_t bytes = ((uint32_t(1) << access.bytes) - 1) << access.address % SECTOR;
+    const uint32_t byte_mask = ((uint32_t(1) << access.bytes) - 1) << access.address % SECTOR;
     Touched* const end = touched + sectors;
     Touched* const same =
         std::find_if(touched, end, [&](const Touched& other) { return other.sector == sector; });
     if (same == end)
-      touched[sectors++] = {sector, bytes};
+      touched[sectors++] = {sector, byte_mask};
     else
-      same->byte_mask |= bytes;
+      same->byte_mask |= byte_mask;
   }
   for (size_t i = 0; i < sectors; ++i) {
     const uintptr_t first = touched[i].sector * SECTOR + __builtin_ctz(touched[i].byte_mask);

@@ -20,8 +20,8 @@
 
 #define __launch_bounds__(...)
 
-// Real objects, set at every switch of threads: macros of these names would break CUDA's own
-// headers.
+// Real objects, because macros of these names would break CUDA's own headers. A switch of threads
+// sets threadIdx and blockIdx, a launch the other two.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 inline constexpr int warpSize = 32;
@@ -44,7 +44,7 @@ void launch(const Launch& launch, void (*kernel)(Params...), Args&&... params) {
   run_grid(launch, run, &thread);
 }
 
-void* shared_memory(size_t bytes);  // checks that the launch gave as much
+void* shared_memory(size_t bytes);  // checks that the launch gave at least as much
 uint32_t shared_offset(const void* p);
 
 void load_global(void* value, const void* p, uint32_t bytes, Site site);

@@ -50,7 +50,7 @@ class FiberStacks {
   bool contains(const void* p) const {
     return size_t(static_cast<const char*>(p) - base_) < count_ * stride_;
   }
-  // After a launch that failed, fibers were abandoned in the middle of functions.
+  // AddressSanitizer: unpoisons the stacks. A launch that failed left functions that never return.
   void forget_frames();
 
  private:

@@ -132,7 +132,7 @@ void run_cluster(uint3 corner) {
   machine.current_warp = choose(order, warps);
   machine.threads_left = size_t(count) * threads;
   machine.memory_barriers.clear();
-  machine.engine.clear();
+  machine.landings.clear();
   machine.cluster_barrier = Barrier{};
   machine.idle_rounds = 0;
   for (uint32_t i = 0; i < count; ++i)

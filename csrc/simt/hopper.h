@@ -4,7 +4,7 @@
 
 namespace lotr::simt {
 
-// A row-major matrix of 2-byte elements and the box of a copy: 64 columns, swizzled by 128 bytes.
+// A row-major matrix of 2-byte elements and the box of a copy: 64 columns, with 128-byte swizzle.
 struct alignas(64) TensorMap {
   const unsigned char* base;
   uint32_t rows, cols, row_stride, box_rows;  // stride in elements
@@ -34,7 +34,8 @@ void bulk_wait(int keep, Site site);
 void fence_proxy_async(Site site);
 
 void wgmma_fence(Site site);
-// d [64, n] of a warpgroup. a, b: descriptors. mn_major: the order of b.
+// d: the thread's n / 2 elements of the warpgroup's [64, n]. a, b: descriptors. mn_major: whether b
+// is MN-major, else K-major.
 void wgmma(float* d, int n, uint64_t a, uint64_t b, bool mn_major, bool accumulate, bool is_bf16,
            Site site);
 void wgmma_commit(Site site);

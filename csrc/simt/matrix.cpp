@@ -24,7 +24,7 @@ struct TileLoad {
   bool trans;
 };
 
-// How many cycles eight rows of 16 bytes take. Rows in one of the eight groups of four banks need
+// How many cycles eight rows of 16 bytes take. Different rows in the same group of four banks need
 // separate cycles; the same row twice is one access.
 int wavefronts(LaneRow* const* rows) {
   int rows_in_group[8] = {}, worst = 0;
@@ -98,15 +98,15 @@ void multiply(Warp& warp, uint32_t, void*) {
   for (int lane = 0; lane < 32; ++lane) {
     fragments[lane] = static_cast<Fragments*>(warp.thread[lane].operand);
     const int g = lane / 4;
-    const int q = 2 * (lane % 4);
+    const int k = 2 * (lane % 4);
     for (int h = 0; h < 2; ++h) {  // the low half is the lower k
       const auto half = [&](uint32_t word) { return Convert(word >> 16 * h & 0xffffu); };
-      A[g][q + h] = half(fragments[lane]->a[0]);
-      A[g + 8][q + h] = half(fragments[lane]->a[1]);
-      A[g][q + 8 + h] = half(fragments[lane]->a[2]);
-      A[g + 8][q + 8 + h] = half(fragments[lane]->a[3]);
-      B[q + h][g] = half(fragments[lane]->b[0]);
-      B[q + 8 + h][g] = half(fragments[lane]->b[1]);
+      A[g][k + h] = half(fragments[lane]->a[0]);
+      A[g + 8][k + h] = half(fragments[lane]->a[1]);
+      A[g][k + 8 + h] = half(fragments[lane]->a[2]);
+      A[g + 8][k + 8 + h] = half(fragments[lane]->a[3]);
+      B[k + h][g] = half(fragments[lane]->b[0]);
+      B[k + 8 + h][g] = half(fragments[lane]->b[1]);
     }
     for (int e = 0; e < 4; ++e) of_lane(lane, e) = fragments[lane]->d[e];
   }

@@ -23,16 +23,16 @@ void arrive(MemoryBarrier& b, Site site) {
 
 }  // namespace
 
-MemoryBarrier& memory_barrier(const void* barrier, Site site) {
+MemoryBarrier& memory_barrier(const Block& block, uint32_t offset, Site site) {
   const Thread& t = self();
+  const void* const barrier = block.shared + offset;
   const auto entry = machine.memory_barriers.find(barrier);
-  const std::ptrdiff_t offset = static_cast<const unsigned char*>(barrier) - t.block->shared;
   if (entry == machine.memory_barriers.end())
-    fail("%s at %s:%d: the mbarrier at shared offset %td was never initialized", t.op, site.file,
-         site.line, offset);
+    fail("%s at %s:%d: the mbarrier of block %u at shared offset %u was never initialized", t.op,
+         site.file, site.line, block.rank, offset);
   if (memcmp(barrier, MARK, 8))
-    fail("%s at %s:%d: the mbarrier at shared offset %td was overwritten", t.op, site.file,
-         site.line, offset);
+    fail("%s at %s:%d: the mbarrier of block %u at shared offset %u was overwritten", t.op,
+         site.file, site.line, block.rank, offset);
   return entry->second;
 }
 
@@ -91,13 +91,13 @@ void fence_mbarrier_init(Site site) {
 
 void mbarrier_arrive(void* barrier, uint32_t bytes, Site site) {
   race::ExecutorScope scope;
-  enter(bytes ? "mbarrier.arrive.expect_tx" : "mbarrier.arrive", site);
-  if (counted_and_skipped(self().op, site)) return;
-  MemoryBarrier& b = memory_barrier(barrier, site);
+  Thread& t = enter(bytes ? "mbarrier.arrive.expect_tx" : "mbarrier.arrive", site);
+  if (counted_and_skipped(t.op, site)) return;
+  MemoryBarrier& b = memory_barrier(*t.block, shared_offset(barrier), site);
   race::release(b.sync);
   b.pending_bytes += bytes;
   if (b.pending_bytes > MAX_PENDING)
-    fail("%s at %s:%d: %lld bytes are announced, expected at most 2^20 - 1", self().op, site.file,
+    fail("%s at %s:%d: %lld bytes are announced, expected at most 2^20 - 1", t.op, site.file,
          site.line, (long long)b.pending_bytes);
   arrive(b, site);
 }
@@ -108,7 +108,7 @@ void mbarrier_arrive_cluster(void* barrier, uint32_t rank, Site site) {
   if (counted_and_skipped(t.op, site)) return;
   check_shared(barrier, 8, 8, t.op, site);
   Block& block = block_of_cluster(rank, site);
-  MemoryBarrier& b = memory_barrier(block.shared + shared_offset(barrier), site);
+  MemoryBarrier& b = memory_barrier(block, shared_offset(barrier), site);
   if (&block != t.block) check_fenced(b, site);
   race::release(b.sync);
   arrive(b, site);
@@ -116,16 +116,16 @@ void mbarrier_arrive_cluster(void* barrier, uint32_t rank, Site site) {
 
 void mbarrier_wait(void* barrier, uint32_t parity, Site site) {
   race::ExecutorScope scope;
-  enter("mbarrier.try_wait", site);
-  if (counted_and_skipped(self().op, site)) return;
+  Thread& t = enter("mbarrier.try_wait", site);
+  if (counted_and_skipped(t.op, site)) return;
   for (;;) {
-    MemoryBarrier& b = memory_barrier(barrier, site);
+    MemoryBarrier& b = memory_barrier(*t.block, shared_offset(barrier), site);
     if ((b.phase & 1) != (parity & 1)) break;
-    b.waiting.push_back(&self());
+    b.waiting.push_back(&t);
     wait_here(State::spinning, "mbarrier.try_wait", site);
   }
   progress();
-  race::acquire(memory_barrier(barrier, site).sync);
+  race::acquire(memory_barrier(*t.block, shared_offset(barrier), site).sync);
   maybe_preempt();
 }
 

@@ -50,13 +50,13 @@ void move(void* to, const void* from, uint32_t bytes) {
 
 void check_shared(const void* p, size_t bytes, size_t align, const char* op, Site site) {
   const Block& block = *self().block;
-  const std::ptrdiff_t at = static_cast<const unsigned char*>(p) - block.shared;
-  if (at < 0 || size_t(at) + bytes > block.shared_bytes)
+  const std::ptrdiff_t start = static_cast<const unsigned char*>(p) - block.shared;
+  if (start < 0 || size_t(start) + bytes > block.shared_bytes)
     fail("%s at %s:%d: address is outside the block's shared memory: offset %td, %zu bytes, of %zu",
-         op, site.file, site.line, at, bytes, block.shared_bytes);
-  if (size_t(at) % align)
+         op, site.file, site.line, start, bytes, block.shared_bytes);
+  if (size_t(start) % align)
     fail("%s at %s:%d: shared address (offset %td) is not aligned to %zu bytes", op, site.file,
-         site.line, at, align);
+         site.line, start, align);
 }
 
 void touch_copy(void* to, const void* from, size_t bytes) {

@@ -90,8 +90,9 @@ uint32_t place_number(void* pc) {
   return latest;
 }
 
-// The file's name and line of the instruction at pc. Functions are inlined into each other there:
-// it is the innermost line that is not in the executor, the wrappers or CUDA's headers.
+// The file's name and line of the instruction at pc. If functions are inlined there, an instruction
+// has several lines: this is the innermost one outside the executor, the wrappers and CUDA's
+// headers.
 std::string line_of(void* pc) {
   Dl_info info;
   if (!dladdr(pc, &info)) return "?";
@@ -138,9 +139,9 @@ std::string block_of(const Event& event) {
   if (event.cluster != detector.cluster) return "an earlier block";
   const Block& block = machine.blocks[event.thread / self().block->thread_count];
   if (&block == self().block) return "the same block";
-  const uint3 at = block.index;
-  return "block (" + std::to_string(at.x) + "," + std::to_string(at.y) + "," +
-         std::to_string(at.z) + ")";
+  const uint3 index = block.index;
+  return "block (" + std::to_string(index.x) + "," + std::to_string(index.y) + "," +
+         std::to_string(index.z) + ")";
 }
 
 // Reports that the running thread's access `use` at `place` is not ordered after `before`.
@@ -229,8 +230,7 @@ void check(uintptr_t address, size_t bytes, Use use, void* pc) {
   }
 }
 
-// A thread's variables are on its fiber's stack. Its parameters are copied from the launching
-// stack.
+// Whether p is on the stack of the process, where `launch` keeps the kernel's parameters.
 bool on_process_stack(uintptr_t p) {
   static uintptr_t base = 0;
   static size_t bytes = 0;
@@ -246,7 +246,7 @@ bool on_process_stack(uintptr_t p) {
   return p - base < bytes;
 }
 
-// threadIdx and the others are globals here, registers on a GPU.
+// Whether p is in threadIdx or another of these, which are globals here.
 bool is_builtin(uintptr_t p) {
   const auto within = [p](const auto& object) {
     return p - reinterpret_cast<uintptr_t>(&object) < sizeof object;
@@ -290,6 +290,7 @@ void access(const void* p, size_t bytes, Use use) {
 
 void access_by_code(uintptr_t p, size_t bytes, Use use, void* pc) {
   ExecutorScope scope;
+  // A thread's variables, its parameters and built-ins are registers or constants on a GPU.
   if (machine.stacks.contains(reinterpret_cast<void*>(p)) || on_process_stack(p) || is_builtin(p))
     return;
   count_unwrapped(p, bytes);

@@ -26,7 +26,7 @@ int nth(uint64_t bits, size_t n) {
 }
 
 // Where the threads are, for the message of a deadlock: one line for each block and place, with the
-// number of its threads.
+// number of its threads, up to 16 lines.
 std::string whereabouts() {
   const auto same = [](const Thread& a, const Thread& b) {
     if ((a.state == State::exited) != (b.state == State::exited)) return false;
@@ -54,13 +54,13 @@ std::string whereabouts() {
   return text;
 }
 
-// Completes one asynchronous copy: the oldest, the newest or a random one, by Options::order. A
-// GPU does not order them either.
-void run_engine() {
-  const size_t i = choose(machine.options.order, machine.engine.size());
-  const auto work = std::move(machine.engine[i]);
-  machine.engine.erase(machine.engine.begin() + std::ptrdiff_t(i));
-  work();
+// Completes one bulk copy: the oldest, the newest or a random one, by Options::order. A GPU does
+// not order them either.
+void land_a_copy() {
+  const size_t i = choose(machine.options.order, machine.landings.size());
+  const auto land = std::move(machine.landings[i]);
+  machine.landings.erase(machine.landings.begin() + std::ptrdiff_t(i));
+  land();
   progress();
 }
 
@@ -120,14 +120,15 @@ void make_current(Thread& t) {
 Thread* choose_thread() {
   const Order order = machine.options.order;
   for (;;) {
-    if (!machine.engine.empty() && order == Order::random && next_random() % 16 == 0) run_engine();
+    if (!machine.landings.empty() && order == Order::random && next_random() % 16 == 0)
+      land_a_copy();
     if (Warp* warp = choose_warp()) {
       const size_t n = choose(order, __builtin_popcount(warp->ready));
       return &warp->thread[nth(warp->ready, n)];
     }
     if (!machine.threads_left) return nullptr;
-    if (!machine.engine.empty()) {
-      run_engine();
+    if (!machine.landings.empty()) {
+      land_a_copy();
       continue;
     }
     // Every polling thread polls again, in at most two rounds. progress() resets the count if one

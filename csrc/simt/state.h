@@ -83,7 +83,7 @@ struct Thread {
   std::vector<WarpgroupProduct> products;
   uint64_t products_issued = 0;
   // What the checks and counters need:
-  std::vector<uint32_t> unfenced_words;  // of shared memory, stored since its fence.proxy.async
+  std::vector<uint32_t> unfenced_words;  // of shared memory, stored since the last proxy fence
   bool wgmma_fenced = false;
   bool may_touch_global = true;  // false in an early launch, until griddepcontrol.wait
   std::vector<Access> log;       // since the warp last converged
@@ -163,8 +163,8 @@ struct Machine {
   int idle_rounds = 0;  // rounds since the latest progress in which every thread only polled
   std::string error;
 
-  // Bulk copies, which are completed when no thread is ready, or at random.
-  std::deque<std::function<void()>> engine;
+  // What completes the bulk copies in flight: run when no thread is ready, or at random.
+  std::deque<std::function<void()>> landings;
   std::unordered_map<const void*, MemoryBarrier> memory_barriers;
 };
 extern Machine machine;
@@ -198,8 +198,9 @@ inline Thread& enter(const char* op, Site site) {
 }
 
 // ---- barrier.cpp ----
-// Every lane of the mask must call with the same op from the same place. The last lane runs
-// `leader`, unless that is null: it reads the lanes' operands from warp.thread[lane].operand.
+// Every lane of the mask must call with the same op from the same place. While a lane waits here,
+// no other lane of its mask may wait elsewhere (on a GPU it may). The last lane runs `leader`,
+// unless that is null: it reads the lanes' operands from warp.thread[lane].operand.
 using Leader = void (*)(Warp& warp, uint32_t mask, void* context);
 void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Leader leader,
                      void* context, bool orders_memory);
@@ -236,7 +237,8 @@ void forget_sites();
 void note_store(const void* p, uint32_t bytes);  // to shared memory, by st.shared
 
 // ---- mbarrier.cpp ----
-MemoryBarrier& memory_barrier(const void* barrier, Site site);  // fails if it is not initialized
+// The mbarrier at the offset in the block's shared memory. Fails if it is not initialized.
+MemoryBarrier& memory_barrier(const Block& block, uint32_t offset, Site site);
 void complete_if_done(MemoryBarrier& b);
 void check_fenced(const MemoryBarrier& b, Site site);  // for bulk copies and other blocks
 Block& block_of_cluster(uint32_t rank, Site site);     // alive, and synchronized with its start

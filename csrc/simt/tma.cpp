@@ -1,8 +1,8 @@
 // sm_90: bulk copies (TMA) of boxes between matrices and swizzled tiles in shared memory.
 //
-// Starting a copy fills its destination with NaN and puts its landing into machine.engine, which
-// runs when no thread can continue, or at a random time. Only the landing reads the source and
-// writes the destination. So two mistakes are visible: reading a tile before the wait reads NaN,
+// Starting a copy fills its destination with NaN and adds its landing to machine.landings, which
+// run when no thread can continue, or at random times. Only the landing reads the source and writes
+// its data. So two mistakes are visible: reading a tile before the wait reads NaN,
 // and overwriting a tile whose store has not landed changes what the matrix receives.
 #include <algorithm>
 #include <cstring>
@@ -102,12 +102,11 @@ void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* bar
   if (!blocks || blocks >> machine.blocks.size())
     fail("%s at %s:%d: blocks %#x of a cluster of %zu", t.op, site.file, site.line, blocks,
          machine.blocks.size());
-  const size_t barrier_offset = shared_offset(barrier);
+  const uint32_t barrier_offset = shared_offset(barrier);
   // Counted once: one read serves all blocks.
   box.each_row([](size_t, const void* from, size_t part) {
     count_global(Space::global_read, reinterpret_cast<uintptr_t>(from), part);
   });
-  ++totals.bulk_copies;
   for (uint32_t rank = 0; rank < machine.blocks.size(); ++rank) {
     if (!(blocks >> rank & 1)) continue;
     Block& block = block_of_cluster(rank, site);
@@ -115,13 +114,13 @@ void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* bar
     unsigned char* tile = block.shared + offset;
     unpoison(tile, box.bytes());
     touch_fill(tile, 0xFF, box.bytes());
-    MemoryBarrier& counted_at = memory_barrier(block.shared + barrier_offset, site);
+    MemoryBarrier& counted_at = memory_barrier(block, barrier_offset, site);
     check_fenced(counted_at, site);
     race::release(counted_at.sync);  // orders this write before a thread that waits there
     poison(tile, box.bytes());
     ++block.copies_in_flight;
     // The box by value: the thread may have exited when the copy lands.
-    machine.engine.push_back(
+    machine.landings.push_back(
         [&block, box, offset, barrier_offset] { land_load(box, block, offset, barrier_offset); });
   }
 }
@@ -169,7 +168,6 @@ void tma_store_2d(const TensorMap& map, int col, int row, const void* shared, Si
     count_global(Space::global_write, reinterpret_cast<uintptr_t>(to), part);
     touch_fill(to, 0xFF, part);
   });
-  ++totals.bulk_copies;
   totals.bulk_bytes += box.bytes();
   ++block.copies_in_flight;
   BulkStore store;
@@ -177,7 +175,7 @@ void tma_store_2d(const TensorMap& map, int col, int row, const void* shared, Si
   store.bytes = box.bytes();
   store.landed = std::make_shared<bool>(false);
   t.stores.push_back(store);
-  machine.engine.push_back([&t, box, offset, landed = store.landed] {
+  machine.landings.push_back([&t, box, offset, landed = store.landed] {
     land_store(box, t, offset);
     *landed = true;
   });

@@ -61,8 +61,8 @@ struct Operand {
     for (int i = first; i < rows / along_rows * per_row; i += step)
       f(i / per_row * along_rows, i % per_row * along_k);
   }
-  // Sets value to the rows [rows][16] as floats, and raw to their bytes. If the bytes still equal
-  // raw, value is up to date.
+  // Sets value to the rows [rows][16] as floats, and raw to their bytes. Does nothing if the bytes
+  // still equal raw: value is then up to date.
   void decode(int first_row, int rows, bool is_bf16, std::vector<unsigned char>& raw,
               std::vector<float>& value) const {
     bool is_unchanged = !raw.empty();
@@ -170,7 +170,7 @@ void wgmma(float* d, int n, uint64_t a, uint64_t b, bool mn_major, bool accumula
            size_t(descriptor));
   if (mn_major && n % 64)  // the PTX manual's canonical layouts have complete rows of the swizzle
     fail(
-        "wgmma at %s:%d: no canonical layout: %d elements of a MN-major operand with 128-byte "
+        "wgmma at %s:%d: no canonical layout: %d elements of an MN-major operand with 128-byte "
         "swizzle",
         site.file, site.line, n);
   warp_collective("wgmma.mma_async", ~0u, site, nullptr, nullptr, nullptr, false);

@@ -3,7 +3,7 @@
     dispatch         chooses the autograd nodes of a call, or the PyTorch fallback
     request          which layers use other cores, or none, inside a context
     strategy         the order of the base product and the adapter's product
-    factor_cache     what the calls with one factor share
+    factor_cache     a cache per factor, which all calls with that factor share
     nodes            the autograd Functions
     grouped          the base product of a mixture of experts
     fallback         the layer in PyTorch operations

@@ -32,7 +32,7 @@ class RowChoice(NamedTuple):
     def of_index(index: Tensor, x: Tensor) -> "RowChoice":
         """Returns the choice that an index [b], [b, tokens] or [rows] makes for x [.., k]."""
         lead = x.shape[:-1]
-        # Dimensions of x that the index lacks repeat it.
+        # Repeats the index along the dimensions of x that it lacks.
         ones = (1,) * (len(lead) - index.dim())
         return RowChoice(index.view(*index.shape, *ones).expand(lead).reshape(-1))
 

@@ -33,7 +33,7 @@ from .strategy import choose_strategy
 VERSION = "lotr 8"
 
 # Layers on one x may share u = x A, but a shared node costs host time. Computing u again costs a
-# pass over x: x.numel() (r_in + READ_COST) multiplications. Below LITTLE_WORK of them, each layer
+# pass over x: x.numel() * (r_in + READ_COST) multiplications. Below LITTLE_WORK of them, each layer
 # computes u itself. An adapted model's step takes this much longer than the frozen model's
 # (python -m bench.model --models smollm2-135m --sequence 256):
 #
@@ -235,10 +235,11 @@ def choose_plan(
 
 
 def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
-    """Computes a call by our operators.
+    """Computes a call with our operators.
 
-    A copy replaces an x that cannot be flattened, and a base_output a trained weight or bias. Then
-    one node computes the call, or a projection and a node that starts from u or h = s u G.
+    An x that cannot be flattened is copied first. If weight or bias is trained, PyTorch computes
+    the base product, as a base_output. Then one node computes the call, or a projection and a node
+    that starts from u or h = s u G.
 
     Args:
         call: Arguments for which `fallback_reason` is None.

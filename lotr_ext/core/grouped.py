@@ -31,7 +31,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """
     if _torch_can_run(x, weight):
         y = nn.functional.grouped_mm(x, weight.mT, offs=offs)
-        # torch leaves the rows past the end unwritten. To read offs here would wait for the GPU.
+        # torch leaves the rows past the end unwritten. Reading offs here would wait for the GPU.
         is_past_end = torch.arange(len(x), device=x.device) >= offs[-1]
         return y.masked_fill_(is_past_end.unsqueeze(1), 0)
     y = x.new_empty(x.shape[0], weight.shape[1])
@@ -46,7 +46,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 
 @torch.library.custom_op("lotr::grouped_outer", mutates_args=())
 def grouped_outer(g: Tensor, x: Tensor, offs: Tensor) -> Tensor:
-    """Returns dW_c = sum over the rows i of expert c of g_i^T x_i [e, n, k].
+    """Returns dW_c [e, n, k], the sum of g_i^T x_i over the rows i of expert c.
 
     Args:
         g: [rows, n].
@@ -63,8 +63,8 @@ def grouped_outer(g: Tensor, x: Tensor, offs: Tensor) -> Tensor:
 def _torch_can_run(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch's grouped product accepts these tensors.
 
-    It accepts bfloat16 on a GPU from sm_80 on, if the address is aligned to 16 bytes, and so are
-    the rows or the columns.
+    It accepts bfloat16 on a GPU from sm_80 on, if these are aligned to 16 bytes: the addresses, the
+    rows of x, and the rows or the columns of each expert's weight.
     """
     return (
         x.is_cuda

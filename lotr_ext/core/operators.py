@@ -122,7 +122,7 @@ def fake_kernel(name: str) -> Callable[[Callable], Callable]:
 
 
 def _in_one_call(name: str) -> Callable[[Callable], Callable]:
-    """Replaces a function that computes an operator's steps by a call of that operator.
+    """Replaces a function that computes an operator's steps with a call of that operator.
 
     The function itself still runs in two cases:
 
@@ -362,7 +362,7 @@ def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtyp
         seed: One int64.
         dtype: The dtype of the mask, which is on the seed's device.
     """
-    # The kernel of expand multiplies its product with the mask. Here the product is 1.
+    # The kernel of expand_add_ multiplies its product by the mask. Here the product is 1.
     mask = torch.zeros(rows, cols, dtype=dtype, device=seed.device)
     ones = torch.ones(1, 1, dtype=dtype, device=seed.device)
     lotr.expand_add_(mask, ones.expand(rows, 1), ones.expand(cols, 1), p, seed)

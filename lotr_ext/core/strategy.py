@@ -73,13 +73,13 @@ def fused_obstacle(
 ) -> str | None:
     """Why gemm_lotr cannot compute a layer [k] -> [n], None if it can.
 
-    None is no promise: gemm_lotr also refuses addresses and strides that are not multiples of 16
-    bytes.
+    None does not guarantee it: gemm_lotr also refuses addresses and strides that are not multiples
+    of 16 bytes.
 
     Args:
         k: in_features.
         n: out_features.
-        rank: The larger of (r_in, r_out).
+        rank: The columns of u, r_in. For h = s u G (few tokens, rows with different cores): r_out.
         dtype: The dtype of the activations.
         device: Their device. Without an index, the current GPU.
     """

@@ -49,6 +49,7 @@ MISTAKES: dict[str, dict[str, str]] = {
     "one_output": {"race": rf"write after write\) on global memory y \+ 0: .*{EARLIER}"},
     "reads_its_neighbor": {"race": rf"read after write\) on global memory y \+ 0: .*{EARLIER}"},
     "mbarrier_without_init": {"plain": "was never initialized"},
+    "mbarrier_of_a_block_without_init": {"plain": "at shared offset 8704 was never initialized"},
     "no_init_fence": {"plain": rf"mbarrier.arrive.cluster {AT}: no fence.mbarrier_init"},
     "too_many_arrivals": {"plain": r"more arrivals than the mbarrier expects \(2\)"},
     "arrivals_beyond_20_bits": {"plain": r"1048576 arrivals, expected 1 to 2\^20 - 1"},
@@ -121,12 +122,13 @@ def test_noticed(mistake: str, mode: str, defines: tuple[str, ...]) -> None:
         assert re.search(MISTAKES[mistake][mode], printed[0]) and printed[1] == "right", printed
 
 
+@pytest.mark.parametrize("kernel", ["right", "right_halves"])
 @pytest.mark.parametrize("mode", ["plain", "race", pytest.param("asan", marks=pytest.mark.full)])
-def test_no_false_alarm(mode: str) -> None:
+def test_no_false_alarm(mode: str, kernel: str) -> None:
     schedules = [
         {"order": "forward"},
         {"order": "reverse"},
         *({"order": "random", "seed": seed, "preempt": 16} for seed in range(1, 10)),
     ]
     for schedule in schedules:
-        assert run("right", mode, **schedule) == (["nothing", "right"], ""), schedule
+        assert run(kernel, mode, **schedule) == (["nothing", "right"], ""), schedule

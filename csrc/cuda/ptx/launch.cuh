@@ -3,7 +3,7 @@
 //
 // An early launch (programmatic dependent launch, compute capability 9.0 and later) may start
 // before the previous kernel of the stream has ended, which hides the launch latency. It is safe,
-// in a stream and in a captured graph, because of three rules:
+// in a stream and in a captured graph, for three reasons:
 //
 //   - Every thread calls griddepcontrol_wait before it accesses global memory, and before it exits.
 //     The wait ends when all previous grids have completed and their stores are visible. So no

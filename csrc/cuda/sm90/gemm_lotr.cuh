@@ -17,7 +17,7 @@
 //          u and F likewise; y is written once and never read.
 //
 // Timeline of a block: one tile of six k-steps and the step of the rank, then the next tile. L:
-// copy in flight or landed. P: product. R: the product of the rank.  .: the product may still
+// copy in flight or landed. P: product. R: the product of the rank. A dot: the product may still
 // run, one group stays in flight. S: a warpgroup stores 64 of its 256 columns.
 //
 //   stage 0   L P . L L P . L L L L P

@@ -1,5 +1,5 @@
-// wgmma of sm_90a: products of a warpgroup (128 threads), d [64 x 256] += a [64 x 16] b [256 x
-// 16]^T in float32, both operands in shared memory.
+// wgmma of sm_90a: products of a warpgroup (128 threads), d += a b^T in float32 with d [64, 256],
+// a [64, 16] and b [256, 16]. Both operands are in shared memory.
 //
 // A product runs while its threads continue: between its issue and a wgmma_wait that covers its
 // group, threads must not access its accumulators or write its tiles. In the executor the

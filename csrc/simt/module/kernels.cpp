@@ -51,7 +51,8 @@ void shrink(const Arguments& args) {
   launch(type, problem);
 }
 
-// y starts from `start`; without it from its values (from_bias=0) or from the bias (from_bias=1).
+// y starts from `start`. Without it, y starts from the values that it has (from_bias=0) or from the
+// bias (from_bias=1).
 void expand_add(const Arguments& args) {
   const DType type = args.type("y");
   ExpandProblem problem{};
@@ -179,7 +180,7 @@ void pack(const Arguments& args) {
                            args.output("to", type, rows, cols), rows, cols});
 }
 
-// ---- row_core: csrc/torch sorts the rows with torch; std::stable_sort replaces it ----
+// ---- row_core: csrc/torch sorts the rows by torch's sort, this file by std::stable_sort ----
 
 RowIndex index_of(const Arguments& args, int64_t rows) {
   const int64_t cores = args.extent("cores", 0);
@@ -223,8 +224,7 @@ RowCoreProblem row_core_problem(const Arguments& args, const RowIndex& index, co
 }
 
 // row_du_i = scale g_i G_c(i)^T, 0 for a row without a core. Row i reads row i of g, not a token's.
-RowCoreProblem row_core_grad_problem(const Arguments& args, RowIndex index,
-                                     const TypedMatrix& row_du) {
+RowCoreProblem row_du_problem(const Arguments& args, RowIndex index, const TypedMatrix& row_du) {
   index.token = nullptr;
   index.tokens = index.rows;
   RowCoreProblem problem = row_core_problem(args, index, typed_matrix(args, "g"), row_du);
@@ -263,7 +263,7 @@ void sum_over_rows(const Arguments& args, const cuda::Call& call, const RowIndex
   SortedRows by_token(call, index.token, index.rows, index.tokens);
   Memory row_du(nullptr, size_t(index.rows * r_in) * 4);
   const Matrix row_du_matrix{row_du.as<float>(), r_in, 1, Access::element};
-  launch(call, row_core_grad_problem(args, index, {row_du_matrix, DType::float32}));
+  launch(call, row_du_problem(args, index, {row_du_matrix, DType::float32}));
   const TypedMatrix du = typed_matrix(args, "du");
   SumRowsProblem problem{};
   problem.of_token = by_token.segments();
@@ -282,7 +282,7 @@ void row_core_backward(const Arguments& args) {
   if (index.token)
     sum_over_rows(args, call, index);
   else
-    launch(call, row_core_grad_problem(args, index, typed_matrix(args, "du")));
+    launch(call, row_du_problem(args, index, typed_matrix(args, "du")));
   std::optional<SortedRows> by_core;
   if (index.core) by_core.emplace(call, index.core, index.rows, index.cores);
   const TypedMatrix u = typed_matrix(args, "u");

@@ -112,8 +112,9 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def("set_device", &set_device, py::kw_only(), "multiprocessors"_a = 132, "early"_a = true,
         "The GPU that plans are made for. early: it has programmatic dependent launches (sm_90 "
         "and later)");
-  m.def("plan_text", &plan_text_of, "op"_a, "M"_a, "N"_a, "r"_a, "r_out"_a, "element"_a = 2,
-        "A kernel's plan in one line, as python -m lotr_ext.info prints it");
+  m.def(
+      "plan_text", &plan_text_of, "op"_a, "M"_a, "N"_a, "r"_a, "r_out"_a, "element"_a = 2,
+      "A kernel's plan in one line, as python -m lotr_ext.info prints it. element: bytes, 2 or 4");
   m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1,
         "preempt"_a = 0, "count_memory"_a = false, "sm90"_a = false,
         "How threads are scheduled and what is counted. sm90: a block may take an H100's shared "
@@ -121,7 +122,8 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def("counters", &counters_dict);
   m.def("reset_counters", &reset_counters);
   m.def("synchronization_sites", &synchronization_sites_py,
-        "(op, file, line, calls) of every barrier, commit, wait and fence since reset_counters");
+        "(op, file, line, calls) of every barrier, arrival, commit, wait and fence since "
+        "reset_counters");
   m.def(
       "skip_synchronization",
       [](const std::string& file, int line) { skip_synchronization({file, line}); }, "file"_a,

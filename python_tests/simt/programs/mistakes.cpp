@@ -76,8 +76,8 @@ LOTR_DEVICE void start(Smem& s, int arrivals) {
   ptx::cluster_sync();
 }
 
-// Each block's part of y is x backwards, by way of shared memory. It has each synchronization that
-// others lack.
+// Correct: each block's part of y is x backwards, by way of shared memory. It has each
+// synchronization that others lack.
 MISTAKE(right, {2, THREADS, 2, sizeof(Smem), true}) {
   SHARED;
   start(s, 1);
@@ -102,6 +102,14 @@ MISTAKE(right, {2, THREADS, 2, sizeof(Smem), true}) {
   ptx::store(p.y + THREADS * block + t, v);
   ptx::cluster_sync();
   ptx::griddepcontrol_launch_dependents();
+}
+
+// Correct too: the halves of each warp synchronize separately.
+MISTAKE(right_halves) {
+  SHARED;
+  ptx::store_shared(&s.f[t], 1.f);
+  __syncwarp(lane < 16 ? 0x0000ffffu : 0xffff0000u);
+  ptx::load_shared(&s.f[t ^ 1]);
 }
 
 // ---- barriers and warps ----
@@ -211,6 +219,11 @@ MISTAKE(reads_its_neighbor, {2}) {
 MISTAKE(mbarrier_without_init) {
   SHARED;
   ptx::mbarrier_arrive_expect_tx(&s.full, 0);
+}
+MISTAKE(mbarrier_of_a_block_without_init, PAIR) {
+  SHARED;
+  ptx::cluster_sync();
+  ptx::mbarrier_arrive_cluster(&s.full, 1 - block);
 }
 MISTAKE(no_init_fence, PAIR) {
   SHARED;
