@@ -45,11 +45,12 @@ def timm(*heads: str) -> nn.Module:
 
 def two_heads() -> nn.Module:
     """A model with the names of DistilBERT's heads."""
-    model = zoo.Children(
-        query=nn.Linear(8, 8), pre_classifier=nn.Linear(8, 8), classifier=nn.Linear(8, 3)
+    return zoo.Children(
+        query=nn.Linear(8, 8),
+        pre_classifier=nn.Linear(8, 8),
+        classifier=nn.Linear(8, 3),
+        get_output_embeddings=lambda: None,
     )
-    model.get_output_embeddings = lambda: None
-    return model
 
 
 def shared_memory() -> nn.Module:

@@ -25,9 +25,9 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 class Children(nn.Module):
-    """A module with these children and parameters. A subclass adds the forward."""
+    """A module with these children, parameters and methods. A subclass adds the forward."""
 
-    def __init__(self, **children: nn.Module | nn.Parameter) -> None:
+    def __init__(self, **children: nn.Module | nn.Parameter | Callable) -> None:
         super().__init__()
         for name, child in children.items():
             setattr(self, name, child)
