@@ -256,7 +256,7 @@ def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
         return run_nodes(call._replace(weight=None, bias=None, base_output=y), caches, layer)
     A = caches.A.summed(A)
     B = caches.B.summed(B)
-    tokens = x.numel() // max(x.shape[-1], 1)
+    tokens = x.numel() // (x.shape[-1] or 1)  # max(.., 1) takes 0.2 us more
     strategy = choose_strategy(tokens, x)
 
     needs_projection = choice is not None or base_output is not None
