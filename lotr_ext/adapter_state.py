@@ -230,8 +230,9 @@ class AdapterState:
 
         Raises:
             FileExistsError: If directory is a file.
-            OSError: If the disk refuses. An adapter that was there is then unchanged, unless only
-                the removal of an older version's files failed: the new one is then in place.
+            OSError: If a file cannot be written. An adapter that was there is then unchanged,
+                unless only the removal of an older version's files failed: the new one is then in
+                place.
         """
         text = json.dumps(self.document, allow_nan=False)  # NaN is not JSON
         # In the order of the checksum, see `_document_of`.

@@ -32,7 +32,8 @@ class LoTRWrapped(LoTRLayer):
     For quantized layers (torchao, bitsandbytes) and other special linear layers, such as those with
     hooks: the base's forward is called.
 
-    state_dict: the base's keys under `base_layer.`, and `core`.
+    state_dict: The base's keys under `base_layer.`, `core`, and also `factors.A.value` and
+    `factors.B.value` unless an owner registers the factors.
 
     Attributes:
         base_layer: The wrapped module. While a quantized one is merged, the plain nn.Linear that

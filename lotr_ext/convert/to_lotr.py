@@ -47,7 +47,7 @@ class Conversion:
 
         Raises:
             FileExistsError: If directory is a file.
-            OSError: If the disk refuses; an adapter that was there is then unchanged.
+            OSError: If a file cannot be written. An adapter that was there is then unchanged.
         """
         self.adapter.write(Path(directory))
 
