@@ -386,6 +386,7 @@ class _ModelTasks:
         index = (self.index if self.after_cache is None else self.after_cache).to(x.device)
         rows = len(index)
         is_flat = self.flat and x.dim() == 2
+        # An empty batch does not tell how many tokens a row has.
         if is_flat and not rows and not len(x):
             return index.flatten()
         has_equal_rows = is_flat and rows > 0 and len(x) % rows == 0
