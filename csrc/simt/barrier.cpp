@@ -23,17 +23,26 @@ void agree_on_threads(Barrier& b, int id, uint32_t threads, const char* op, Site
   }
 }
 
+// The lanes that wait at the barrier. It is .aligned: they must be all lanes of the warp, or none.
+uint32_t lanes_at(const Warp& warp, int id) {
+  uint32_t lanes = 0;
+  for (uint32_t i = 0; i < 32 && (warp.present >> i & 1); ++i)
+    if (warp.thread[i].state == State::at_barrier && warp.thread[i].barrier == id) lanes |= 1u << i;
+  if (lanes && lanes != warp.alive)
+    fail_diverged(warp.thread[__builtin_ctz(lanes)],
+                  warp.thread[__builtin_ctz(warp.alive & ~lanes)]);
+  return lanes;
+}
+
 // Makes every thread that waits at the barrier ready.
 void open_barrier(Block& block, int id) {
-  Barrier& b = block.barriers[id];
-  b.arrived = 0;
-  ++b.generation;
+  block.barriers[id].arrived = 0;
   ++totals.barriers;
+  race::Sync sync;
+  for (Warp& warp : block.warps) race::release(sync, warp.thread->id, lanes_at(warp, id));
   for (Warp& warp : block.warps) {
-    uint32_t lanes = 0;
-    for (uint32_t i = 0; i < 32 && (warp.present >> i & 1); ++i)
-      if (warp.thread[i].state == State::at_barrier && warp.thread[i].barrier == id)
-        lanes |= 1u << i;
+    const uint32_t lanes = lanes_at(warp, id);
+    race::acquire(sync, warp.thread->id, lanes);
     if (lanes) set_ready(warp, lanes);
     if (id == 0) flush_log(warp);
   }
@@ -51,14 +60,12 @@ void meet(int id, uint32_t threads, const char* op, Site site) {
   if (id == 0 && !same(b.site, site))
     fail("divergent barrier: thread %u reached %s at %s:%d while others wait at %s:%d", t.linear,
          op, site.file, site.line, b.site.file, b.site.line);
-  race::Sync& sync = b.sync[b.generation % 2];
-  race::release(sync);
+  t.state = State::at_barrier;
   t.barrier = id;
   if (++b.arrived == threads)
     open_barrier(block, id);
   else
     wait_here(State::at_barrier, op, site);
-  race::acquire(sync);
   maybe_preempt();
 }
 
@@ -121,12 +128,12 @@ void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Le
     }
   }
   warp.arrived |= bit;
-  race::Sync& sync = warp.sync[warp.generation % 2];
-  if (orders_memory) race::release(sync);
   if ((warp.arrived & mask) == mask) {
     if (leader) leader(warp, mask, context);
     warp.arrived &= ~mask;
-    if (!warp.arrived) ++warp.generation;  // else lanes of another mask still release into `sync`
+    race::Sync sync;
+    if (orders_memory) race::release(sync, warp.thread->id, mask);
+    if (orders_memory) race::acquire(sync, warp.thread->id, mask);
     ++totals.warp_collectives;
     set_ready(warp, mask);
     if (mask == warp.alive) flush_log(warp);
@@ -134,7 +141,6 @@ void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Le
   } else {
     wait_here(State::in_warp, op, site);
   }
-  if (orders_memory) race::acquire(sync);
 }
 
 void sync_threads(Site site) {
@@ -155,21 +161,18 @@ void cluster_sync(Site site) {
   Thread& t = enter("barrier.cluster", site);
   if (counted_and_skipped(t.op, site)) return;
   Barrier& b = machine.cluster_barrier;
-  race::Sync& sync = b.sync[b.generation % 2];
-  race::release(sync);
-  if (++b.arrived == machine.blocks.size() * t.block->thread_count) {
-    b.arrived = 0;
-    ++b.generation;
-    ++totals.barriers;
-    progress();
-    for (Warp* warp : machine.warps)
-      for (uint32_t lanes = warp->alive; lanes; lanes &= lanes - 1)
-        if (warp->thread[__builtin_ctz(lanes)].state == State::at_cluster_barrier)
-          set_ready(*warp, lanes & -lanes);
-  } else {
-    wait_here(State::at_cluster_barrier, "barrier.cluster", site);
+  if (++b.arrived < machine.blocks.size() * t.block->thread_count)
+    return wait_here(State::at_cluster_barrier, "barrier.cluster", site);
+  b.arrived = 0;
+  ++b.generation;
+  ++totals.barriers;
+  progress();
+  race::Sync sync;
+  for (Warp* warp : machine.warps) race::release(sync, warp->thread->id, warp->present);
+  for (Warp* warp : machine.warps) {
+    race::acquire(sync, warp->thread->id, warp->present);
+    set_ready(*warp, warp->present);
   }
-  race::acquire(sync);
 }
 
 void sync_warp(uint32_t mask, Site site) {

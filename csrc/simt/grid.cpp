@@ -90,7 +90,7 @@ void start_thread(Block& block, uint32_t linear) {
   t.stores.clear();
   t.products.clear();
   t.products_issued = 0;
-  t.unfenced_words.clear();
+  t.proxy_fences = 0;
   t.wgmma_fenced = false;
   t.may_touch_global = !machine.launch.early;
   t.log.clear();
@@ -113,8 +113,8 @@ void start_block(Block& block, uint32_t rank, uint3 index) {
   block.copies_in_flight = 0;
   for (Barrier& b : block.barriers) b = Barrier{};
   block.products.clear();
-  block.unfenced_by.clear();
   give_shared_memory(block);
+  block.stores.assign(block.shared_bytes / 4 + 1, WordStore{});
   for (uint32_t w = 0; w < warps; ++w) start_warp(block, w);
   for (uint32_t i = 0; i < threads; ++i) start_thread(block, i);
 }

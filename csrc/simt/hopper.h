@@ -17,8 +17,8 @@ void fence_mbarrier_init(Site site);
 // bytes: added to those that the phase waits for.
 void mbarrier_arrive(void* barrier, uint32_t bytes, Site site);
 void mbarrier_wait(void* barrier, uint32_t parity, Site site);
-// Arrives at the same mbarrier of block `rank`. It orders this thread's reads before the waiting
-// thread, but makes none of its stores visible there: the race detector does not check that.
+// Arrives at the same mbarrier of block `rank`. It orders this thread's reads before what follows
+// the wait, but makes none of its stores visible there: the race detector does not check that.
 void mbarrier_arrive_cluster(void* barrier, uint32_t rank, Site site);
 
 // blocks: mask of the cluster's blocks that receive the box, at the same offset of their shared

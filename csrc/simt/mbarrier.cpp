@@ -33,12 +33,14 @@ MemoryBarrier& memory_barrier(const Block& block, uint32_t offset, Site site) {
   if (memcmp(barrier, MARK, 8))
     fail("%s at %s:%d: the mbarrier of block %u at shared offset %u was overwritten", t.op,
          site.file, site.line, block.rank, offset);
+  race::access(barrier, 8, race::Use::read);  // must come after its mbarrier.init
   return entry->second;
 }
 
 void complete_if_done(MemoryBarrier& b) {
   if (b.pending_arrivals || b.pending_bytes) return;
   ++b.phase;
+  b.completed = b.arrivals;
   b.pending_arrivals = b.expected_arrivals;
   progress();
   for (Thread* t : b.waiting)
@@ -68,13 +70,14 @@ Block& block_of_cluster(uint32_t rank, Site site) {
 
 void mbarrier_init(void* barrier, uint32_t arrivals, Site site) {
   race::ExecutorScope scope;
-  Block& block = *enter("mbarrier.init", site).block;
-  check_shared(barrier, 8, 8, self().op, site);
+  check_shared(barrier, 8, 8, enter("mbarrier.init", site).op, site);
   if (!arrivals || arrivals > MAX_PENDING)
     fail("mbarrier.init at %s:%d: %u arrivals, expected 1 to 2^20 - 1", site.file, site.line,
          arrivals);
+  if (machine.memory_barriers.count(barrier))
+    fail("mbarrier.init at %s:%d: there is an mbarrier here already", site.file, site.line);
+  race::access(barrier, 8, race::Use::write);
   memcpy(barrier, MARK, 8);
-  if (block.unfenced_by.empty()) block.unfenced_by.assign(block.shared_bytes / 4 + 1, 0);
   MemoryBarrier b;
   b.expected_arrivals = b.pending_arrivals = arrivals;
   b.initializer = &self();
@@ -94,7 +97,7 @@ void mbarrier_arrive(void* barrier, uint32_t bytes, Site site) {
   Thread& t = enter(bytes ? "mbarrier.arrive.expect_tx" : "mbarrier.arrive", site);
   if (counted_and_skipped(t.op, site)) return;
   MemoryBarrier& b = memory_barrier(*t.block, shared_offset(barrier), site);
-  race::release(b.sync);
+  race::release(b.arrivals, t.id);
   b.pending_bytes += bytes;
   if (b.pending_bytes > MAX_PENDING)
     fail("%s at %s:%d: %lld bytes are announced, expected at most 2^20 - 1", t.op, site.file,
@@ -110,7 +113,7 @@ void mbarrier_arrive_cluster(void* barrier, uint32_t rank, Site site) {
   Block& block = block_of_cluster(rank, site);
   MemoryBarrier& b = memory_barrier(block, shared_offset(barrier), site);
   if (&block != t.block) check_fenced(b, site);
-  race::release(b.sync);
+  race::release(b.arrivals, t.id);
   arrive(b, site);
 }
 
@@ -125,7 +128,7 @@ void mbarrier_wait(void* barrier, uint32_t parity, Site site) {
     wait_here(State::spinning, "mbarrier.try_wait", site);
   }
   progress();
-  race::acquire(memory_barrier(*t.block, shared_offset(barrier), site).sync);
+  race::acquire(memory_barrier(*t.block, shared_offset(barrier), site).completed, t.id);
   maybe_preempt();
 }
 

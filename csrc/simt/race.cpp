@@ -272,16 +272,19 @@ void begin_blocks(uint32_t threads) {
   detector.shared.resize(machine.launch.smem * machine.blocks.size() / GRANULE + 1);
 }
 
-void release(Sync& sync) {
-  const uint32_t me = self().id;
-  uint32_t* mine = clocks_of(me);
+void release(Sync& sync, uint32_t first, uint32_t lanes) {
   if (sync.clock.empty()) sync.clock.assign(detector.threads, 0);
-  join(sync.clock.data(), mine);
-  ++mine[me];
+  for (; lanes; lanes &= lanes - 1) {
+    const uint32_t thread = first + uint32_t(__builtin_ctz(lanes));
+    join(sync.clock.data(), clocks_of(thread));
+    ++clocks_of(thread)[thread];
+  }
 }
 
-void acquire(const Sync& sync) {
-  if (!sync.clock.empty()) join(clocks_of(self().id), sync.clock.data());
+void acquire(const Sync& sync, uint32_t first, uint32_t lanes) {
+  if (sync.clock.empty()) return;
+  for (; lanes; lanes &= lanes - 1)
+    join(clocks_of(first + uint32_t(__builtin_ctz(lanes))), sync.clock.data());
 }
 
 void access(const void* p, size_t bytes, Use use) {

@@ -9,7 +9,7 @@
 //
 //   in a block (or cluster)   program order; block, named and cluster barriers; __syncwarp;
 //                             mbarriers, which also order bulk copies into the block.
-//                             Not: shuffles, ldmatrix, mma.
+//                             Not: shuffles, ldmatrix, mma, wgmma.
 //   between clusters          nothing: no kernel here passes data from one to another
 //   launches                  one after the other
 #pragma once
@@ -33,9 +33,11 @@ struct Sync {
 };
 
 void begin_launch();
-void begin_blocks(uint32_t threads);  // that run at the same time
-void release(Sync& sync);             // by the running thread
-void acquire(const Sync& sync);
+void begin_blocks(uint32_t threads);  // the number of threads that run at the same time
+// What a thread does before it releases happens before what another does after it acquires. By the
+// thread `first` + i for each bit i of `lanes`.
+void release(Sync& sync, uint32_t first, uint32_t lanes = 1);
+void acquire(const Sync& sync, uint32_t first, uint32_t lanes = 1);
 // By the running thread's wrapper, at its op and site.
 void access(const void* p, size_t bytes, Use use);
 // By a plain load or store, the instruction at pc.
@@ -62,8 +64,8 @@ inline void leave_kernel() {  // a failed thread does not unwind its scopes
 struct Sync {};
 inline void begin_launch() {}
 inline void begin_blocks(uint32_t) {}
-inline void release(Sync&) {}
-inline void acquire(const Sync&) {}
+inline void release(Sync&, uint32_t, uint32_t = 1) {}
+inline void acquire(const Sync&, uint32_t, uint32_t = 1) {}
 inline void access(const void*, size_t, Use) {}
 inline std::string report() {
   return {};

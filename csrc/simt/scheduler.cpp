@@ -92,11 +92,13 @@ void check_aligned(const Thread& t, State state) {
   }
 }
 
-// Checks that nothing of the block is still in flight.
+// Checks that no copy of the block is in flight, and that its warpgroups multiplied as a whole.
 void check_block_end(const Block& block) {
   if (block.copies_in_flight)
     fail("the block exits while %u bulk copies to or from its shared memory are in flight",
          block.copies_in_flight);
+  for (const auto& [key, product] : block.products)
+    fail("wgmma: only %d of a warpgroup's 128 threads multiply", product.users);
 }
 
 void reschedule() {

@@ -83,7 +83,7 @@ struct Thread {
   std::vector<WarpgroupProduct> products;
   uint64_t products_issued = 0;
   // What the checks and counters need:
-  std::vector<uint32_t> unfenced_words;  // of shared memory, stored since the last proxy fence
+  uint32_t proxy_fences = 0;  // how many it has called
   bool wgmma_fenced = false;
   bool may_touch_global = true;  // false in an early launch, until griddepcontrol.wait
   std::vector<Access> log;       // since the warp last converged
@@ -96,16 +96,13 @@ struct Warp {
   uint32_t index = 0;
   uint32_t present = 0, alive = 0, ready = 0;  // lanes
   uint32_t arrived = 0;                        // lanes inside a collective
-  uint32_t generation = 0;
   bool logged = false;
-  race::Sync sync[2];  // by parity: a fast lane may release into the next generation
 };
 
 struct Barrier {
   uint32_t arrived = 0, expected = 0, generation = 0;
   Site site{"", 0};
   const char* op = "";
-  race::Sync sync[2];  // by parity: a fast thread may release into the next generation
 };
 
 struct MemoryBarrier {  // an mbarrier
@@ -113,7 +110,7 @@ struct MemoryBarrier {  // an mbarrier
   uint32_t pending_arrivals = 0;  // of this phase, as pending_bytes
   int64_t pending_bytes = 0;      // negative if bytes arrive before they are announced
   uint64_t phase = 0;
-  race::Sync sync;
+  race::Sync arrivals, completed;       // a wait acquires only the arrivals of completed phases
   const Thread* initializer = nullptr;  // until it calls fence.mbarrier_init
   std::vector<Thread*> waiting;         // threads to wake when the phase completes
 };
@@ -122,7 +119,14 @@ struct MemoryBarrier {  // an mbarrier
 struct DecodedProduct {
   std::vector<unsigned char> raw_a[4], raw_b;  // the bytes from which a and b were decoded
   std::vector<float> a[4], b;                  // a: of each warp, [16][16]; b: [n][16]
-  int users = 0;                               // threads that have computed their elements
+  uint64_t descriptor_a = 0, descriptor_b = 0;
+  int users = 0;  // threads that have computed their elements
+};
+
+// The latest st.shared to a word. fence.proxy.async must precede bulk copies and wgmma there.
+struct WordStore {
+  uint32_t thread = 0;
+  uint32_t proxy_fences = UINT32_MAX;  // the thread's, at the store; no thread has as many
 };
 
 struct Block {
@@ -132,9 +136,7 @@ struct Block {
   uint32_t copies_in_flight = 0;  // bulk copies, to or from its shared memory
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
-  // For each word of shared memory: 1 + the thread whose store is not yet fenced, or 0. Empty until
-  // the block initializes an mbarrier: a kernel without mbarriers has no bulk copies.
-  std::vector<uint16_t> unfenced_by;
+  std::vector<WordStore> stores;  // by word of shared memory
   Barrier barriers[16];
   bool launched_dependents = false;  // has called griddepcontrol.launch_dependents
   std::vector<Thread> threads;
@@ -199,8 +201,8 @@ inline Thread& enter(const char* op, Site site) {
 
 // ---- barrier.cpp ----
 // Every lane of the mask must call with the same op from the same place. While a lane waits here,
-// no other lane of its mask may wait elsewhere (on a GPU it may). The last lane runs `leader`,
-// unless that is null: it reads the lanes' operands from warp.thread[lane].operand.
+// no other lane of its mask may wait at a barrier of the block. The last lane runs `leader`, unless
+// that is null: it reads the lanes' operands from warp.thread[lane].operand.
 using Leader = void (*)(Warp& warp, uint32_t mask, void* context);
 void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Leader leader,
                      void* context, bool orders_memory);
@@ -235,6 +237,8 @@ void forget_sites();
 
 // ---- tma.cpp ----
 void note_store(const void* p, uint32_t bytes);  // to shared memory, by st.shared
+// Fails if a store to these bytes of the block's shared memory is not fenced from the async proxy.
+void check_proxy_fence(const Block& block, size_t offset, size_t bytes);
 
 // ---- mbarrier.cpp ----
 // The mbarrier at the offset in the block's shared memory. Fails if it is not initialized.

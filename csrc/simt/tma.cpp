@@ -2,8 +2,8 @@
 //
 // Starting a copy fills its destination with NaN and adds its landing to machine.landings, which
 // run when no thread can continue, or at random times. Only the landing reads the source and writes
-// its data. So two mistakes are visible: reading a tile before the wait reads NaN,
-// and overwriting a tile whose store has not landed changes what the matrix receives.
+// its data. So two mistakes are visible: reading a tile before the wait reads NaN, and overwriting
+// a tile whose store has not landed changes what the matrix receives.
 #include <algorithm>
 #include <cstring>
 
@@ -106,17 +106,21 @@ void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* bar
   // Counted once: one read serves all blocks.
   box.each_row([](size_t, const void* from, size_t part) {
     count_global(Space::global_read, reinterpret_cast<uintptr_t>(from), part);
+    touch_read(from, part);
   });
   for (uint32_t rank = 0; rank < machine.blocks.size(); ++rank) {
     if (!(blocks >> rank & 1)) continue;
     Block& block = block_of_cluster(rank, site);
     totals.bulk_bytes += box.bytes();
     unsigned char* tile = block.shared + offset;
+    check_proxy_fence(block, offset, box.bytes());
     unpoison(tile, box.bytes());
     touch_fill(tile, 0xFF, box.bytes());
     MemoryBarrier& counted_at = memory_barrier(block, barrier_offset, site);
     check_fenced(counted_at, site);
-    race::release(counted_at.sync);  // orders this write before a thread that waits there
+    // Orders this write before what follows a wait there. The thread's earlier stores too, although
+    // on a GPU only its arrivals order those.
+    race::release(counted_at.arrivals, t.id);
     poison(tile, box.bytes());
     ++block.copies_in_flight;
     // The box by value: the thread may have exited when the copy lands.
@@ -126,12 +130,19 @@ void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* bar
 }
 
 void note_store(const void* p, uint32_t bytes) {
-  Thread& t = self();
-  Block& block = *t.block;
-  if (block.unfenced_by.empty()) return;
-  for (uint32_t word = shared_offset(p) / 4; word * 4 < shared_offset(p) + bytes; ++word) {
-    block.unfenced_by[word] = uint16_t(t.linear + 1);
-    t.unfenced_words.push_back(word);
+  const Thread& t = self();
+  for (uint32_t word = shared_offset(p) / 4; word * 4 < shared_offset(p) + bytes; ++word)
+    t.block->stores[word] = {t.linear, t.proxy_fences};
+}
+
+void check_proxy_fence(const Block& block, size_t offset, size_t bytes) {
+  for (size_t word = offset / 4; word < (offset + bytes) / 4; ++word) {
+    const WordStore& store = block.stores[word];
+    if (block.threads[store.thread].proxy_fences == store.proxy_fences)
+      fail(
+          "%s at %s:%d: thread %u has not called fence.proxy.async since its store to shared "
+          "offset %zu",
+          self().op, self().site.file, self().site.line, store.thread, word * 4);
   }
 }
 
@@ -139,9 +150,7 @@ void fence_proxy_async(Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("fence.proxy.async", site);
   if (counted_and_skipped(t.op, site)) return;
-  for (const uint32_t word : t.unfenced_words)
-    if (t.block->unfenced_by[word] == t.linear + 1) t.block->unfenced_by[word] = 0;
-  t.unfenced_words.clear();
+  ++t.proxy_fences;
 }
 
 void tma_store_2d(const TensorMap& map, int col, int row, const void* shared, Site site) {
@@ -151,13 +160,7 @@ void tma_store_2d(const TensorMap& map, int col, int row, const void* shared, Si
   const Box box{map, col, row};
   const size_t offset = shared_offset(shared);
   check_tile(shared, map, site);
-  const size_t end = block.unfenced_by.empty() ? 0 : offset + box.bytes();
-  for (size_t word = offset / 4; word < end / 4; ++word)
-    if (block.unfenced_by[word])
-      fail(
-          "%s at %s:%d: thread %u has not called fence.proxy.async since its store to shared "
-          "offset %zu",
-          t.op, site.file, site.line, block.unfenced_by[word] - 1u, word * 4);
+  check_proxy_fence(block, offset, box.bytes());
   if (block.launched_dependents)
     fail(
         "%s at %s:%d: a store after griddepcontrol.launch_dependents: the next kernel may have "
@@ -170,12 +173,9 @@ void tma_store_2d(const TensorMap& map, int col, int row, const void* shared, Si
   });
   totals.bulk_bytes += box.bytes();
   ++block.copies_in_flight;
-  BulkStore store;
-  store.tile = static_cast<const unsigned char*>(shared);
-  store.bytes = box.bytes();
-  store.landed = std::make_shared<bool>(false);
-  t.stores.push_back(store);
-  machine.landings.push_back([&t, box, offset, landed = store.landed] {
+  const auto landed = std::make_shared<bool>(false);
+  t.stores.push_back({/*ends_group=*/false, block.shared + offset, box.bytes(), landed});
+  machine.landings.push_back([&t, box, offset, landed] {
     land_store(box, t, offset);
     *landed = true;
   });

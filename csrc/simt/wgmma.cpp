@@ -90,6 +90,14 @@ struct Operand {
   }
 };
 
+// f(chunk) for a 32nd of the chunks that the thread's warp reads: all its lanes together have each.
+template <class F>
+void each_chunk_of_lane(const Thread& t, const Operand& a, const Operand& b, int n, F f) {
+  const int first_row = int(t.linear % WARPGROUP / 32) * 16;
+  b.each_chunk(n, int(t.lane), 32, [&](int row, int k) { f(b.chunk(row, k)); });
+  a.each_chunk(16, int(t.lane), 32, [&](int row, int k) { f(a.chunk(first_row + row, k)); });
+}
+
 // The key of the product in Block::products: the same in all threads of the warpgroup.
 uint64_t key_of(const Thread& t, const WarpgroupProduct& w) {
   return w.number * 8 + t.linear / WARPGROUP;
@@ -100,12 +108,15 @@ uint64_t key_of(const Thread& t, const WarpgroupProduct& w) {
 // releases the stage after a __syncwarp has then read it as a whole.
 DecodedProduct& operands(const Thread& t, const WarpgroupProduct& w) {
   DecodedProduct& decoded = t.block->products[key_of(t, w)];
+  if (decoded.users && (decoded.descriptor_a != w.a || decoded.descriptor_b != w.b))
+    fail("%s at %s:%d: the warps of the warpgroup give different descriptors", t.op, t.site.file,
+         t.site.line);
+  decoded.descriptor_a = w.a;
+  decoded.descriptor_b = w.b;
   const uint32_t warp = t.linear % WARPGROUP / 32;
   const Operand a(w.a, false), b(w.b, w.b_mn_major);
 #if LOTR_SIMT_RACE
-  b.each_chunk(w.n, int(t.lane), 32, [&](int row, int k) { touch_read(b.chunk(row, k), 16); });
-  a.each_chunk(16, int(t.lane), 32,
-               [&](int row, int k) { touch_read(a.chunk(int(warp) * 16 + row, k), 16); });
+  each_chunk_of_lane(t, a, b, w.n, [](const unsigned char* chunk) { touch_read(chunk, 16); });
 #endif
   b.decode(0, w.n, w.is_bf16, decoded.raw_b, decoded.b);
   a.decode(int(warp) * 16, 16, w.is_bf16, decoded.raw_a[warp], decoded.a[warp]);
@@ -173,6 +184,9 @@ void wgmma(float* d, int n, uint64_t a, uint64_t b, bool mn_major, bool accumula
         "wgmma at %s:%d: no canonical layout: %d elements of an MN-major operand with 128-byte "
         "swizzle",
         site.file, site.line, n);
+  each_chunk_of_lane(t, {a, false}, {b, mn_major}, n, [&](const unsigned char* chunk) {
+    check_proxy_fence(*t.block, shared_offset(chunk), 16);
+  });
   warp_collective("wgmma.mma_async", ~0u, site, nullptr, nullptr, nullptr, false);
   if (t.linear % WARPGROUP == 0) ++totals.wgmma;
   WarpgroupProduct product;

@@ -27,6 +27,9 @@ MISTAKES: dict[str, dict[str, str]] = {
         "plain": "deadlock: .*32 threads from 0 on are at bar.sync, .*__syncthreads"
     },
     "named_barrier_counts": {"plain": "gives 128 threads, .* gave 64"},
+    "half_warps_at_a_barrier": {
+        "plain": r"divergent warp: lane 0 is at bar.sync.*lane 16 is at its start"
+    },
     "divergent_warp": {"plain": r"divergent warp: lane 16 is at __syncwarp .*__shfl_xor_sync"},
     "shuffle_outside_mask": {"plain": "reads lane 16, which is not in mask 0000ffff"},
     "product_of_half_a_warp": {"plain": "divergent warp: lane 16 .* is at mma"},
@@ -48,8 +51,16 @@ MISTAKES: dict[str, dict[str, str]] = {
     "plain_sum": {"race": "data race .*shared memory"},
     "one_output": {"race": rf"write after write\) on global memory y \+ 0: .*{EARLIER}"},
     "reads_its_neighbor": {"race": rf"read after write\) on global memory y \+ 0: .*{EARLIER}"},
+    "loads_what_another_block_stores": {
+        "race": rf"read after write\) on global memory.*bulk.tensor.*{EARLIER}.*bulk.tensor"
+    },
+    "syncwarp_of_other_lanes": {"race": r"read after write\) on shared memory"},
+    "barrier_of_other_threads": {"race": r"read after write\) on shared memory"},
+    "waits_for_the_phase_before": {"race": r"read after write\) on shared memory"},
+    "no_barrier_after_init": {"race": r"mbarrier.arrive.*thread 0 .* written at .*mbarrier.init"},
     "mbarrier_without_init": {"plain": "was never initialized"},
     "mbarrier_of_a_block_without_init": {"plain": "at shared offset 8704 was never initialized"},
+    "every_thread_inits": {"plain": rf"mbarrier.init {AT}: there is an mbarrier here already"},
     "no_init_fence": {"plain": rf"mbarrier.arrive.cluster {AT}: no fence.mbarrier_init"},
     "too_many_arrivals": {"plain": r"more arrivals than the mbarrier expects \(2\)"},
     "arrivals_beyond_20_bits": {"plain": r"1048576 arrivals, expected 1 to 2\^20 - 1"},
@@ -69,6 +80,17 @@ MISTAKES: dict[str, dict[str, str]] = {
     "no_proxy_fence": {
         "plain": "has not called fence.proxy.async since its store to shared offset"
     },
+    "no_proxy_fence_nor_mbarrier": {
+        "plain": rf"bulk.tensor {AT}: thread 0 has not called fence.proxy.async"
+    },
+    "no_proxy_fence_before_a_load": {
+        "plain": rf"bulk.tensor {AT}: thread 0 has not called fence.proxy.async"
+    },
+    "no_proxy_fence_before_wgmma": {
+        "plain": rf"wgmma.mma_async {AT}: thread 0 has not called fence.proxy.async"
+    },
+    "product_of_one_warp": {"plain": "only 32 of a warpgroup's 128 threads multiply"},
+    "descriptor_per_warp": {"plain": "the warps of the warpgroup give different descriptors"},
     "no_wgmma_fence": {"plain": rf"wgmma {AT}: no wgmma.fence"},
     "stores_early": {
         "plain": rf"st.global {AT}: global memory in an early launch before griddepcontrol.wait"

@@ -39,6 +39,7 @@ struct Shape {
   bool early = false;
 };
 constexpr Shape PAIR{2, THREADS, 2}, EARLY{1, THREADS, 1, sizeof(Smem), true};
+constexpr Shape WIDE{1, THREADS, 1, 4 * sizeof(Smem)};  // room for wgmma's 256 rows
 
 std::map<std::string, std::function<void(const Params&)>> mistakes;
 
@@ -74,6 +75,14 @@ LOTR_DEVICE void start(Smem& s, int arrivals) {
   if (threadIdx.x == 0) ptx::mbarrier_init(&s.full, uint32_t(arrivals));
   if (threadIdx.x == 0) ptx::fence_mbarrier_init();
   ptx::cluster_sync();
+}
+
+LOTR_DEVICE void multiply(uint64_t a) {
+  float d[128] = {};
+  ptx::wgmma_fence();
+  ptx::wgmma<__half>(d, a, a);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
 }
 
 // Correct: each block's part of y is x backwards, by way of shared memory. It has each
@@ -129,6 +138,9 @@ MISTAKE(named_barrier_alone) {
 }
 MISTAKE(named_barrier_counts) {
   if (threadIdx.x < 64) ptx::barrier_sync(1, threadIdx.x < 32 ? 64 : THREADS);
+}
+MISTAKE(half_warps_at_a_barrier) {
+  if (threadIdx.x % 32 < 16) ptx::barrier_sync(1, 64);
 }
 MISTAKE(divergent_warp) {
   if (threadIdx.x % 32 < 16)
@@ -213,6 +225,55 @@ MISTAKE(reads_its_neighbor, {2}) {
   ptx::store(p.y + blockIdx.x, 1.f);
   if (blockIdx.x > 0) ptx::load(p.y + blockIdx.x - 1);
 }
+MISTAKE(loads_what_another_block_stores, {2}) {
+  SHARED;
+  start(s, 1);
+  if (t > 0) return;
+  if (block == 0) {
+    ptx::tma_store_2d(&p.map, 0, 0, s.tile);
+    ptx::bulk_commit();
+    ptx::bulk_wait_all();
+  } else {
+    ptx::mbarrier_arrive_expect_tx(&s.full, sizeof s.tile);
+    ptx::tma_load_2d(s.tile, &p.map, 0, 0, &s.full);
+    ptx::mbarrier_wait(&s.full, 0);
+  }
+}
+MISTAKE(syncwarp_of_other_lanes) {
+  SHARED;
+  if (lane < 16) {
+    ptx::store_shared(&s.f[t], 1.f);
+    for (int i = 0; i < 2; ++i) __syncwarp(0xffffu);
+  } else {
+    __syncwarp(0xffff0000u);
+    ptx::load_shared(&s.f[t - 16]);
+  }
+}
+MISTAKE(barrier_of_other_threads) {
+  SHARED;
+  if (t < 64) {
+    ptx::store_shared(&s.f[t], 1.f);
+    for (int i = 0; i < 2; ++i) ptx::barrier_sync(1, 64);
+  } else {
+    ptx::barrier_sync(1, 64);
+    ptx::load_shared(&s.f[t - 64]);
+  }
+}
+MISTAKE(waits_for_the_phase_before) {
+  SHARED;
+  start(s, 2);
+  if (t < 2) ptx::mbarrier_arrive_expect_tx(&s.full, 0);
+  __syncwarp();
+  if (t == 0) ptx::store_shared(&s.f[0], 1.f);
+  if (t == 0) ptx::mbarrier_arrive_expect_tx(&s.full, 0);  // the first of two of the next phase
+  if (t == 64) ptx::mbarrier_wait(&s.full, 0);
+  if (t == 64) ptx::load_shared(&s.f[0]);
+}
+MISTAKE(no_barrier_after_init) {
+  SHARED;
+  if (t == 0) ptx::mbarrier_init(&s.full, 1);
+  if (t == 64) ptx::mbarrier_arrive_expect_tx(&s.full, 0);
+}
 
 // ---- clusters, bulk copies, wgmma ----
 
@@ -224,6 +285,10 @@ MISTAKE(mbarrier_of_a_block_without_init, PAIR) {
   SHARED;
   ptx::cluster_sync();
   ptx::mbarrier_arrive_cluster(&s.full, 1 - block);
+}
+MISTAKE(every_thread_inits) {
+  SHARED;
+  ptx::mbarrier_init(&s.full, 1);
 }
 MISTAKE(no_init_fence, PAIR) {
   SHARED;
@@ -286,6 +351,37 @@ MISTAKE(no_proxy_fence) {
   if (t == 0) ptx::tma_store_2d(&p.map, 0, 0, s.tile);
   ptx::bulk_commit();
   ptx::bulk_wait_all();
+}
+MISTAKE(no_proxy_fence_nor_mbarrier) {
+  SHARED;
+  ptx::store_shared(reinterpret_cast<float*>(s.tile) + t, 1.f);
+  __syncthreads();
+  if (t == 0) ptx::tma_store_2d(&p.map, 0, 0, s.tile);
+  ptx::bulk_commit();
+  ptx::bulk_wait_all();
+}
+MISTAKE(no_proxy_fence_before_a_load) {
+  SHARED;
+  start(s, 1);
+  ptx::store_shared(reinterpret_cast<float*>(s.tile) + t, 1.f);
+  __syncthreads();
+  if (t == 0) ptx::mbarrier_arrive_expect_tx(&s.full, sizeof s.tile);
+  if (t == 0) ptx::tma_load_2d(s.tile, &p.map, 0, 0, &s.full);
+  ptx::mbarrier_wait(&s.full, 0);
+}
+MISTAKE(no_proxy_fence_before_wgmma, WIDE) {
+  SHARED;
+  ptx::store_shared(reinterpret_cast<float*>(s.tile) + t, 1.f);
+  __syncthreads();
+  multiply(ptx::swizzled_descriptor(s.tile));
+}
+MISTAKE(product_of_one_warp, WIDE) {
+  SHARED;
+  if (warp == 0) multiply(ptx::swizzled_descriptor(s.tile));
+}
+MISTAKE(descriptor_per_warp, WIDE) {
+  SHARED;
+  multiply(ptx::swizzled_descriptor(s.tile) + ptx::descriptor_step<__half>(16 * warp));
 }
 MISTAKE(no_wgmma_fence) {
   SHARED;
