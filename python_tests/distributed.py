@@ -57,7 +57,7 @@ def build(name: str = "attention", dtype: str = "float64", **settings: Any) -> n
 
     Args:
         name: "attention" or "mixture".
-        dtype: Of all parameters.
+        dtype: The dtype of all parameters.
         **settings: Fields of the configuration.
     """
     torch.manual_seed(0)

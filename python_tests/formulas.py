@@ -258,7 +258,7 @@ class Entry(NamedTuple):
     """An operator, which has the name of its formula."""
 
     formula: Callable[..., Results]
-    forms: Callable[[Case], Iterable[Form]] = lambda case: [{}]  # one: the case's arguments
+    forms: Callable[[Case], Iterable[Form]] = lambda case: [{}]  # default: the case's arguments
     roundings: dict[str, int] = ROUNDED_ONCE  # of its results
 
 

@@ -61,7 +61,7 @@ def trained(name: str, way: str = "shape", seed: int = 7, **settings: object) ->
 
 
 def moved(model: nn.Module, seed: int = 7) -> nn.Module:
-    """Gives the adapter's parameters of a model random values."""
+    """Gives the parameters of a model's adapter random values."""
     adapter = {p for layer in adapted_layers(model).values() for p in layer.adapter_parameters()}
     names = {name for name, p in model.named_parameters() if p in adapter}
     return zoo.fill(model, seed, 0.4, lambda name: name in names)

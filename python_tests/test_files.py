@@ -181,7 +181,7 @@ def test_dtypes_are_checked_and_cast(x: Tensor, model: nn.Module, tmp_path: Path
     load_adapter(other, tmp_path, cast=True)
     assert {p.dtype for p in lotr_parameters(other)} == {torch.float64}
     assert relative(other(x), model(x)) < 1e-6
-    # The config follows what the adapter is.
+    # The saved config has the dtype that the adapter has by then.
     again = reloaded(model.to(torch.bfloat16), zoo.net("mlp", torch.bfloat16), tmp_path)
     assert again.lotr_config.adapter_dtype == torch.bfloat16
     assert torch.equal(again(x.bfloat16()), model(x.bfloat16()))
@@ -591,7 +591,7 @@ DOCUMENT_DAMAGES: dict[str, Damage] = {
     "computed cores that the file lacks": config_with(core="tucker"),
     "an unknown dtype": config_with(adapter_dtype="complex64"),
 }
-# A test can also write the tensors of version 3.
+# In version 3, also damages of the base, the tensors and the file itself.
 DAMAGES = DOCUMENT_DAMAGES | {
     "a base that is a list": document_with(base=[]),
     "a base with an unknown field": document_with(base={"names": "x"}),

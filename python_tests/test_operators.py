@@ -345,7 +345,7 @@ def test_strides_on_cuda(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
-    """The fake kernels, by which torch.compile works, have the results' shapes, dtypes, strides.
+    """The fake kernels, which torch.compile calls, have the results' shapes, dtypes and strides.
 
     `linear` is absent, because compilers decompose it. The tolerance fits decompositions,
     which round in several steps.
@@ -355,7 +355,7 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
         opcheck(operator(name), tuple(arguments.values()), **tolerance)
 
 
-def test_the_check_of_a_device_also_while_a_caller_traces() -> None:
+def test_a_device_is_checked_also_while_a_caller_traces() -> None:
     with FakeTensorMode():
         assert kernel_support.trial_obstacle(torch.device("cpu")) is None
         assert "meta" in kernel_support.trial_obstacle(torch.device("meta"))

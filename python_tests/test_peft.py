@@ -116,7 +116,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def loaded(folder: Path, net: str, **settings: object) -> peft.PeftModel:
-    """Returns a fresh base model with a saved adapter. Warnings, as of missing keys, are errors."""
+    """Returns a fresh base model with a saved adapter. A warning (missing keys) is an error."""
     torch.manual_seed(99)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

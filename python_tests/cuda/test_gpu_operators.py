@@ -10,9 +10,9 @@ from functools import partial
 import pytest
 import test_operators
 import torch
-from helpers import LAYOUTS
-from operands import SCHEMAS
-from test_operators import BETA, DROPS, DTYPE_PAIRS, SHAPES, TABLE, Case
+from helpers import DTYPE_PAIRS, LAYOUTS
+from operands import BETA, SCHEMAS, Case
+from test_operators import DROPS, SHAPES, TABLE
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
