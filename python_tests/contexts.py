@@ -448,7 +448,7 @@ DROPOUT_CONTEXTS: dict[str, Context] = {
     "each in a checkpoint": each_in_a_checkpoint,
     "full backward hooks": with_full_backward_hooks,
 }
-# Of layers 0 to 3 of a net of siblings.
+# These call layers 0 to 3 of a net of siblings.
 SIBLING_CONTEXTS = (
     different_requires_grad_and_checkpoints,
     a_fused_step_between,

@@ -119,9 +119,9 @@ def written_out(model: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
         A = layer.factors.A.value.double()
         B = layer.factors.B.value.double()
         delta = layer.scaling * B @ layer.core.double().mT @ A.mT  # [.., n, k]
-        # Of experts, the layer "experts.lotr.up_proj" adapts the parameter "experts.up_proj".
+        # For experts, the layer "experts.lotr.up_proj" adapts the parameter "experts.up_proj".
         key = f"{name}.weight" if f"{name}.weight" in weights else name.replace(".lotr.", ".")
-        if delta.shape != weights[key].shape:  # [k, n], as of a Conv1D; no such weight is square
+        if delta.shape != weights[key].shape:  # [k, n], as in a Conv1D; no such weight is square
             delta = delta.mT
         weights[key] = weights[key].detach() + delta
     return weights

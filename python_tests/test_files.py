@@ -133,7 +133,7 @@ def test_a_merged_or_compiled_model_is_saved_as_if_it_were_not(
 
 
 def test_modules_to_save_come_along(tmp_path: Path) -> None:
-    """With their buffers, and with weights that share memory."""
+    """Their buffers come along, too, and so do weights that share memory."""
 
     def make() -> nn.Module:
         torch.manual_seed(0)
@@ -343,7 +343,7 @@ def test_another_base_of_the_same_shapes_is_noticed(name: str, tmp_path: Path) -
 @pytest.mark.parametrize("way", ["shape", "svd"])
 @pytest.mark.parametrize("name", ["mlp", "llama"])
 def test_the_same_base_is_recognized(name: str, way: str, tmp_path: Path) -> None:
-    """Also in half precision, adapted, merged before the save, and saved in between."""
+    """The base may be adapted or in half precision. The adapter may be saved merged, and twice."""
     model = trained(name, way)
     save_adapter(model, tmp_path / "first")
     save_adapter(merge(model), tmp_path / "merged")

@@ -210,9 +210,9 @@ def results_of(name: str, case: Case) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [n for n in TABLE if not n.startswith("layer_")])
 def test_same_bits_at_any_number_of_threads(name: str, dtype: torch.dtype) -> None:
-    """Also for odd numbers of tokens, where the last pair of rows is incomplete.
+    """With an odd number of tokens, the last pair of rows is incomplete.
 
-    Not the layers' operators: the library's product in them does not promise equal bits.
+    The layers' operators are left out: the library's product in them does not promise equal bits.
     """
     for shape in ((1100, 300, 200, 16), (301, 130, 65, 40), (17000, 40, 65, 4)):
         runs = []

@@ -264,7 +264,7 @@ def test_without_target_modules_the_layers_are_those_of_the_model_type() -> None
 
 @pytest.mark.parametrize("train", [["core"], ["A", "core"], ["B", "core"]], ids="+".join)
 def test_only_the_named_parts_are_trained(train: list[str]) -> None:
-    """Also after another adapter was active."""
+    """The same parts train after another adapter was active."""
     model = peft.get_peft_model(zoo.net("attention"), config("attention", train=train))
     model.add_adapter("other", config("attention"))
     for name in ("default", "other", "default"):

@@ -273,7 +273,7 @@ def test_bad_plan_is_refused(process: Executor) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_launch_is_early_and_lets_the_next_begin(lib: ModuleType, kernel: str) -> None:
-    """In every block, with parts and without. On a card without early launches none is early."""
+    """Every block lets it begin, with parts and without. A card without early launches has none."""
     for shape in (Shape(3, 129, 17), Shape(130, 900, 13, sms=16)):
         problem = Problem(kernel, shape, "bf16")
         bits = []

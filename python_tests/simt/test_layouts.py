@@ -115,7 +115,7 @@ def test_bulk_copies_swizzle_and_fill_with_zero(printed: dict, major: str) -> No
 
 @pytest.mark.parametrize("major", ["k_major", "mn_major"])
 def test_bulk_stores_undo_the_swizzle_and_stay_inside(printed: dict, major: str) -> None:
-    """At (5, 16) of a matrix of 60 rows and 66 columns, 136 apart."""
+    """The box is stored at (5, 16) of a matrix [60, 66] with a row stride of 136."""
     expected = np.zeros((70, 136))
     expected[5:60, 16:66] = box_of(printed[major])[: 60 - 5, : 66 - 16]
     assert (np.asarray(printed[major]["c"]).reshape(70, 136) == expected).all()
