@@ -400,7 +400,7 @@ def test_the_error_of_each_lora_is_that_of_its_task(
 
 
 def test_a_share_sets_the_rank(loras: Path, tmp_path: Path) -> None:
-    """Three LoRAs of rank 1 per layer need rank 3 for everything, and less for less.
+    """Three LoRAs of rank 1 per layer need rank 3 for all of them, and a lower one for a share.
 
     The last layers have only one of them, and need no more than rank 1.
     """

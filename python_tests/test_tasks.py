@@ -371,7 +371,7 @@ class Flat(zoo.Children):
 
 @pytest.mark.parametrize("has_experts", [False, True])
 def test_a_layer_may_get_the_tokens_of_all_rows_in_one_list(has_experts: bool) -> None:
-    """With flat=True, or in a model with experts."""
+    """That needs flat=True, except in a model with experts."""
     model = zoo.fill(Flat(a=nn.Linear(16, 16), b=nn.Linear(16, 16)))
     apply_lotr(model, LoTRConfig(rank=2, scaling=1.0))
     if has_experts:

@@ -175,14 +175,12 @@ def tucker2_of_loras(
     # With U = Q R, D^T = (V R^T) Q^T. So V R^T, which has few columns, has the leading directions.
     blocks = [V @ torch.linalg.qr(U, mode="r").R.mT for V, U in pairs]
 
-    def times(A: Tensor) -> list[Tensor]:  # all D_l A
-        return [U @ (V.mT @ A) for V, U in pairs]
-
-    def transposed_times(B: Tensor) -> list[Tensor]:  # all D_l^T B
-        return [V @ (U.mT @ B) for V, U in pairs]
-
     A, B, cores = tucker2_from_products(
-        blocks, times, transposed_times, n=len(outputs[0]), rank=ranks
+        blocks,
+        right=lambda A: [U @ (V.mT @ A) for V, U in pairs],  # all D_l A
+        left=lambda B: [V @ (U.mT @ B) for V, U in pairs],  # all D_l^T B
+        n=len(outputs[0]),
+        rank=ranks,
     )
     return input_basis @ A, output_basis @ B, cores
 
