@@ -46,8 +46,8 @@ def load_adapter(
 ) -> Model:
     """Loads a saved adapter into a model, and adapts the model first if needed.
 
-    A plain base model is adapted as it was by `apply_lotr` when the adapter was saved. A model that
-    is adapted already, by `apply_lotr` or by hand, must have the same layers, groups, shapes and
+    A plain base model is first adapted as `apply_lotr` had adapted the saved one. A model that is
+    adapted already, by `apply_lotr` or by hand, must have the same layers, groups, shapes and
     dtypes, and its values are replaced in place. With init "svd", its start is added back to the
     base weights and the loaded one is subtracted. Sharded models: `lotr_ext.sharded`.
 

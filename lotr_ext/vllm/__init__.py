@@ -188,7 +188,7 @@ def read_task(directory: FilePath, factors: EngineFactors) -> Tensor:
     )
 
 
-@cache
+@cache  # vLLM may call it again, and `install` would then replace what it has replaced
 def register() -> None:
     """Makes vLLM serve tasks over the factors in the folder LOTR_FACTORS: vLLM's entry point.
 
