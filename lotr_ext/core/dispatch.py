@@ -133,7 +133,8 @@ def _check_base_product(x: Tensor, weight: Tensor) -> None:
     device.
 
     Raises:
-        TypeError: If the dtypes differ (autocast has cast both already), or one of them is on meta.
+        TypeError: If the dtypes differ (autocast has cast both already), or if only one of them is
+            on the meta device.
     """
     if x.dtype != weight.dtype or x.is_meta != weight.is_meta:
         raise TypeError(
@@ -201,7 +202,7 @@ class Plan(enum.Enum):
     PROJECTION = enum.auto()  # another node computes u, once for all layers on this x
 
 
-# The members by themselves, because a read such as `Plan.PROJECTION` takes 0.1 us.
+# As names of this module, because a read such as `Plan.PROJECTION` takes 0.1 us.
 ONE_NODE, ONE_NODE_FEW_TOKENS, PROJECTION = Plan
 
 
