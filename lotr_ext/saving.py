@@ -51,7 +51,7 @@ def save_adapter(model: nn.Module, directory: FilePath) -> None:
         TypeError: If directory is not a path, or a tensor is sharded.
         RuntimeError: If the model has no adapter, or torch cannot copy it from the meta device.
         FileExistsError: If directory is a file.
-        OSError: If a file cannot be written. An adapter that was there is then unchanged.
+        OSError: If a file cannot be written. The directory then has the old adapter or the new one.
 
     Warns:
         UserWarning: If trained parameters are not saved: those that are neither the adapter's nor

@@ -64,7 +64,7 @@ def export_lora(
 
     Raises:
         AttributeError: If a task is given and the model has no TaskBank.
-        TypeError, ValueError, RuntimeError, FileExistsError: As `save_adapter` and `lotr_to_lora`.
+        TypeError, ValueError, RuntimeError, OSError: As for `save_adapter` and `lotr_to_lora`.
     """
     path = Path(directory)
     inner, writes = unwrap(model)
@@ -106,6 +106,8 @@ def lotr_to_lora(source: FilePath, directory: FilePath, **options: Any) -> dict[
         ValueError: If there is no such adapter, directory is the source of PEFT's files, or an
             option has an unknown value.
         FileExistsError: If directory is a file.
+        OSError: If a file cannot be written. The directory then has no adapter_config.json, so that
+            none of its files is read.
     """
     path = Path(directory)
     folder = Path(source)

@@ -47,7 +47,8 @@ class Conversion:
 
         Raises:
             FileExistsError: If directory is a file.
-            OSError: If a file cannot be written. An adapter that was there is then unchanged.
+            OSError: If a file cannot be written. The directory then has the old adapter or the new
+                one.
         """
         self.adapter.write(Path(directory))
 
