@@ -502,8 +502,8 @@ def _columns_after_cache(
             tokens.
     """
     # By position as well as by name: GPT-2 receives the cache second, Llama fourth.
-    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    arguments = {**bound, **bound.get("kwargs", {})}
+    by_position = inspect.signature(model.forward).bind_partial(*args).arguments
+    arguments = {**by_position, **kwargs}
     caches = [
         value
         for name, value in arguments.items()
