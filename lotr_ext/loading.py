@@ -256,6 +256,7 @@ def _check_ties(model: nn.Module, state: AdapterState) -> None:
     tied = tied_to_saved(model)
     # Names that the model lacks do not matter, such as a head's.
     present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    # Not an intersection: a set would raise for a list in a damaged file.
     saved_tied = sorted(name for name in present if name in state.tied)
     if saved_tied != list(tied):
         raise ValueError(

@@ -54,8 +54,8 @@ class LoTRPeftAdapter(nn.Module):
         """Yields the parameters of A, B and the core that are trained while the adapter is active.
 
         torch's method would yield only the core. PEFT switches requires_grad of what this method
-        yields when the adapter becomes active or inactive. It has no other hook through which the
-        factors, which the tuner registers, are switched as well, or an untrained part is skipped.
+        yields when the adapter becomes active or inactive. It has no other hook that could switch
+        the factors, which the tuner registers, or skip a part that is not trained.
         `named_parameters` and state_dict are torch's.
         """
         return (parameter for part, parameter in self.parts() if part in self.trained)

@@ -22,7 +22,7 @@ factor once, so the hooks do for factors what BaseTuner does for layers:
     base_model.lotr_factors.<adapter>.A_<group>.value       A of a group (by width A_<in_features>)
     base_model.lotr_factors.<adapter>.B_<group>.value       B of a group (by width B_<out_features>)
     base_model.model.<layer>.lotr_adapter.<adapter>.core    the core of a layer
-    base_model.lotr_cores.<adapter>.<parameter>             if cores are computed, instead of them
+    base_model.lotr_cores.<adapter>.<parameter>             instead of a core, if cores are computed
 
 The files leave out the adapter's name, as PEFT does. The configuration's `layers` names the factors
 of each layer.
