@@ -46,8 +46,8 @@ def load_adapter(
 ) -> Model:
     """Loads a saved adapter into a model, and adapts the model first if needed.
 
-    A plain base model is adapted as it was by `apply_lotr` when the adapter was saved. A model that
-    is adapted already, by `apply_lotr` or by hand, must have the same layers, groups, shapes and
+    A plain base model is first adapted as `apply_lotr` had adapted the saved one. A model that is
+    adapted already, by `apply_lotr` or by hand, must have the same layers, groups, shapes and
     dtypes, and its values are replaced in place. With init "svd", its start is added back to the
     base weights and the loaded one is subtracted. Sharded models: `lotr_ext.sharded`.
 
@@ -256,6 +256,7 @@ def _check_ties(model: nn.Module, state: AdapterState) -> None:
     tied = tied_to_saved(model)
     # Names that the model lacks do not matter, such as a head's.
     present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    # Not an intersection: a set would raise for a list in a damaged file.
     saved_tied = sorted(name for name in present if name in state.tied)
     if saved_tied != list(tied):
         raise ValueError(

@@ -550,11 +550,11 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     ),
     "other shapes": (
         lambda c, t: t.update({Q: t[Q][:1]}),
-        r"blocks.0.q: expected lora_A \[r, K\] and lora_B",
+        r"blocks.0.q: expected lora_A \[r, k\] and lora_B",
     ),
     "a vector": (
         lambda c, t: t.update({Q: t[Q][0]}),
-        r"blocks.0.q: expected lora_A \[r, K\] and lora_B",
+        r"blocks.0.q: expected lora_A \[r, k\] and lora_B",
     ),
     "NaN": (lambda c, t: t[Q].fill_(float("nan")), "blocks.0.q: expected finite floating values"),
     "integers": (

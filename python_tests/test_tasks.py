@@ -316,8 +316,8 @@ def test_a_call_without_positions_for_an_index_per_token_is_refused(
     tokens: dict[str, Tensor], caches: dict[str, object]
 ) -> None:
     class Remembers(zoo.Attention):
-        def forward(self, **kwargs: object) -> Tensor:
-            return super().forward(next(iter(kwargs.values())))
+        def forward(self, **inputs: object) -> Tensor:
+            return super().forward(next(iter(inputs.values())))
 
     model = apply_lotr(Remembers(), LoTRConfig(rank=2, target_modules=["q"]))
     TaskBank(model, 1).add()
