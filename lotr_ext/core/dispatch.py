@@ -25,7 +25,7 @@ from . import fallback, grouped, nodes
 from .call import LayerCall, RowChoice
 from .factor_cache import FactorCache
 from .kernel_support import kernel_obstacle
-from .operators import PLAIN_TYPES, lotr
+from .operators import PLAIN_TYPES, lotr, scaling_in_range
 from .strategy import choose_strategy
 
 # Part of the key of compiled code that torch keeps on disk. Change it whenever a change of nodes.py
@@ -285,7 +285,7 @@ def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
             projection.route, base_output, projection.u, B, core, call, projection, strategy
         )
     # Rows have different cores, or float16 cannot fold: the layer's node starts from h.
-    scaled_B, scaling = fallback.scaling_in_range(B, scaling, x.dtype)
+    scaled_B, scaling = scaling_in_range(B, scaling, x.dtype)
     if choice is not None:
         h = nodes.row_core(projection.u, core, scaling, choice)
     else:
