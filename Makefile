@@ -11,7 +11,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
-CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
+CLANG_FORMAT := $(VENV)/bin/clang-format
 # Two processes, each with one thread of torch. The tests of a file share fixtures, so they stay in
 # one process. Files start in the order of collection, instead of those with the most tests first.
 PYTEST_JOBS := -n 2 --dist loadfile --no-loadscope-reorder
@@ -27,16 +27,16 @@ CXX_FILES := $(shell find csrc docs/teaching -name '*.h' -o -name '*.cpp' -o -na
 .PHONY: frameworks quantized vllm
 
 help:
-	@echo "make demo        fine-tune a pretrained transformer on real text with LoTR and LoRA"
-	@echo "make check       the tests to run while you work: operators, layers, a few kernels"
-	@echo "make test        the tests; with the slow ones, as in CI: make test ARGS='-m \"not full\"'"
-	@echo "make bench       the benchmarks; ARGS=--quick only shows that they run"
-	@echo "make gpu         on a machine with a GPU: build, test and measure in nine minutes"
+	@echo "make demo        fine-tunes a pretrained transformer on real text with LoTR and LoRA"
+	@echo "make check       runs the tests for work in progress: operators, layers, a few kernels"
+	@echo "make test        runs the tests; as in CI, with the slow ones: ARGS='-m \"not full\"'"
+	@echo "make bench       runs the benchmarks; ARGS=--quick only shows that they run"
+	@echo "make gpu         on a machine with a GPU: builds, tests and measures in nine minutes"
 	@echo "                 (ARGS=\"--budget 1800\": in thirty); needs no network"
-	@echo "make docs        the site, in build-docs/"
+	@echo "make docs        builds the site in build-docs/"
 	@echo "make lint        checks style and the order of imports; make format corrects the layout"
-	@echo "make wheel       one wheel for Python 3.10+ and torch 2.10+, for CPUs and GPUs, in dist/"
-	@echo "make serve-test  the tests with vLLM (2 GB)"
+	@echo "make wheel       builds a wheel for Python 3.10+, torch 2.10+, CPUs and GPUs, in dist/"
+	@echo "make serve-test  runs the tests with vLLM (2 GB)"
 	@echo "make clean       removes what was built"
 	@echo "make frameworks  installs DeepSpeed, TRL and sentence-transformers for their tests"
 	@echo "make quantized   installs torchao and bitsandbytes for their tests"

@@ -1,4 +1,4 @@
-"""Builds the extension module by CMake. The metadata is in pyproject.toml.
+"""Builds the extension module with CMake. The metadata is in pyproject.toml.
 
 Environment variables (an empty value counts as unset):
     LOTR_CUDA       AUTO (if nvcc is found), ON, OFF
@@ -29,7 +29,7 @@ MIN_TORCH = (2, 10)
 MIN_CMAKE = (3, 26)
 CMAKE_OPTIONS = ("LOTR_CUDA", "LOTR_ARCHS", "LOTR_CPU_ISAS")
 # CMake reads these only in the first configuration of a build folder.
-READ_ONCE = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDA_HOME", "CUDA_PATH", "CUDACXX", "CUDAHOSTCXX")
+READ_ONCE = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDA_HOME", "CUDA_PATH", "CUDAFLAGS", "CUDAHOSTCXX")
 
 
 def stop(message: str) -> NoReturn:
@@ -74,7 +74,7 @@ def check_packages() -> None:
 
 
 def check_compiler() -> None:
-    """Stops unless the compiler of CXX exists or, without CXX, c++, g++ or clang++."""
+    """Stops unless there is a C++ compiler: what CXX names, otherwise c++, g++ or clang++."""
     compiler = os.environ.get("CXX", "").split()  # a command and its options
     if not any(shutil.which(name) for name in (compiler[:1] or ["c++", "g++", "clang++"])):
         stop(
@@ -135,7 +135,7 @@ class CMakeBuild(build_ext):
         shutil.copy2(folder / "_C.abi3.so", target)
 
     def configure(self, cmake: str, folder: Path) -> None:
-        """Runs CMake. Starts afresh if a variable has changed that CMake reads only once."""
+        """Runs CMake. Starts afresh if a variable that CMake reads only once has changed."""
         command = [cmake, "-S", str(ROOT), "-B", str(folder)]
         command.append(f"-DPython_EXECUTABLE={sys.executable}")
         command.append(f"-DLOTR_VERSION={self.distribution.get_version()}")
@@ -161,7 +161,7 @@ class CMakeBuild(build_ext):
 
 
 class BuildPython(build_py):
-    """Empties the build folder first, which may have modules that the sources no longer have."""
+    """Copies the Python modules, after deleting those of an earlier build, which may be stale."""
 
     def run(self) -> None:
         shutil.rmtree(Path(self.build_lib) / "lotr_ext", ignore_errors=True)

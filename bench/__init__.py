@@ -1,4 +1,4 @@
-"""Benchmarks: what LoTR costs over the frozen layer, and compared with what is used today.
+"""Benchmarks: what LoTR costs, compared with the frozen layer and with what is used today.
 
 python -m bench            the next five programs, and on a GPU bench.kernels (make bench)
 python -m bench --quick    the same with few rounds, in minutes
@@ -18,7 +18,7 @@ python -m bench.summary    the page about a run of bench.gpu
 
 Run them in the folder of the repository, after `pip install -r requirements/bench.txt`. They
 measure the lotr_ext of this folder if it was built in place (`make bench`, or an editable install),
-else the installed one. Times are measured in interleaved rounds. Results are JSON Lines in
+else the installed one. Times are measured in interleaved rounds, and their rows are JSON Lines in
 bench/results/<machine>/<program>.jsonl.
 """
 

@@ -332,8 +332,9 @@ def interval(value: Callable[..., np.ndarray], *points: Point) -> Interval:
     n = len(points[0].seeds)
     if n < 3:
         return Interval(middle, float("nan"), float("nan"))
-    # Means of few drawn seeds spread too little: as a normal distribution with (n - 1) / n of the
-    # variance. This factor widens them, so that the interval is Student's where only seeds matter.
+    # The means of few drawn seeds spread too little: they have (n - 1) / n of the variance, and the
+    # tails of a normal distribution. With this factor the interval is Student's where only seeds
+    # matter.
     student = stats.t.ppf(0.975, n - 1) / 1.96 * (n / (n - 1)) ** 0.5
     spread = deviations(value, [point.items for point in points])
     spread += student * deviations(value, [point.seeds for point in points])

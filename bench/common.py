@@ -1,7 +1,7 @@
 """What all benchmarks share: names of rivals, checks, the machine, result files, tables, options.
 
-A result file is JSON Lines. A row has a rival, a stage and its `seconds`, the columns of the case
-that was measured, and where and when that was (`provenance`). `pd.DataFrame`s hold rows in memory.
+A result file is JSON Lines. A row of times has a rival, a stage and its `seconds`, the columns of
+the case, and where and when it was measured (`provenance`). `pd.DataFrame`s hold rows in memory.
 
 Not here: times and memory (timing.py), the command line of a measuring program (program.py).
 """
@@ -268,7 +268,7 @@ def case_table(frame: pd.DataFrame, floor: str, key: Sequence[str]) -> pd.DataFr
     return pd.DataFrame(rows).fillna("-")
 
 
-def pivot(frame: pd.DataFrame, title: str, floor: str) -> pd.DataFrame:
+def pivot(frame: pd.DataFrame, title_format: str, floor: str) -> pd.DataFrame:
     """Returns a table with a row per case and a column per rival.
 
     A cell has the last stage's time: in seconds for the floor, over the floor's for the others.
@@ -276,13 +276,13 @@ def pivot(frame: pd.DataFrame, title: str, floor: str) -> pd.DataFrame:
 
     Args:
         frame: The rows of all cases.
-        title: A format string that makes a case's title from its columns.
+        title_format: A format string that makes a case's title from its columns.
         floor: The rival that the others are compared with.
     """
     cells: dict[str, dict[str, str]] = {}
     for _, row in frame[frame["stage"] == frame["stage"].iloc[-1]].iterrows():
         text = seconds_text(row["seconds"]) if row["rival"] == floor else over_text(row)
-        cells.setdefault(title.format(**row), {})[named(row["rival"])] = text
+        cells.setdefault(title_format.format(**row), {})[named(row["rival"])] = text
     return pd.DataFrame(cells).T.fillna("-").rename_axis("").reset_index()
 
 

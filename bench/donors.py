@@ -169,7 +169,10 @@ def base_weights(name: str) -> dict[str, Tensor]:
 
 
 def gradients(name: str) -> dict[str, Tensor]:
-    """Returns the mean gradient of each adapted weight at the base model, in float16."""
+    """Returns the gradient of each adapted weight at the base model, in float16.
+
+    It is a mean over batches. One factor scales all of them to the norm GRADIENT_NORM.
+    """
 
     def make() -> dict[str, Tensor]:
         model = problem(name).model(0).requires_grad_(False)
@@ -288,8 +291,8 @@ def mixed_pairs(group_by: str, rank: int) -> Pairs:
     torch.manual_seed(0)
     apply_lotr(model, LoTRConfig(rank=rank, group_by=group_by, target_modules=layers_named("")))
     tasks = TaskBank(model, len(DONORS)).requires_grad_()
-    # The task of each of the four rows in a batch.
-    slots = {name: torch.full((4,), tasks.add()) for name in DONORS}
+    # The task of each row in a batch.
+    slots = {name: torch.full((TASKS[BASE_TASK].batch,), tasks.add()) for name in DONORS}
     batches = {name: text.batches(0) for name, text in texts.items()}
     optimizer = torch.optim.AdamW(lotr_parameters(model), lr=MIXED_RATE, weight_decay=0.0)
     schedule = warmup_and_decay(optimizer, MIXED_STEPS)

@@ -4,9 +4,9 @@
     python -m bench.experts --shapes 4096x2048x768x128x8x16 --dtypes bf16 --device cuda
 
 A shape is tokens x hidden x intermediate x experts x top k x rank. A step is forward and backward.
-Rivals share the frozen weights of one experts module of Qwen3-MoE, which runs transformers' grouped
-products: PEFT's LoRA by target_parameters, a LoRA per expert by grouped products, and lotr_ext, all
-at one rank. The routing is random and the same for all. The gradients of our adapter are compared
+The rivals are PEFT's LoRA by target_parameters, a LoRA per expert by grouped products, and
+lotr_ext, all at one rank. They share random routing, and the frozen weights of one experts module
+of Qwen3-MoE, which runs transformers' grouped products. The gradients of our adapter are compared
 with the same module's in float64 first. peak: the most that a step has allocated at once.
 """
 
@@ -32,7 +32,7 @@ CHECKED_TOKENS = 64
 
 
 class Mixture(nn.Module):
-    """Only the experts of a model, under the name that target_parameters expect.
+    """Only the experts of a model, as `experts`: target_parameters begin with this name.
 
     x [m, hidden], index and weights [m, top k] -> [m, hidden].
     """

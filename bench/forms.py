@@ -132,9 +132,9 @@ class Vectors(nn.Module):
 
 def with_vectors(model: nn.Module, form: Form, pairs: Pairs) -> nn.Module:
     """Returns the model with vectors d, and b where the form has it, over fixed pairs."""
-    with_b = re.compile(layers_named(form.b))
+    b_layers = re.compile(layers_named(form.b))
     for name, (A, B) in pairs.items():
-        has_b = with_b.fullmatch(name) is not None
+        has_b = b_layers.fullmatch(name) is not None
         # Adam moves each number by the rate, so a larger B is a higher rate of b alone.
         norm = float(form.norm) if has_b and form.norm else USUAL_NORM
         model.set_submodule(name, Vectors(model.get_submodule(name), A, B, has_b, norm))

@@ -7,10 +7,9 @@
 
 A shape is tokens x layers x width x rank. chained: the x of a layer is the y of the one before.
 siblings: three layers on one x, as q, k and v of a block. At width 32 products take almost no time.
-At width 768 autograd's sums of the gradients of A and B take time and memory. Our layers avoid it:
-they add to one sum in place. Every rival has the same weights, and the LoTR ones are compared with
-the formula in float64 first. Times are per layer. python_tests/test_frames.py counts the Python
-calls of a layer.
+At width 768 autograd's sums of the gradients of A and B take time and memory. Our layers add to one
+sum in place. Every rival has the same weights, and the LoTR ones are compared with the formula in
+float64 first. Times are per layer. python_tests/test_frames.py counts the Python calls of a layer.
 
     allocated     all bytes that a backward allocates, on a CPU
 """

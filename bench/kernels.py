@@ -6,9 +6,9 @@
 
 A shape is tokens x width x rank (fold: 1 x width x rank; row_core: rows x cores x rank; gemm_lotr:
 the weight is width x width). factor_grad, shrink_grad and gemm_lotr run in operators of a layer
-that launch nothing else. Our side and the library's are checked against float64 first: ours may
-have at most twice the library's error, plus a rounding. On a GPU, times are the device's, with a
-cold L2.
+that launch nothing else. Our results and the library's are compared with float64 first: our error
+may be at most twice the library's, plus a rounding. On a GPU, times are the device's, with a cold
+L2.
 
     least      bytes, with every operand moved once
     gb_per_s   these bytes in our time

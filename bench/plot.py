@@ -28,7 +28,7 @@ RIVALS = {
     "vera-peft": "tab:pink",
 }
 # What accuracy.png shows: method, name, color.
-FORMS = (
+CURVES = (
     ("lotr", "LoTR", "tab:blue"),
     ("lotr-diagonal", "LoTR, diagonal cores", "tab:cyan"),
     ("lotr-block", "LoTR, by block", "tab:green"),
@@ -78,7 +78,7 @@ def accuracy(rows: pd.DataFrame, path: Path) -> None:
     figure, axes = plt.subplots(1, len(ACCURACY_TASKS), figsize=(14, 3.6), layout="constrained")
     for ax, task in zip(axes, ACCURACY_TASKS, strict=True):
         points = points_of(rows, task)
-        for method, label, color in FORMS:
+        for method, label, color in CURVES:
             members = [point for point in points if point.method == method]
             ax.errorbar(
                 [point.parameters for point in members],

@@ -326,10 +326,10 @@ class Teacher(Problem):
             differences = outputs["training"] - self.base(inputs["training"])
         self.unit = differences.square().mean().item()
         noise = 0.2 * differences.std()
-        self.parts = {}
-        for part, y in outputs.items():
-            y += noise * torch.randn(y.shape, generator=generator)
-            self.parts[part] = (inputs[part], y)
+        self.parts = {
+            part: (inputs[part], y + noise * torch.randn(y.shape, generator=generator))
+            for part, y in outputs.items()
+        }
 
     def losses(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, y = batch
@@ -511,10 +511,9 @@ def adapt(model: nn.Module, task: Task, method: str, rank: int) -> nn.Module:
     if family in ("lora", "vera"):
         from peft import LoraConfig, VeraConfig, get_peft_model
 
-        config = VeraConfig(r=rank, **common)
-        if family == "lora":
-            config = LoraConfig(r=rank, lora_alpha=2 * rank, **common)
-        return get_peft_model(model, config)
+        if family == "vera":
+            return get_peft_model(model, VeraConfig(r=rank, **common))
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, **common))
     # Without an adapter: "full" and "norm" train modules of this name and a new head, "head" and
     # "base" only a new head.
     trained = {"full": task.layers, "norm": task.norms}.get(family, "head")
@@ -543,7 +542,8 @@ def warmup_and_decay(optimizer: torch.optim.Optimizer, steps: int) -> Callable[[
 def parameters_and_head(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Returns the parameters that a method trains, and the parameters of a new head.
 
-    A head belongs to the task: it is not counted in a method's size, and has its learning rate.
+    A head belongs to the task: it is not counted in a method's size, and `fit` trains it at another
+    rate.
     """
     trained = [(name.split("."), p) for name, p in model.named_parameters() if p.requires_grad]
     head = [p for parts, p in trained if "head" in parts]

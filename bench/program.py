@@ -9,8 +9,8 @@ the rivals of a case. `Program.main` measures them, for example bench.layer:
     rivals   frozen, lora-eager, .., lotr_ext, each timed once per round
     rows     a median per rival and stage, in bench/results/<machine>/layer.jsonl
 
-Nothing that was measured is lost. A rival that fails loses its column, a case that fails its rows,
-and a program that is stopped keeps the rounds that it has measured. With --against, every round
+Nothing that was measured is lost. A rival that cannot run is left out. A case that fails, and a
+program that is stopped, keep the rounds that they have measured. With --against, every round
 measures this lotr_ext and another checkout's.
 """
 
@@ -338,10 +338,11 @@ def fallback_line(cases: Sequence[Case], device: str) -> str | None:
     """Returns the line of `explain` for a case that runs the PyTorch fallback, None without one."""
     from lotr_ext import LoTRLinear, explain
 
-    # The kernels depend on dtype and rank, not on the other sizes.
+    # The kernels depend on dtype and rank, not on the other sizes. For a rank above them,
+    # LoTRLinear would warn.
     for dtype, rank in dict.fromkeys((DTYPES[case["dtype"]], case["r"]) for case in cases):
-        layer = LoTRLinear(16, 16, rank, device=device, dtype=dtype)
-        line = explain(layer, torch.zeros(1, 16, device=device, dtype=dtype))
+        layer = LoTRLinear(256, 256, rank, device=device, dtype=dtype)
+        line = explain(layer, torch.zeros(1, 256, device=device, dtype=dtype))
         if "kernels of lotr_ext" not in line:
             return line
     return None

@@ -2,7 +2,7 @@
 
     python -m bench.summary build-gpu/results     prints it again
 
-It is made only from what the parts left in a folder, results:
+It is made only from what the parts left in the folder `results`:
 
     summary.json         the outcome and the seconds of each part
     <part>.log           its output
@@ -202,7 +202,7 @@ def _next_steps(
     if broken(smoke):
         words = '--forms "{form}" --dtypes {dtype}'.format(**broken(smoke)[0])
         steps.append(
-            f"Mend the operators that did not pass, first: `python -m bench.smoke {words}`."
+            f"First mend the operators that did not pass: `python -m bench.smoke {words}`."
         )
     unfinished = []
     for name, part in outcomes.items():

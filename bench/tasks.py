@@ -1,4 +1,4 @@
-"""A batch with a task per row, over the same batch with one adapter: a training step, and serving.
+"""The time of a batch with a task per row, over the same batch with one adapter.
 
     python -m bench.tasks                     64 rows of 16 tokens, then of 1; 1,000 tasks, width
                                               512, 4 blocks (GPU: 64 tokens, width 2,048, 8 blocks)
@@ -7,7 +7,7 @@
 A shape is rows x tokens per row x tasks x width x blocks x rank. The model is a small Llama of
 random weights. Its q, k, v and o are adapted.
 
-    train   forward, backward and AdamW on the cores; its step moves all tasks of the bank
+    train   forward, backward and AdamW on the cores; its step runs through all tasks of the bank
     serve   a forward without a gradient. PEFT's LoRA by `adapter_names` runs one adapter after
             another
 
@@ -145,18 +145,18 @@ def peft_model(rival: str, case: Case, batch: Batch, dtype: torch.dtype) -> Adap
     return Adapted(lambda: model(**arguments).logits, [], task_bytes)
 
 
-def check_moved(cores: list[nn.Parameter], batch: Batch) -> None:
-    """Checks the gradients of a step.
+def check_gradients(cores: list[nn.Parameter], batch: Batch) -> None:
+    """Checks which tasks have a gradient.
 
     Raises:
-        ArithmeticError: Unless exactly the tasks of the batch have one.
+        ArithmeticError: Unless they are exactly the tasks of the batch.
     """
     # A core is [tasks, ..]. A task has a gradient if its part is not zero in some layer.
     has_gradient = torch.stack([core.grad.flatten(1).any(1) for core in cores]).any(0)
-    moved = has_gradient.nonzero().flatten()
-    if not torch.equal(moved, batch.tasks.unique()):
+    tasks = has_gradient.nonzero().flatten()
+    if not torch.equal(tasks, batch.tasks.unique()):
         raise ArithmeticError(
-            f"expected gradients of the batch's tasks, got gradients of {len(moved)} tasks"
+            f"expected gradients of the batch's tasks, got gradients of {len(tasks)} tasks"
         )
 
 
@@ -177,7 +177,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         step = training(loss, None, adapted.cores, optimizer, facts=facts)
         if rival in BANKED:
             step.run()
-            check_moved(adapted.cores, batch)
+            check_gradients(adapted.cores, batch)
         return step
 
     names = [name for name in MODES[case["mode"]] if name in (options.rivals or RIVALS)]

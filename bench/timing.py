@@ -31,7 +31,7 @@ from .common import reason_of
 
 CLOCKS = ("wall", "cpu", "events")
 FLUSH_BYTES = 256 << 20  # read before a measurement; four times the L2, if that is more
-QUEUE_CYCLES = 6_000_000  # a few milliseconds, in which the CPU queues a complete step
+QUEUE_CYCLES = 6_000_000  # a few milliseconds, enough to queue a layer's step, not a model's
 COPIED_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
 SAMPLED = {  # column: what nvidia-smi calls it
     "sm_mhz": "clocks.sm",
@@ -117,10 +117,10 @@ class Clock:
     wall     the time that passes. On a GPU it is from an idle device to an idle device, so that
              Python and launches count
     cpu      CPU seconds of this process, for one thread on a busy machine
-    events   the GPU's time. The GPU sleeps while the CPU queues the stages, so that launches are
-             hidden
+    events   the GPU's time. The GPU sleeps while the CPU queues the stages. That hides all launches
+             of a layer's step, and the first ones of a model's
 
-    On a GPU each measurement starts with a cold L2: a large buffer is read before. It is not
+    On a GPU each measurement starts with a cold L2: a large buffer is read first. It is not
     written, because dirty lines would be written back during the measurement.
     """
 
@@ -147,8 +147,8 @@ class Clock:
         if self.is_cuda:
             torch.sum(self._flush_buffer, 0, out=self._flush_sum)
         if self.kind == "events":
-            # The GPU sleeps while the CPU queues the stages. The name is private, but without it
-            # the launches of a short stage would be timed, not its kernels.
+            # A private name, but without this sleep the launches of a short stage would be timed,
+            # not its kernels.
             torch.cuda._sleep(QUEUE_CYCLES)
         state = None
         times = [self._now()]
@@ -214,7 +214,7 @@ def copy_gb_per_s(device: str) -> float:
 def memory_changes(call: Callable[[], object]) -> list[int]:
     """Returns each CPU allocation (positive) and release (negative) during a call, in bytes.
 
-    They are in order. The C++ code of autograd and of our operators is included.
+    They are in order. Those in C++ code, of autograd and of our operators, are included.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()

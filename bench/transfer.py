@@ -4,10 +4,11 @@
     python -m bench.transfer --targets none    the tables and the picture of the recorded runs
     python -m bench.transfer --collection      ten LoRAs of ten texts, and banks of their changes
 
-A target is a text on which SmolLM2-135M is trained, all linear layers adapted, in one of several
-forms (forms.py), some with a pair of factors that was fixed before (donors.py). Tasks, training and
-losses are bench.accuracy's, whose recorded runs are in the tables as well. The program continues
-from what is recorded. Data: python examples/data.py smollm2 snippets kjv wycliffe verilog.
+A target is a text on which SmolLM2-135M is trained, with all linear layers adapted, in one of
+several forms (forms.py). Some forms have a pair of factors that was fixed before (donors.py).
+Tasks, training and losses are bench.accuracy's, and the tables also show its recorded runs. The
+program continues from what is recorded. bench.model measures the time of a step. Data:
+python examples/data.py smollm2 snippets kjv wycliffe verilog.
 
 A row of bench/results/transfer.jsonl is a run:
 
@@ -17,8 +18,7 @@ A row of bench/results/transfer.jsonl is a run:
     validation, loss, items  as in bench.accuracy
     seconds, commit
 
-A row of transfer_collection.jsonl is a text under its LoRA, or as a task of a bank. bench.model
-measures the time of a step.
+A row of transfer_collection.jsonl is a text under its LoRA, or as a task of a bank.
 """
 
 import argparse
@@ -60,6 +60,7 @@ FORMS = (  # what is run without --forms
 RATES = [2e-3, 4e-3, 8e-3]  # a pair from gradients needs a lower rate than a random one
 COLLECTION_RANKS = (16, 32, 64)
 COLLECTION_ROWS = 16  # held-out rows of each text
+COLLECTION_BATCH = 8  # of these rows, measured at once
 PER_KIB = 256  # float32 parameters
 
 
@@ -295,7 +296,9 @@ def draw_short_runs(ax: Axes, recorded: pd.DataFrame) -> None:
 @torch.no_grad()
 def held_out_loss(model: nn.Module, name: str) -> float:
     rows = problem(name).parts["held_out"][0][:COLLECTION_ROWS]
-    losses = [problem(name).losses(model.eval(), (part,))[0] for part in rows.split(8)]
+    losses = [
+        problem(name).losses(model.eval(), (part,))[0] for part in rows.split(COLLECTION_BATCH)
+    ]
     return torch.cat(losses).mean().item()
 
 
@@ -320,8 +323,8 @@ def collect(path: Path) -> None:
         tasks = TaskBank(model, len(TEXTS))
         for name in TEXTS:
             row = {"text": name, "what": "bank", "rank": rank, "error": bank.errors[name]}
-            # All eight rows of a part in held_out_loss have the task.
-            with use_tasks(model, torch.full((8,), tasks.add(bank.files[name]))):
+            index = torch.full((COLLECTION_BATCH,), tasks.add(bank.files[name]))
+            with use_tasks(model, index):
                 record(path, row | {"loss": held_out_loss(model, name)})
 
 

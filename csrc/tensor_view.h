@@ -12,7 +12,7 @@ enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3
 
 // A matrix [rows, cols] with any strides, which count elements.
 struct TensorView {
-  void* data = nullptr;  // null: the optional tensor is absent. A kernel writes only its outputs
+  void* data = nullptr;  // null: an optional tensor is absent. Not const: outputs are views too
   int64_t rows = 0;
   int64_t cols = 0;
   int64_t row_stride = 0;

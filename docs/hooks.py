@@ -1,4 +1,4 @@
-"""A hook of mkdocs.yml: adds the pictures of bench/results, outside of docs/, to the site."""
+"""Hooks of mkdocs.yml: add the pictures of bench/results to the site, and correct links to them."""
 
 import re
 from pathlib import Path

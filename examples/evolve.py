@@ -4,7 +4,7 @@
     python examples/evolve.py                         three minutes on two cores
 
 A generation is a task bank of perturbed cores, and one forward runs all of them on the same rows.
-The reward is the number of movie snippets that MiniLM, with a trained head, classifies correctly.
+The reward is the share of movie snippets that MiniLM, with a trained head, classifies correctly.
 """
 
 import statistics

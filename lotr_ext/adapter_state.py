@@ -221,7 +221,7 @@ class AdapterState:
             raise ValueError(
                 f"directory: expected a folder with {FILE_NAME}, got {_what_is_at(directory)}"
             )
-        # The checksum rules out damage, but not an edited document. Its first mistake is the error.
+        # The checksum rules out damage, but not mistakes of another program that wrote the file.
         with errors_of(str(directory)):
             return AdapterState.from_document(document, tensors)
 

@@ -37,7 +37,7 @@ class BaseModel:
 
         Raises:
             AttributeError, OverflowError, TypeError, ValueError: If a field is unknown, `values` is
-                not an object, or a value in it is not a number or exceeds every float.
+                not an object, or a value in it is not a number or is too large for a float.
         """
         base = BaseModel(**values)
         # float raises here, and not at the comparison, when the model is adapted already.

@@ -62,7 +62,7 @@ def check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
     # A comparison with a symbol of torch.compile would add a guard. Not math.isfinite, which raises
-    # OverflowError for an int past every float.
+    # OverflowError for an int that is too large for a float.
     if not torch.compiler.is_compiling() and not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name}: expected a finite number, got {value!s:.40}")
 

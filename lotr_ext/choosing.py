@@ -43,7 +43,7 @@ def rank_for(
         settings: Other fields of `LoTRConfig`, such as target_modules or dropout.
 
     Raises:
-        TypeError: If neither or both of like and numbers are given; if one has a wrong type; or if
+        TypeError: If neither or both of like and numbers are given; if numbers is not an int; or if
             a setting is rank, core or group_by, which this function chooses, or target_parameters,
             which it does not support.
         ValueError: If like is not "lora:<rank>"; or if the size is too small for rank 1.
@@ -57,8 +57,8 @@ def rank_for(
             )
     if (like is None) == (numbers is None):
         raise TypeError(f"like: expected either like or numbers, got {like!r} and {numbers!r}")
-    # A LoRA of rank 1 has one row and one column for each layer.
     targets = select(model, LoTRConfig(**settings)).targets
+    # A LoRA of rank 1 has one row and one column for each layer.
     lora_rank_1 = sum(sum(target.sizes) for target in targets)
     if numbers is not None:
         budget = check_dimension("numbers", numbers)

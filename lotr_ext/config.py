@@ -24,8 +24,8 @@ PARTS = ("A", "B", "core")
 HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # models with a new head
 TASKS = (*HEADED_TASKS, "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION")
 
-# Settings of PEFT's LoRA, and one of lotr_ext 0.1, that LoTR lacks or calls by another name, and
-# what to use instead.
+# Settings of PEFT's LoRA, and one of an earlier version, that LoTR lacks or calls by another name,
+# and what to use instead.
 LORA_SETTINGS = {
     "r": "Here it is 'rank'.",
     "lora_alpha": "Here it is 'alpha'.",
@@ -37,7 +37,7 @@ LORA_SETTINGS = {
     "bias": "To train biases, use lotr_ext.peft. Its configuration has this field.",
     "lora_bias": "An adapter has no bias.",
     "use_dora": "LoTR has no magnitudes.",
-    "magnitude": "LoTR has no magnitudes.",  # of lotr_ext 0.1
+    "magnitude": "LoTR has no magnitudes.",  # of an earlier version
     "fan_in_fan_out": "Conv1D layers are recognized without it.",
     "layers_to_transform": "Pass a regular expression as target_modules.",
     "layers_pattern": "Pass a regular expression as target_modules.",
@@ -65,7 +65,7 @@ def refuse_lora_settings(names: Iterable[str], config_class: type) -> None:
         if name in LORA_SETTINGS and name not in field_names:
             raise TypeError(
                 f"{name}: expected a field of {config_class.__name__}, got one of PEFT's LoRA or "
-                f"of lotr_ext 0.1. {LORA_SETTINGS[name]}"
+                f"of an earlier lotr_ext. {LORA_SETTINGS[name]}"
             )
 
 

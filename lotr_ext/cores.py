@@ -174,7 +174,7 @@ class TuckerCores(Cores):
     FacT-TK (arXiv 2212.03145). State: `weights` [places, slices], `slices` [slices, r_in, r_out].
 
     Args:
-        places: As for `Cores`, as is rank.
+        places: See `Cores`, also for rank.
         slices: How many C[j], r_in if None.
     """
 
@@ -203,7 +203,7 @@ class TrainCores(LayersAndKinds):
     State: `layer` [layers, r_in, inner], `kind` [kinds, inner, r_out].
 
     Args:
-        places: As for `LayersAndKinds`, as is rank.
+        places: See `LayersAndKinds`, also for rank.
         inner: The rank between G2 and G3, r_out if None. If it is below r_in and r_out,
             core_init="identity" sets only the first `inner` elements of the diagonal to 1.
     """
@@ -236,7 +236,7 @@ class FewCores(Cores):
     `numbers` [places or 1, numbers], and the buffer `random` [numbers, r_in, r_out].
 
     Args:
-        places: As for `Cores`, as is rank.
+        places: See `Cores`, also for rank.
         numbers: How many parameters a place has.
         tied: Whether all places share them.
         seed: The seed from which R ~ N(0, 1 / r_in) is drawn.

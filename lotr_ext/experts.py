@@ -145,8 +145,8 @@ def lotr_grouped_linear(
         cores: [e, r_in, r_out], or [t, e, r_in, r_out] with a core_index.
         scaling: s.
         bias: [e, n].
-        tokens: The row of x that each row reads [rows] (int64). Rows past the last end need a valid
-            entry, too. x A is then computed once per token.
+        tokens: The row of x that each row reads [rows] (int64). With it, x A is computed once per
+            token. Rows past the last end need a valid entry, too.
         core_index: The task of each row of x (int64), -1 for none. Task and expert choose the core.
 
     Raises:

@@ -161,7 +161,7 @@ class LoTRFactors(nn.Module):
         in_features: The in_features of the layers.
         out_features: The out_features of the layers.
         rank: An int, or (r_in, r_out).
-        init: As for `LoTRFactor`, as are device, dtype, the errors and the warnings.
+        init: See `LoTRFactor`, also for device, dtype, errors and warnings.
 
     Attributes:
         A: The `LoTRFactor` [in_features, r_in].
@@ -222,14 +222,14 @@ class LoTRFactors(nn.Module):
         self.rank = A.rank if A.rank == B.rank else (A.rank, B.rank)
 
     def read(self, operation: Callable[[Tensor, Tensor], Any]) -> Any:
-        """Returns operation(A, B), a tensor in a forward. Gathers sharded A and B around it.
+        """Returns operation(A, B). Gathers sharded A and B around the call.
 
         Shard each LoTRFactor, not the pair.
 
         Args:
-            operation: Holds x and its other tensors itself. If they were arguments, FSDP2 would
-                wrap each x in a new tensor, and layers could not recognize that they have the
-                same x.
+            operation: In a forward, it returns a tensor. It holds x and its other tensors itself:
+                if they were arguments, FSDP2 would wrap each x in a new tensor, and layers could
+                not recognize that they have the same x.
         """
         A = self.A
         B = self.B

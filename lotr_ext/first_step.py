@@ -101,9 +101,10 @@ def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
 
 
 def _has_trained(model: nn.Module, optimized: set[nn.Parameter]) -> bool:
-    """Whether a step has trained the first of these that the model trains: tasks, cores, A and B.
+    """Whether a step has trained the adapter.
 
-    Otherwise the step was of another optimizer, and the next step is checked, too.
+    Looks for a gradient of the tasks. If no tasks are trained, of the cores, and if no cores are,
+    of A and B. Without one, the step was of another optimizer, and the next step is checked, too.
     """
     tasks = {p for p in attached_parameters(model) if p.requires_grad}
     parts = {

@@ -144,7 +144,7 @@ def padded(vectors: Tensor, r: int) -> Tensor:
     """Returns vectors [d, c] as [d, r], c <= r, with unit vectors in the columns past c."""
     d, c = vectors.shape
     unit = torch.eye(d, dtype=vectors.dtype, device=vectors.device)
-    missing = torch.arange(max(r - c, 0), device=vectors.device) % d
+    missing = torch.arange(r - c, device=vectors.device) % d
     return torch.cat([vectors, unit[:, missing]], 1)
 
 
@@ -166,15 +166,12 @@ def tucker2(weights: Sequence[Tensor], rank: tuple[int, int]) -> tuple[Tensor, T
         [L, r_in, r_out], all in float64.
     """
     stack = [weight.detach().double() for weight in weights]
-
-    def right(A: Tensor) -> list[Tensor]:
-        return [weight @ A for weight in stack]
-
-    def left(B: Tensor) -> list[Tensor]:
-        return [weight.T @ B for weight in stack]
-
     return tucker2_from_products(
-        [weight.T for weight in stack], right, left, n=len(stack[0]), rank=rank
+        [weight.T for weight in stack],
+        right=lambda A: [weight @ A for weight in stack],
+        left=lambda B: [weight.T @ B for weight in stack],
+        n=len(stack[0]),
+        rank=rank,
     )
 
 

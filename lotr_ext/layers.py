@@ -476,7 +476,7 @@ class LoTRLinear(LoTRLayer, nn.Linear):
     `factors.B.value` unless an owner registers the factors.
 
     Args:
-        in_features: As for nn.Linear, as are out_features, bias and device.
+        in_features: See nn.Linear, also for out_features, bias and device.
         rank: The rank of new factors, 8 if None.
         factors: An existing pair. Its rank is then used.
         alpha: See `scaling_of`.

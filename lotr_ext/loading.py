@@ -46,8 +46,8 @@ def load_adapter(
 ) -> Model:
     """Loads a saved adapter into a model, and adapts the model first if needed.
 
-    A plain base model is adapted as it was by `apply_lotr` when the adapter was saved. A model that
-    is adapted already, by `apply_lotr` or by hand, must have the same layers, groups, shapes and
+    A plain base model is first adapted as `apply_lotr` had adapted the saved one. A model that is
+    adapted already, by `apply_lotr` or by hand, must have the same layers, groups, shapes and
     dtypes, and its values are replaced in place. With init "svd", its start is added back to the
     base weights and the loaded one is subtracted. Sharded models: `lotr_ext.sharded`.
 
@@ -154,11 +154,11 @@ def _adapt_as_saved(model: nn.Module, state: AdapterState, refuse_other_targets:
             f"model that it was trained on."
         )
     selection = select(model, _exact_config(state, linear))
-    _check_targets(model, state, refuse_other_targets)
+    left_out = _check_targets(model, state, refuse_other_targets)
     install(model, selection)
     # What the user chose, not the names of all layers with which the model was adapted here.
     model.lotr_config = config
-    model.lotr_left_out = {}
+    model.lotr_left_out = left_out
 
 
 def _exact_config(state: AdapterState, linear: list[str]) -> LoTRConfig:
@@ -178,8 +178,12 @@ def _exact_config(state: AdapterState, linear: list[str]) -> LoTRConfig:
     )
 
 
-def _check_targets(model: nn.Module, state: AdapterState, refuse: bool) -> None:
-    """Refuses a plain model in which the configuration selects more layers, or warns of it."""
+def _check_targets(model: nn.Module, state: AdapterState, refuse: bool) -> dict[str, list[str]]:
+    """Refuses a plain model in which the configuration selects more layers, or warns of it.
+
+    Returns:
+        The layers that the configuration matches and that get no adapter, by reason.
+    """
     # By shape, because a mapping in the configuration has no group for an extra layer.
     selection = select(model, replace(state.config, group_by="shape"))
     extra = [target.name for target in selection.targets if target.name not in state.layers]
@@ -191,6 +195,8 @@ def _check_targets(model: nn.Module, state: AdapterState, refuse: bool) -> None:
             f"leave these layers without an adapter."
         )
         refuse_or_warn(message, refuse, stacklevel=7)
+        selection.left_out["not in the loaded adapter"] = extra
+    return selection.left_out
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -250,6 +256,7 @@ def _check_ties(model: nn.Module, state: AdapterState) -> None:
     tied = tied_to_saved(model)
     # Names that the model lacks do not matter, such as a head's.
     present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    # Not an intersection: a set would raise for a list in a damaged file.
     saved_tied = sorted(name for name in present if name in state.tied)
     if saved_tied != list(tied):
         raise ValueError(

@@ -91,7 +91,7 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
     ]
     if frozen:
         warnings.warn(
-            f"lotr_ext: {', '.join(frozen)} stays frozen, so a new head keeps its random values. "
+            f"lotr_ext: frozen heads: {', '.join(frozen)}. A new head keeps its random values. "
             f"Train it with modules_to_save={frozen}.",
             stacklevel=2,
         )
@@ -151,7 +151,7 @@ def install(model: nn.Module, selection: Selection) -> None:
     # After the layers: the owner of what is attached may depend on where they are.
     attach(model, "lotr_factors", nn.ModuleList(all_factors.values()))
     if cores is not None:
-        attach(model, "lotr_cores", cores.requires_grad_("core" in config.train))
+        attach(model, "lotr_cores", cores)
     for layer in adapted_layers(model).values():
         layer.set_trained(config.train)
     if callable(config.group_by):

@@ -99,6 +99,7 @@ def philox_4x32_10(counter_low: Tensor, seed: int) -> Tensor:
 
     Args:
         counter_low: The lower 64 bits of the counters [q] (int64). The upper ones are zero.
+        seed: The key, an int64.
 
     Returns:
         [q, 4] int64 in [0, 2^32).
@@ -138,7 +139,7 @@ def dropout_mask(rows: int, cols: int, p: float, seed: int) -> Tensor:
     """Returns the mask [rows, cols] in float64 that every kernel draws for (p, seed).
 
     It is 0 where x is dropped, 1 / (1 - p) elsewhere. Element e = i cols + j is kept if word e % 4
-    of Philox block e / 4 is at least floor(p 2^32).
+    of Philox block e // 4 is at least floor(p 2^32).
 
     Args:
         rows: The rows of x.

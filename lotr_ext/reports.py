@@ -27,7 +27,7 @@ def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Returns the trained parameters of the adapter, for an optimizer.
 
     They are A, B, the cores (or the parameters from which cores are computed) and the tasks of a
-    `TaskBank`, as far as these require grad. modules_to_save are not among them:
+    `TaskBank`, if they require grad. modules_to_save are not among them:
     `[p for p in model.parameters() if p.requires_grad]` has both.
 
     Raises:
@@ -51,8 +51,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Returns all trained parameters of an adapted model in up to three groups for an optimizer.
 
-    The groups are named "cores" (also a bank's), "factors" (A and B), and "other" (modules_to_save,
-    such as a new head, and everything else that requires grad). For transformers' Trainer and TRL:
+    The groups are named "cores" (with the tasks of a bank), "factors" (A and B), and "other"
+    (modules_to_save, such as a new head, and everything else that requires grad). For transformers'
+    Trainer and TRL:
     `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None))`.
 
     Args:

@@ -51,6 +51,7 @@ def save_adapter(model: nn.Module, directory: FilePath) -> None:
         TypeError: If directory is not a path, or a tensor is sharded.
         RuntimeError: If the model has no adapter, or torch cannot copy it from the meta device.
         FileExistsError: If directory is a file.
+        OSError: If a file cannot be written. The directory then has the old adapter or the new one.
 
     Warns:
         UserWarning: If trained parameters are not saved: those that are neither the adapter's nor
@@ -75,11 +76,11 @@ def push_to_hub(model: nn.Module, repo_id: str, **options: Any) -> str:
         options: For `huggingface_hub.create_repo`, such as private and token.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
         ImportError: If huggingface_hub is not installed.
-        TypeError, RuntimeError: As `save_adapter`.
+        TypeError, RuntimeError: As for `save_adapter`.
     """
     from huggingface_hub import HfApi
 

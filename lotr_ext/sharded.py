@@ -58,7 +58,7 @@ def save_adapter(model: nn.Module, directory: FilePath) -> None:
 
     Args:
         model: With its wrapper: DistributedDataParallel, DeepSpeed's engine, FSDP2's model.
-        directory: As for `lotr_ext.save_adapter`, as are errors and warnings.
+        directory: See `lotr_ext.save_adapter`, also for errors and warnings.
 
     Raises:
         RuntimeError: In the other processes if process 0 cannot write.
@@ -92,7 +92,7 @@ def load_adapter(
     Args:
         model: With its wrapper. A sharded model must be adapted already, because its parameters are
             sharded after `apply_lotr`.
-        directory: As for `lotr_ext.load_adapter`, as are cast, strict, errors and warnings.
+        directory: See `lotr_ext.load_adapter`, also for cast, strict, errors and warnings.
 
     Returns:
         The same model.
@@ -128,7 +128,7 @@ def _has_processes() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _in_agreement(where: str, work: Callable[[], T]) -> T:
+def _in_agreement(caller: str, work: Callable[[], T]) -> T:
     """Runs work() in every process. If one process fails, all fail, so none waits for a failed one.
 
     Raises:
@@ -152,7 +152,7 @@ def _in_agreement(where: str, work: Callable[[], T]) -> T:
     for rank, failure in enumerate(failures):
         if failure is not None:
             raise RuntimeError(
-                f"{where}: expected all processes to succeed, got an error in process {rank}: "
+                f"{caller}: expected all processes to succeed, got an error in process {rank}: "
                 f"{failure}"
             )
     return result

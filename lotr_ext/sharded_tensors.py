@@ -109,10 +109,10 @@ def copy_full(target: Tensor, value: Tensor) -> None:
     elif is_dtensor(target):
         from torch.distributed.tensor import distribute_tensor
 
-        local = value.to(target.device, target.dtype)
+        full_value = value.to(target.device, target.dtype)
         # No source: each process cuts its shard from the full value, and nothing is sent.
         target.copy_(
-            distribute_tensor(local, target.device_mesh, target.placements, src_data_rank=None)
+            distribute_tensor(full_value, target.device_mesh, target.placements, src_data_rank=None)
         )
     else:
         target.copy_(value)

@@ -50,7 +50,7 @@ def errors_of(where: str) -> Iterator[None]:
     except (
         AttributeError,
         LookupError,
-        OverflowError,  # of float, for an integer past every float
+        OverflowError,  # of float(), for an integer that is too large
         RecursionError,
         TypeError,
         ValueError,

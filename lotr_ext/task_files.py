@@ -81,9 +81,10 @@ class TaskFormat:
         expected = self.metadata()
         for key in ("format", "version", "scaling"):
             if metadata.get(key) != expected[key]:
+                advice = _ADVICE if key == "scaling" else "Save the task with this lotr_ext."
                 raise ValueError(
-                    f"{where}: expected a task with {key} {expected[key]:.200}, as the adapter "
-                    f"has, got {metadata.get(key)!s:.200} in {path}. {_ADVICE}"
+                    f"{where}: expected a task with {key} {expected[key]:.200}, got "
+                    f"{metadata.get(key)!s:.200} in {path}. {advice}"
                 )
         if metadata.get("factors") != expected["factors"]:
             raise ValueError(

@@ -144,7 +144,7 @@ class TaskBank(Attachment):
         Raises:
             RuntimeError: If no slot is free, or if a core is sparse or on the meta device.
             TypeError, ValueError: If source is not a task of this adapter: other layers, ranks,
-                scalings or factors. Nothing is changed then.
+                scalings or factors. The bank is then unchanged.
         """
         # Outside of the lock, because reading a file takes longer than all else.
         cores = self._checked_cores(source)
@@ -428,8 +428,8 @@ class _ModelTasks:
 class _LayerTasks(NamedTuple):
     """The state of a layer in an open `use_tasks` (see core/request.py)."""
 
-    cores: Tensor
-    index_of: Callable[[Tensor], Tensor]
+    cores: Tensor  # [tasks, r_in, r_out], or [tasks, e, r_in, r_out]
+    index_of: Callable[[Tensor], Tensor]  # `_ModelTasks.index_of`
 
 
 # ---- hooks on the model --------------------------------------------------------------------------
@@ -502,8 +502,8 @@ def _columns_after_cache(
             tokens.
     """
     # By position as well as by name: GPT-2 receives the cache second, Llama fourth.
-    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    arguments = {**bound, **bound.get("kwargs", {})}
+    by_position = inspect.signature(model.forward).bind_partial(*args).arguments
+    arguments = {**by_position, **kwargs}
     caches = [
         value
         for name, value in arguments.items()

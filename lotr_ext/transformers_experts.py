@@ -8,9 +8,9 @@
 transformers keeps the matrices of all experts in 3-D parameters. A class of experts describes their
 layout by attributes (`is_transposed`, `has_bias`, `has_gate`, `has_post_expert_norm`). Its
 configuration names one of the registered functions, which its forward calls. This file registers
-`_forward_of_host`, and gives each adapted module a copy of its configuration with that name. It
-needs a copy, because transformers may change the name in the model's configuration, for example for
-decoding. The adapter would then be skipped without an error.
+`_forward_of_host`, and gives each adapted module a copy of its configuration that names this
+function. In the configuration that all modules share, transformers may change the name, for example
+for decoding, and the adapter would be skipped without an error.
 
 Not here: what an adapter of experts computes (experts.py), and which parameters are adapted
 (targets.py).
@@ -82,7 +82,7 @@ def expert_obstacle(module: nn.Module, parameter: str) -> str | None:
 
 def _accepts_forward(module: nn.Module) -> bool:
     """Whether the class of experts calls a registered function in its forward."""
-    # `use_experts_implementation` sets `__wrapped__`. `_forward_of_host` reads the rest.
+    # `use_experts_implementation` sets `__wrapped__`. This file reads the other attributes.
     return (
         all(hasattr(module, n) for n in ("is_transposed", "has_bias", "num_experts", "config"))
         and hasattr(type(module).forward, "__wrapped__")
@@ -190,6 +190,7 @@ def _forward_of_host(
     """Computes an adapted experts module, in place of its class's forward.
 
     Args:
+        host: The experts module.
         hidden_states: [m, hidden].
         top_k_index: The experts of each token [m, top_k]. num_experts stands for no expert.
         top_k_weights: The router's weight of each of them [m, top_k].

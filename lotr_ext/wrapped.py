@@ -148,8 +148,8 @@ class LoTRWrapped(LoTRLayer):
         """Removes the adapter from the weight, or restores the quantized base.
 
         Raises:
-            RuntimeError: If the layer is not merged, or if a quantized base was merged without a
-                backup.
+            RuntimeError, TypeError: As for `LoTRLayer.unmerge`.
+            RuntimeError: If a quantized base was merged without a backup.
         """
         if not self.replaced:
             super().unmerge()
@@ -209,10 +209,10 @@ def adapt(
 
     Args:
         module: A linear layer.
-        factors: As for `LoTRLinear.from_linear`, as are the others.
+        factors: See `LoTRLinear.from_linear`, also for the others.
 
     Raises:
-        TypeError, ValueError: As `LoTRLinear.from_linear`.
+        TypeError, ValueError: As for `LoTRLinear.from_linear`.
     """
     return layer_class(module).from_linear(
         module, factors, alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout

@@ -358,7 +358,8 @@ EXPERTS: list[Row] = [
 
 # ---- models, tasks, files ------------------------------------------------------------------------
 
-# As many pairs as by name. The pairs of q and k are exchanged in the second block.
+# A group_by for a row of load_adapter: as many pairs of factors as by name, but in the second block
+# those of q and k are exchanged.
 EXCHANGED = {f"blocks.0.{name}": name for name in "qkvo"} | {
     f"blocks.1.{name}": other for name, other in zip("qkvo", "kqvo")
 }

@@ -114,8 +114,8 @@ def interleaved(side: Side) -> Results:
     """Runs two forwards on one x, and starts a third one between their backwards."""
     first = side()
     second = side()
-    # Layers of `again` read x itself. The second forward may then share u = x A with a layer of the
-    # first one, as siblings do, and needs its graph.
+    # In `again`, layers read x itself. The second forward may then reuse u = x A of a layer of the
+    # first one, and its backward needs the graph of that u.
     first_gradients = side.grad(loss(first), retain_graph=side.net.wire is again)
     return [*first_gradients, *side.grad(loss(second) + loss(side()))]
 
@@ -359,7 +359,7 @@ def a_fused_step_between(side: Side) -> Results:
 
 
 def a_fused_step_between_evaluations(side: Side) -> Results:
-    """The second evaluation starts with the x with which the first one ends."""
+    """Changes A between two evaluations. The second starts on the x on which the first one ends."""
     with torch.no_grad():
         first = [side.net.call(i, x) for i, x in ((0, side.x), (0, 2 * side.x), (1, side.x))]
         side.net.parts(0)["A"].detach().numpy()[...] *= 2
@@ -448,7 +448,7 @@ DROPOUT_CONTEXTS: dict[str, Context] = {
     "each in a checkpoint": each_in_a_checkpoint,
     "full backward hooks": with_full_backward_hooks,
 }
-# Of layers 0 to 3 of a net of siblings.
+# These call layers 0 to 3 of a net of siblings.
 SIBLING_CONTEXTS = (
     different_requires_grad_and_checkpoints,
     a_fused_step_between,

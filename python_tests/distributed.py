@@ -57,7 +57,7 @@ def build(name: str = "attention", dtype: str = "float64", **settings: Any) -> n
 
     Args:
         name: "attention" or "mixture".
-        dtype: Of all parameters.
+        dtype: The dtype of all parameters.
         **settings: Fields of the configuration.
     """
     torch.manual_seed(0)
@@ -204,7 +204,7 @@ def ddp_is_saved_by_process_0() -> None:
 
 
 def sharded_nets_are_refused() -> None:
-    """By functions that need full tensors."""
+    """Functions that need full tensors refuse them."""
     net = shard(build())
     folder = shared_folder()
     if dist.get_rank() == 0:
@@ -221,7 +221,7 @@ def sharded_nets_are_refused() -> None:
 
 
 def a_failed_save_raises_in_all() -> None:
-    """Also in process 1, which does not write."""
+    """Process 1 raises too, although it does not write."""
     with pytest.raises((RuntimeError, OSError, ValueError)):
         sharded.save_adapter(shard(build()), "/dev/null/adapter")
 

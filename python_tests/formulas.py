@@ -186,7 +186,7 @@ def row_forms(c: Case) -> Iterator[Form]:
     index = torch.tensor([0, 1, -1, -1]).repeat(c.m // 4 + 1)[: c.m]
     tokens = (rows * 7 + 3) % max(c.m, 1) // 2  # each about twice, in no order
     ends = torch.tensor((c.m // 3, c.m - c.m // 4), dtype=torch.int32)
-    # A check of the first and the last row alone would take these rows for rows in order.
+    # A check of only the first and the last row would accept these rows as rows in order.
     reversed_inside = torch.cat([rows[:1], rows[1:-1].flip(0), rows[1:][-1:]])
     cores = ({"index": index, "offs": None}, {"index": None, "offs": ends})
     for core, token in itertools.product(cores, (tokens, None)):
@@ -258,7 +258,7 @@ class Entry(NamedTuple):
     """An operator, which has the name of its formula."""
 
     formula: Callable[..., Results]
-    forms: Callable[[Case], Iterable[Form]] = lambda case: [{}]  # one: the case's arguments
+    forms: Callable[[Case], Iterable[Form]] = lambda case: [{}]  # default: the case's arguments
     roundings: dict[str, int] = ROUNDED_ONCE  # of its results
 
 

@@ -72,7 +72,7 @@ class Exact(NamedTuple):
 
     Attributes:
         value: The result.
-        size: Of each element, the sum of its absolute products.
+        size: The sum of the absolute products of each element.
         roundings: How many values are rounded to the result's dtype on the way to an element. If it
             is 1, only the element itself is rounded, and the bound is relative to its value.
             Otherwise the bound is relative to its size, because rounded terms may cancel.

@@ -85,7 +85,7 @@ class Kind(NamedTuple):
     """What a net consists of.
 
     Attributes:
-        layers: Their number.
+        layers: The number of layers.
         wire: Computes the net's output from calls of its layers.
         base: The class of the base layers.
         adapted: The class of the adapted layers.

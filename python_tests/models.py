@@ -61,7 +61,7 @@ def trained(name: str, way: str = "shape", seed: int = 7, **settings: object) ->
 
 
 def moved(model: nn.Module, seed: int = 7) -> nn.Module:
-    """Gives the adapter's parameters of a model random values."""
+    """Gives the parameters of a model's adapter random values."""
     adapter = {p for layer in adapted_layers(model).values() for p in layer.adapter_parameters()}
     names = {name for name, p in model.named_parameters() if p in adapter}
     return zoo.fill(model, seed, 0.4, lambda name: name in names)
@@ -119,9 +119,9 @@ def written_out(model: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
         A = layer.factors.A.value.double()
         B = layer.factors.B.value.double()
         delta = layer.scaling * B @ layer.core.double().mT @ A.mT  # [.., n, k]
-        # Of experts, the layer "experts.lotr.up_proj" adapts the parameter "experts.up_proj".
+        # For experts, the layer "experts.lotr.up_proj" adapts the parameter "experts.up_proj".
         key = f"{name}.weight" if f"{name}.weight" in weights else name.replace(".lotr.", ".")
-        if delta.shape != weights[key].shape:  # [k, n], as of a Conv1D; no such weight is square
+        if delta.shape != weights[key].shape:  # [k, n], as in a Conv1D; no such weight is square
             delta = delta.mT
         weights[key] = weights[key].detach() + delta
     return weights

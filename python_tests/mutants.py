@@ -2,9 +2,8 @@
 
     python python_tests/mutants.py                   all of them, one after another (hours)
     python python_tests/mutants.py nodes.py dropout  those with a word in their file or description
-    python python_tests/mutants.py --tenth 1237      every tenth one, from the eighth on: CI passes
-                                                     a count of commits, of which only the last
-                                                     digit matters
+    python python_tests/mutants.py --tenth 1237      every tenth one, from the eighth on, because
+                                                     1237 ends in 7. CI passes a count of commits.
     python python_tests/mutants.py --list            only checks that each text occurs once
 
 The faults are data: python_tests/data/mutants/*.yaml, items with `file`, `fault`, `old` (a text
@@ -207,7 +206,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("words", nargs="*", help="part of a file's name or of a description")
-    parser.add_argument("--tenth", type=int, help="every tenth fault, from the last digit of this")
+    parser.add_argument("--tenth", type=int, help="a number: its last digit chooses a tenth")
     parser.add_argument("--list", action="store_true", help="check the texts without a run")
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="start no further fault after this time"

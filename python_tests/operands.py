@@ -18,6 +18,7 @@ SCHEMAS = {
     for schema in torch._C._jit_get_all_schemas()
     if schema.name.startswith("lotr::")
 }
+# These report on the build, the driver, plans and refusals. They compute nothing.
 NO_NUMBERS = {"info", "cuda_versions", "cuda_plans", "gemm_lotr_refusal"}
 # Without `linear`, which compilers decompose.
 OPERATORS = sorted(set(SCHEMAS) - NO_NUMBERS - {"linear"})
@@ -174,7 +175,7 @@ def good_arguments(
             {"index": None, "offs": offs, "tokens": None},
         ],
         "row_core_backward": [{"g": c.h, "index": None, "offs": offs, "tokens": tokens}],
-        # These two have a formula for their backward.
+        # Only these two are differentiable. opcheck then checks their gradients, too.
         "grouped_mm": [
             {
                 "x": c.make(c.m, c.k).requires_grad_(),

@@ -24,7 +24,8 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before PEFT reads it: tests of the hub are left out
 # PEFT's tests compare a forward with the same forward in another batch, or of a reloaded model, to
-# 1e-8. On AMD's CPUs, the products of MKL otherwise depend on the batch and on addresses, by more.
+# 1e-8. Without this setting, MKL's products on AMD's CPUs differ by more, because they depend on
+# the batch and on addresses.
 os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 import peft
 

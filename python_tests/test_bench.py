@@ -280,11 +280,13 @@ def test_accuracy_continues_from_recorded_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.jsonl"
-    words = f"--quick --steps 12 --methods base,lotr:2,lora:1 --jobs 1 --results {path}".split()
+    words = (
+        f"--quick --steps 12 --methods base,lotr:2,lora:1,dora:1 --jobs 1 --results {path}".split()
+    )
     assert accuracy.main(words) == 0
     recorded = accuracy.runs_in(path)
-    # One run of the base, which has no seeds, and two variants with three seeds.
-    assert len(recorded) == 7 and recorded["loss"].notna().all()
+    # One run of the base, which has no seeds, and three variants with three seeds.
+    assert len(recorded) == 10 and recorded["loss"].notna().all()
     assert recorded["seed"].nunique() == 3
     accuracy.write(path, recorded.iloc[:-1])
     capsys.readouterr()

@@ -40,7 +40,7 @@ def test_wrong_form_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert smoke.outcome_of("fold", "bf16", "cpu", 1).startswith("wrong: fold")
 
 
-# What a process does for the second of three forms, and the outcome that is reported.
+# A child process of smoke in which a form hangs. Its watchdog waits 0.1 s.
 HANG = """
 from bench import smoke
 
@@ -52,6 +52,7 @@ smoke.WATCHDOG_S = 0.1
 smoke.outcome_of = outcome_of
 smoke.child([("fold", "bf16")], "cpu", None)
 """
+# What a process does for the second of three forms, and the outcome that is reported.
 FAULTY_FORMS = {
     "hang": (HANG, "hung: 3 x 4"),
     "crash": (

@@ -400,7 +400,7 @@ def test_the_error_of_each_lora_is_that_of_its_task(
 
 
 def test_a_share_sets_the_rank(loras: Path, tmp_path: Path) -> None:
-    """Three LoRAs of rank 1 per layer need rank 3 for everything, and less for less.
+    """Three LoRAs of rank 1 per layer need rank 3 for all of them, and a lower one for a share.
 
     The last layers have only one of them, and need no more than rank 1.
     """
@@ -550,11 +550,11 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     ),
     "other shapes": (
         lambda c, t: t.update({Q: t[Q][:1]}),
-        r"blocks.0.q: expected lora_A \[r, K\] and lora_B",
+        r"blocks.0.q: expected lora_A \[r, k\] and lora_B",
     ),
     "a vector": (
         lambda c, t: t.update({Q: t[Q][0]}),
-        r"blocks.0.q: expected lora_A \[r, K\] and lora_B",
+        r"blocks.0.q: expected lora_A \[r, k\] and lora_B",
     ),
     "NaN": (lambda c, t: t[Q].fill_(float("nan")), "blocks.0.q: expected finite floating values"),
     "integers": (

@@ -186,7 +186,7 @@ def test_rows_without_an_expert_are_not_read(by_token: bool, tasks: bool, contex
 
 @each_token_mode
 def test_double_backward(by_token: bool) -> None:
-    """Also of a trained base with a weight that is a transposed view."""
+    """The base is trained, too. Its weight is a transposed view."""
     arguments = make(by_token, tasks=False)
     fill_unread(arguments)
     arguments["weight"] = arguments["weight"].mT.contiguous().mT

@@ -133,7 +133,7 @@ def test_a_merged_or_compiled_model_is_saved_as_if_it_were_not(
 
 
 def test_modules_to_save_come_along(tmp_path: Path) -> None:
-    """With their buffers, and with weights that share memory."""
+    """Their buffers come along, too, and so do weights that share memory."""
 
     def make() -> nn.Module:
         torch.manual_seed(0)
@@ -181,7 +181,7 @@ def test_dtypes_are_checked_and_cast(x: Tensor, model: nn.Module, tmp_path: Path
     load_adapter(other, tmp_path, cast=True)
     assert {p.dtype for p in lotr_parameters(other)} == {torch.float64}
     assert relative(other(x), model(x)) < 1e-6
-    # The config follows what the adapter is.
+    # The saved config has the dtype that the adapter has by then.
     again = reloaded(model.to(torch.bfloat16), zoo.net("mlp", torch.bfloat16), tmp_path)
     assert again.lotr_config.adapter_dtype == torch.bfloat16
     assert torch.equal(again(x.bfloat16()), model(x.bfloat16()))
@@ -325,7 +325,9 @@ def test_a_model_with_more_layers_is_refused(tmp_path: Path) -> None:
         ):
             load_adapter(model, tmp_path, strict=strict)
     with pytest.warns(UserWarning, match="1 more, such as 2"):
-        load_adapter(model, tmp_path, strict=False)
+        assert load_adapter(model, tmp_path, strict=False).lotr_left_out == {
+            "not in the loaded adapter": ["2"]
+        }
 
 
 @pytest.mark.parametrize("name", ["mlp", "gpt2", "mixture"])
@@ -343,7 +345,7 @@ def test_another_base_of_the_same_shapes_is_noticed(name: str, tmp_path: Path) -
 @pytest.mark.parametrize("way", ["shape", "svd"])
 @pytest.mark.parametrize("name", ["mlp", "llama"])
 def test_the_same_base_is_recognized(name: str, way: str, tmp_path: Path) -> None:
-    """Also in half precision, adapted, merged before the save, and saved in between."""
+    """The base may be adapted or in half precision. The adapter may be saved merged, and twice."""
     model = trained(name, way)
     save_adapter(model, tmp_path / "first")
     save_adapter(merge(model), tmp_path / "merged")
@@ -591,7 +593,7 @@ DOCUMENT_DAMAGES: dict[str, Damage] = {
     "computed cores that the file lacks": config_with(core="tucker"),
     "an unknown dtype": config_with(adapter_dtype="complex64"),
 }
-# A test can also write the tensors of version 3.
+# In version 3, also damages of the base, the tensors and the file itself.
 DAMAGES = DOCUMENT_DAMAGES | {
     "a base that is a list": document_with(base=[]),
     "a base with an unknown field": document_with(base={"names": "x"}),

@@ -15,6 +15,7 @@ import lotr_ext
 from lotr_ext import LoTRFactors, LoTRLinear
 
 PACKAGE = str(Path(lotr_ext.__file__).parent)
+# A little above the counts when they were set. Each call costs host time.
 MAX_CALLS = 150
 MAX_FUNCTIONS = 48
 MAX_FILES = 9

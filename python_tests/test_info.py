@@ -1,4 +1,4 @@
-"""`python -m lotr_ext.info` as a person reads it."""
+"""`python -m lotr_ext.info` as a person reads it, and the strategies that layers run."""
 
 import os
 import re

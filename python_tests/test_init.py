@@ -149,7 +149,7 @@ def n_by_k(layer: nn.Module, t: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["mlp", "gpt2", "llama"])
 def test_svd_moves_the_leading_part_of_the_weights_into_the_adapter(name: str) -> None:
     plain = zoo.net(name)
-    norms = torch.zeros(3)  # squared: moved into the adapter, remaining, total
+    squares = torch.zeros(3)  # squared norms: moved into the adapter, remaining, total
     for layer_name, layer in adapted_layers(started(name, "svd")).items():
         before = n_by_k(layer, plain.get_submodule(layer_name).weight)
         remaining = layer.weight_matrix()
@@ -157,11 +157,11 @@ def test_svd_moves_the_leading_part_of_the_weights_into_the_adapter(name: str) -
         assert relative(remaining + delta, before) < 1e-6  # the function is unchanged
         A = layer.factors.A.value
         assert relative(A.T @ A, INIT_GAIN**2 * torch.eye(3)) < 1e-5
-        norms += torch.stack([part.square().sum() for part in (delta, remaining, before)])
-    moved_norm, remaining_norm, total_norm = norms.tolist()
+        squares += torch.stack([part.square().sum() for part in (delta, remaining, before)])
+    moved_square, remaining_square, total_square = squares.tolist()
     # An orthogonal projection splits the squared norm.
-    assert moved_norm + remaining_norm == pytest.approx(total_norm, rel=1e-3)
-    assert moved_norm > 0.15 * total_norm
+    assert moved_square + remaining_square == pytest.approx(total_square, rel=1e-3)
+    assert moved_square > 0.15 * total_square
 
 
 SVD = {"way": "svd"}
@@ -206,15 +206,15 @@ def check_captured(model: nn.Module, plain: nn.Module, captured: CapturedGradien
     What is not captured is estimated by 32 random vectors. The tolerance of a layer is 30 % of it,
     plus 0.02.
     """
-    norms = torch.zeros(2, dtype=torch.float64)  # squared: projected, total
+    squares = torch.zeros(2, dtype=torch.float64)  # squared norms: projected, total
     for name, layer in adapted_layers(model).items():
         gradient = gradient_of(plain, name, layer)
         A, B = (factor.value.detach().double() / INIT_GAIN for factor in layer.factors.children())
-        layer_norms = torch.stack([(B.T @ gradient @ A).square().sum(), gradient.square().sum()])
-        norms += layer_norms
-        share = float(layer_norms[0] / layer_norms[1])
+        layer_squares = torch.stack([(B.T @ gradient @ A).square().sum(), gradient.square().sum()])
+        squares += layer_squares
+        share = float(layer_squares[0] / layer_squares[1])
         assert captured.layers[name] == pytest.approx(share, abs=0.02 + 0.3 * (1 - share))
-    assert captured.total == pytest.approx(float(norms[0] / norms[1]), abs=0.1)
+    assert captured.total == pytest.approx(float(squares[0] / squares[1]), abs=0.1)
     assert 0 < captured.total <= 1
 
 

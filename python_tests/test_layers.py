@@ -217,7 +217,7 @@ BEYOND_FLOAT16 = {
 def test_float16_does_not_overflow_where_the_result_does_not(
     sizes: dict[str, float], kind: str, tokens: int
 ) -> None:
-    """Nor do the PyTorch fallback and, under a dispatch mode, the steps of an operator."""
+    """The PyTorch fallback is checked, too, and an operator's steps under a dispatch mode."""
     net = Net(kind, torch.float16)
     net.wire = single
     net.layers[0].scaling = sizes["scaling"]

@@ -1,4 +1,4 @@
-"""Scalings and merging of layers."""
+"""Scalings, wrapping and merging of layers."""
 
 from collections.abc import Callable
 

@@ -148,7 +148,7 @@ def test_disabled_computes_the_plain_model(name: str, way: str) -> None:
     ids=["deepcopy", "pickle"],
 )
 def test_a_copy_shares_nothing(name: str, way: str, copied: Callable) -> None:
-    """Also while a graph of the original lives."""
+    """The copy is made while a graph of the original lives."""
     model = trained(name, way)
     x = zoo.inputs(name)
     y = zoo.output(model, x)

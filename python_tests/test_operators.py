@@ -210,9 +210,9 @@ def results_of(name: str, case: Case) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [n for n in TABLE if not n.startswith("layer_")])
 def test_same_bits_at_any_number_of_threads(name: str, dtype: torch.dtype) -> None:
-    """Also for odd numbers of tokens, where the last pair of rows is incomplete.
+    """With an odd number of tokens, the last pair of rows is incomplete.
 
-    Not the layers' operators: the library's product in them does not promise equal bits.
+    The layers' operators are left out: the library's product in them does not promise equal bits.
     """
     for shape in ((1100, 300, 200, 16), (301, 130, 65, 40), (17000, 40, 65, 4)):
         runs = []
@@ -345,7 +345,7 @@ def test_strides_on_cuda(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
-    """The fake kernels, by which torch.compile works, have the results' shapes, dtypes, strides.
+    """The fake kernels, which torch.compile calls, have the results' shapes, dtypes and strides.
 
     `linear` is absent, because compilers decompose it. The tolerance fits decompositions,
     which round in several steps.
@@ -355,7 +355,7 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
         opcheck(operator(name), tuple(arguments.values()), **tolerance)
 
 
-def test_the_check_of_a_device_also_while_a_caller_traces() -> None:
+def test_a_device_is_checked_also_while_a_caller_traces() -> None:
     with FakeTensorMode():
         assert kernel_support.trial_obstacle(torch.device("cpu")) is None
         assert "meta" in kernel_support.trial_obstacle(torch.device("meta"))

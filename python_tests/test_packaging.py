@@ -1,4 +1,4 @@
-"""The wheel, and the messages of setup.py for packages, tools and a Python that do not suffice."""
+"""The wheel, and the messages of setup.py where a package, a tool or Python is not usable."""
 
 import os
 import re
@@ -93,7 +93,7 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
             ["package wheel", "setuptools wheel"],
         ),
         (
-            # As of a cmake that fails and prints no version.
+            # A cmake that fails and prints no version.
             "import subprocess as s\ns.run = lambda *a, **k: s.CompletedProcess(a, 1, '')",
             ["cmake >= 3.26", "no version"],
         ),

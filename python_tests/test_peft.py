@@ -116,7 +116,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def loaded(folder: Path, net: str, **settings: object) -> peft.PeftModel:
-    """Returns a fresh base model with a saved adapter. Warnings, as of missing keys, are errors."""
+    """Returns a fresh base model with a saved adapter. A warning (missing keys) is an error."""
     torch.manual_seed(99)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -264,7 +264,7 @@ def test_without_target_modules_the_layers_are_those_of_the_model_type() -> None
 
 @pytest.mark.parametrize("train", [["core"], ["A", "core"], ["B", "core"]], ids="+".join)
 def test_only_the_named_parts_are_trained(train: list[str]) -> None:
-    """Also after another adapter was active."""
+    """The same parts train after another adapter was active."""
     model = peft.get_peft_model(zoo.net("attention"), config("attention", train=train))
     model.add_adapter("other", config("attention"))
     for name in ("default", "other", "default"):

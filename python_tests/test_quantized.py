@@ -128,7 +128,7 @@ def test_trains_saves_and_merges_on_request(name: str, form: str, tmp_path: Path
     assert {type(layer) for layer in layers} == {LoTRWrapped}
     assert torch.equal(model(X), base(X))
     moved(model)
-    # For token ids, explain finds the layers' dtype, which a quantized weight does not tell.
+    # Token ids have no floating dtype. explain then uses a parameter's, not a quantized weight's.
     assert explain(model, torch.zeros(6, dtype=torch.long)) == explain(model, X)
 
     for layer in layers:

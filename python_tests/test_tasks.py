@@ -316,8 +316,8 @@ def test_a_call_without_positions_for_an_index_per_token_is_refused(
     tokens: dict[str, Tensor], caches: dict[str, object]
 ) -> None:
     class Remembers(zoo.Attention):
-        def forward(self, **kwargs: object) -> Tensor:
-            return super().forward(next(iter(kwargs.values())))
+        def forward(self, **inputs: object) -> Tensor:
+            return super().forward(next(iter(inputs.values())))
 
     model = apply_lotr(Remembers(), LoTRConfig(rank=2, target_modules=["q"]))
     TaskBank(model, 1).add()
@@ -371,7 +371,7 @@ class Flat(zoo.Children):
 
 @pytest.mark.parametrize("has_experts", [False, True])
 def test_a_layer_may_get_the_tokens_of_all_rows_in_one_list(has_experts: bool) -> None:
-    """With flat=True, or in a model with experts."""
+    """That needs flat=True, except in a model with experts."""
     model = zoo.fill(Flat(a=nn.Linear(16, 16), b=nn.Linear(16, 16)))
     apply_lotr(model, LoTRConfig(rank=2, scaling=1.0))
     if has_experts:

@@ -42,7 +42,7 @@ def test_a_pair_spans_the_leading_directions_of_its_group(group_by: str, members
         assert relative(factor.mT @ factor, torch.eye(4).double()) < 1e-5
 
 
-def test_random_pairs_are_of_the_seed_and_shared_by_the_group() -> None:
+def test_random_pairs_depend_on_the_seed_and_are_shared_by_the_group() -> None:
     shapes = {"layers.0.q_proj": (8, 6), "layers.1.q_proj": (8, 6)}
     first = donors.random_pairs(shapes, "shape", (10, 10), 0)
     A, B = first["layers.0.q_proj"]

@@ -102,7 +102,7 @@ def _transformers(family: str, head: str, **settings: object) -> nn.Module:
     config = getattr(transformers, f"{family}Config")(**settings)
     model = getattr(transformers, family + head)(config)
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # torch's grouped product takes no float64
+        model.set_experts_implementation("eager")  # torch's grouped product lacks float64
     return model
 
 

@@ -49,7 +49,7 @@ template <int tile>
 LOTR_INLINE void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(tile));
 }
-// `row_bytes` from one row to the next. The clobber keeps a load after the stores to what it reads.
+// Rows are `row_bytes` apart. The clobber: a load must come after the stores to what it reads.
 template <int tile>
 LOTR_INLINE void tile_load(const void* from, int64_t row_bytes) {
   asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(tile), "r"(from), "r"(row_bytes) : "memory");
@@ -84,7 +84,7 @@ LOTR_INLINE void zero_tiles() {
   if constexpr (RA == 2) tile_zero<2>();
   if constexpr (RA == 2 && RB == 2) tile_zero<3>();
 }
-// Adds the products of `steps` steps. Each prefetches a line of `rows_below` rows from `below` on.
+// Adds the products of `steps` steps. Each prefetches a line per row: `rows_below` from `below` on.
 template <int RA, int RB>
 LOTR_INLINE void multiply_tiles(Operand a, Operand b, int64_t steps, const char* below = nullptr,
                                 int64_t rows_below = 0) {
@@ -142,8 +142,8 @@ LOTR_INLINE void each_column_block(int64_t vectors, F&& f) {
   if (v < vectors) f(Int<1>{}, v);
 }
 
-// c[rows][ldc] = x[i0 .. i0 + rows, :] A, as shrink_tile (products.h), x as pairs in place. edge:
-// room for two tiles of what a row has beyond full steps.
+// c[rows][ldc] = x[i0 .. i0 + rows, :] A, like shrink_tile (products.h), with the pairs of x in
+// place. edge: room for two tiles of what a row has beyond full steps.
 template <typename K, typename T>
 inline void shrink_in_tiles(float* c, int64_t ldc, const TensorView& x, const Factor<K>& A,
                             int64_t i0, int64_t rows, bool prefetch_below, typename K::Unit* edge) {
@@ -171,8 +171,8 @@ inline void shrink_in_tiles(float* c, int64_t ldc, const TensorView& x, const Fa
   });
 }
 
-// y[rows][64] = start_of(from, bias) (block.h) + u f, with contiguous columns, as expand_full_rows
-// (products.h). `units` of u and of the panel f are full steps.
+// y[rows][64] = start_of(from, bias) (block.h) + u f, with contiguous columns. Like
+// expand_full_rows (products.h). `units` of u and of the panel f are full steps.
 template <typename K, typename T, Form form>
 inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, int64_t rows,
                             const Broadcast& u, const typename K::Unit* f, int64_t units,
@@ -253,8 +253,8 @@ inline void pair_tiles(typename K::Unit* to, const uint16_t* x, int64_t row_stri
   }
 }
 
-// S[r][32] (+)= v^T x for 32 columns of a tile of x, as outer_columns (outer.h). transposed_v: by
-// transpose_units. x_units: room for these columns' units. prefetch: also the columns to the right.
+// S[r][32] (+)= v^T x for 32 columns of a tile of x, like outer_columns (outer.h). transposed_v:
+// from transpose_units. x_units: room for the columns' units. prefetch: also those to the right.
 template <typename K>
 inline void outer_in_tiles(Sums<K> S, const Rectangle& x, const typename K::Unit* transposed_v,
                            int64_t r, typename K::Unit* x_units, bool prefetch) {

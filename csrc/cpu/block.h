@@ -18,8 +18,8 @@
 
 namespace lotr::cpu::LOTR_ISA {
 
-// The largest blocks that 32 registers (AVX-512) or 16 hold: kRows[v] rows of v vectors, or
-// kColumnRows[v] rows that are columns in memory (Layout::down_columns).
+// Blocks that 32 registers (AVX-512) or 16 hold: kRows[v] rows of v vectors (at most 8, for L1),
+// or kColumnRows[v] rows that are columns in memory (Layout::down_columns).
 #if LOTR_VB == 64
 constexpr int kMaxVectors = 4;
 constexpr int kRows[] = {0, 8, 8, 8, 6};

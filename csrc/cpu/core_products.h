@@ -31,8 +31,8 @@ template <>
 inline constexpr decltype(Table::fold_grad) fold_grad_of<double> = &fold_grad<double>;
 
 // Few tokens: the core is multiplied with the tokens. Folding it into B would take N r_in r_out
-// multiplications, more than the rest of the adapter. Between products a token's r numbers are kept
-// in Acc, and rounded to T before they are multiplied with T.
+// multiplications, more than the rest of the adapter. Intermediate results are kept in Acc, and
+// rounded to T only as operands of expand and factor_grad.
 template <typename T>
 struct FewTokens {
   using Ops = Operators<T>;

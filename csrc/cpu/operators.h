@@ -259,8 +259,8 @@ struct Operators {
       outer.add(sums, x, drop, v, range);
     });
   }
-  // For a rank that is not a multiple of the vector: padding v and the sums would take longer than
-  // the sums. Each element of D is written once, and no operand is copied.
+  // For a rank that does not fill its vectors: padding v and the sums would take longer than the
+  // multiplications. Each element of D is written once, and no operand is copied.
   static void outer_few(const TensorView& D, const TensorView& x, const TensorView& v, double scale,
                         bool add) {
     run_rows(x.cols, x.rows * x.cols * v.cols, [&](int64_t c0, int64_t c1) {
@@ -291,8 +291,8 @@ struct Operators {
     const int64_t tile_rows = Outer<T>::tile_rows(x, drop, v.cols);
     const int64_t S_cols = Outer<T>::transposed_columns(x, drop);
     const ChunkSums<K> chunk_sums(chunks, tile_rows, x.cols, S_cols, v.cols);
-    // With fewer chunks than threads x is cut by columns too, which changes no sum. Example: with
-    // 16 threads, the 8 chunks of x [1000, 4096] are cut into 4 ranges of 1056 columns or fewer.
+    // With fewer than two chunks per thread x is cut by columns too, which changes no sum. Example:
+    // with 16 threads, the 8 chunks of x [1000, 4096] are cut into 4 ranges of up to 1056 columns.
     const int64_t cuts = chunks.count ? ceil_div(2 * threads(), chunks.count) : 1;
     const int64_t columns = threads() == 1 ? x.cols : ceil_div(x.cols, cuts);
     const int64_t width = round_up(larger(2 * kTileColumns, columns), kTileColumns);
@@ -315,7 +315,7 @@ struct Operators {
     chunk_sums.add_to(D, drop.scale, add);
   }
 
-  // du = g F, Q (+)= g^T u. A tile of g that fits in cache with its operands is read only once.
+  // du = g F, Q (+)= g^T u. If a tile of g stays in cache for both, g is read from memory once.
   static void shrink_grad(const TensorView& du, const TensorView& Q, const TensorView& g,
                           const TensorView& F, const TensorView& u, bool add) {
     const int64_t tile_rows = rows_read_twice(g, F.cols);
@@ -361,9 +361,9 @@ struct Operators {
   }
 
   // Rows of a tile of g [m, n] that shrink_grad reads twice, or 0 where two passes over g cost
-  // less. The tile, the next tile, the factor [n, r] and the two sums of its size must stay in L2.
-  // Factor and sums are used again for each tile: if these exceed L2, the taller tiles of two
-  // passes read them less often.
+  // less. The factor [n, r] and two sums of its size are used again for each tile: if they exceed
+  // L2, the taller tiles of two passes read them less often. A tile is halved unless it and the
+  // next one, which is prefetched, fit in L2.
   static int64_t rows_read_twice(const TensorView& g, int64_t r) {
     if (3 * g.cols * r * int64_t(sizeof(Acc)) > l2_bytes()) return 0;
     const int64_t unit_bytes = g.cols * element_size(g.dtype) * K::kPair;  // a row, or two rows

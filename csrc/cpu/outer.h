@@ -2,7 +2,7 @@
 // a column of x, j a column of v. A tile of rows of v stays in cache as units while all columns of
 // x are multiplied with it. The sums have two forms (OuterSums):
 //
-//   S[j][c]   if x holds pairs in place, for 32 columns at a time: v is broadcast, and two
+//   S[j][c]   if x is bfloat16 in place, for 32 columns at a time: v is broadcast, and two
 //             rows of x become pairs in registers
 //   P[c][j]   for other columns: x is broadcast (block.h), in place or as a copy in units. With
 //             pairs the copying takes a quarter of the time, which S saves
@@ -158,7 +158,7 @@ class Outer {
     const int64_t v_bytes = kTileUnits * padded_rank<K>(r) * int64_t(sizeof(Unit));
     return (in_place(x, drop) && 2 * v_bytes <= kHalfL1 ? kDeepUnits : kTileUnits) * K::kPair;
   }
-  // How many columns of x are summed in S: those that are pairs in place.
+  // How many columns of x are summed in S: full blocks, if x is bfloat16 in place.
   static int64_t transposed_columns(const TensorView& x, const Drop& drop) {
     if (!pairs<K> || !native<K, T>(x) || drop.on) return 0;
     return x.cols / kPairColumns<K> * kPairColumns<K>;

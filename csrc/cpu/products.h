@@ -17,7 +17,7 @@
 namespace lotr::cpu::LOTR_ISA {
 
 constexpr int64_t kTileRows = 96;  // a multiple of every block's rows
-constexpr int64_t kBlockRows = 8;  // of a block along a row (block.h), at most
+constexpr int64_t kBlockRows = 8;  // the most rows of a block (kRows, block.h)
 constexpr int64_t kMinStep = 64;   // units of a step
 constexpr int64_t kMaxStep = 256;
 constexpr int64_t kHalfL1 = 16384;  // bytes
@@ -183,7 +183,7 @@ constexpr int64_t kPanel = kMaxVectors * K::kLanes;
 // apart do not push each other out of L1.
 constexpr int64_t kExpandRows = LOTR_VB == 64 ? 2 : kRows[kMaxVectors];
 
-// The panels of F^T, and the memory in which one is packed and masked.
+// The sizes of the panels of F^T, and of the memory in which one is packed and masked.
 template <typename K>
 struct Panels {
   int64_t units;                 // of the rank

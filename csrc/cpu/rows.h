@@ -1,11 +1,11 @@
 // Per-row cores: h_i = s u_t(i) G_c(i) and its gradients, by groups of rows that have the same
 // core, or the same token.
 //
-// A group is one dense product of operators.h. It reads the group's rows in place if they
-// are consecutive, as the rows of an expert are, and a copy otherwise. A group of a few rows, as
-// with many tasks, is multiplied with the core in place. A long group is divided every kRowsOfGroup
-// rows from its first one, and each sum runs in the order of its rows, so the number of threads
-// changes no bit. (kRowsOfGroup may: compilers fuse multiply and add for some block sizes only.)
+// A group is one dense product of operators.h. It reads the group's rows in place if they are
+// consecutive, as the rows of an expert are, and a copy otherwise. A group of a few rows, as with
+// many tasks, is multiplied with the core in place. A long group is divided every kRowsOfGroup rows
+// from its first one, and each sum runs in the order of its rows, so the number of threads changes
+// no bit. (Another kRowsOfGroup could: compilers fuse multiply and add for some block sizes only.)
 #pragma once
 
 #include "cpu/core_products.h"

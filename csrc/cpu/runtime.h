@@ -18,7 +18,7 @@ int64_t threads();
 int64_t l2_bytes();
 
 // 64-byte aligned memory of the calling thread, reused from call to call up to a cap. Throws
-// std::bad_alloc (the thread pool rethrows an exception of a body in the caller).
+// std::bad_alloc. If a body of parallel_for throws that, its caller gets a std::runtime_error.
 class Scratch {
  public:
   explicit Scratch(size_t bytes);

@@ -33,8 +33,8 @@ inline bool runs_avx512() {
 inline bool runs_avx512_bf16() {
   return runs_avx512() && __builtin_cpu_supports("avx512bf16");
 }
-// Whether this CPU multiplies bfloat16 in tiles, and the system lets this process: Linux reserves
-// room for the tiles only on request, once for all threads. The call's numbers are
+// Whether this CPU multiplies bfloat16 in tiles and the system lets this process use them: Linux
+// reserves room for the tiles only on request, once for all threads. The call's numbers are
 // ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA, for which older headers have no names; cpuid's bits
 // are AMX-BF16 and AMX-TILE.
 inline bool runs_amx_bf16() {

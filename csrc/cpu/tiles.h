@@ -18,13 +18,13 @@
 //   packed factor   A, or B or F, as units, padded with zeros to full vectors
 //   panel           F^T for one group of columns of y: [units of the rank][columns]
 //   block           rows x vectors of sums that stay in registers (block.h)
-//   step            the units that a tile multiplies at a time along the sum (16 at most in AMX)
+//   step            the units along the sum that are multiplied at a time (at most 16 in AMX)
 //   piece           a rectangle that is prefetched while another one is multiplied (block.h)
 //   cold, warm      of a tile: not prefetched, in cache already
 //   fresh           sums that start at zero, instead of being added to
-//   in place        read from the tensor's memory, without a copy. native: of such a layout
+//   in place        read from the tensor's memory, without a copy. native: laid out for that
 //   rectangle       rows and columns of a tensor that are copied or multiplied together
-//   chunk           rows of x that are summed apart; the sums of chunks are added in order
+//   chunk           rows of x that are summed separately; the sums of chunks are added in order
 //
 // A tile has its units along the summed dimension, which is a row of the matrix or a column:
 //   along_row      tile[i][c / pair]   = elements (i, c .. c + pair)   x of shrink, u of expand

@@ -1,8 +1,9 @@
 // Kernel parameters: a problem and how it is divided into blocks, passed by value.
 //
-// Blocks that share an output tile store partial sums ("parts"): one float32 matrix per block,
-// which the kernel sum_parts adds in order. So no block waits for another, and no memory outlives
-// a launch. A part has `parts_row` columns, all of them written: complete 32-byte sectors.
+// Blocks that share an output tile store partial sums. A "part" is a float32 matrix with all rows
+// of the output, and there are as many parts as blocks that share a tile. The kernel sum_parts adds
+// them in order. So no block waits for another, and no memory outlives a launch. A part has
+// `parts_row` columns, all of them written: complete 32-byte sectors.
 #pragma once
 #include "problem.h"
 

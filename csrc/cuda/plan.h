@@ -113,7 +113,7 @@ struct Costs {
   double tile = 0;         // read and written; a tile at the edge of the matrix counts in full
   double per_m_block = 0;  // factors that each block along M reads
   double per_n_block = 0;  // factors that each block along N reads
-  double part = 0;         // of a part; each block that shares an output writes one
+  double part = 0;         // of a part, as large as the output, in float32; there are `splits`
 };
 
 // Estimates a plan in clocks: the longest of the busiest SM, memory and L2, plus a share of the
@@ -152,8 +152,8 @@ struct Fastest {
 };
 
 // Calls f(splits) for the numbers of splits of one dimension of the grid that are worth an
-// estimate: one, as many as give one block per SM, and as many as fill all resident blocks. tiles:
-// along this dimension. other_blocks: along the other one.
+// estimate: one, as many as give one block per SM, and as many as give each SM all blocks that fit.
+// tiles: along this dimension. other_blocks: along the other one.
 template <class F>
 void each_split(const Card& card, int resident_blocks, int64_t other_blocks, int64_t tiles, F f) {
   const int64_t sms = card.multiprocessors;

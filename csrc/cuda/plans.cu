@@ -139,7 +139,7 @@ bool complete_tile(const Words& words, Kernel kernel, const Shape& shape, plan::
   return false;
 }
 
-// Replaces the plan's tile by another one that the kernel is compiled for, all below 1 << 20.
+// Replaces the plan's tile by the one that the words give, if the kernel is compiled for it.
 void replace_tile(const Words& words, Kernel kernel, const Shape& shape, plan::Plan& plan) {
   plan::Plan other = plan;
   replace(words, "rows", other.rows, 1 << 20);

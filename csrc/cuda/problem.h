@@ -41,7 +41,7 @@ struct Dropout {
   float scale;          // of the product: 1 / (1 - p); without dropout 1, or a scaling applied last
 };
 
-// h = scale * u core for few tokens, by the launches that compute u. None if core is null.
+// h = scale * u core for few tokens, by the launches that compute u. Without h, core is null.
 struct CoreProduct {
   Matrix core;  // [r, r_core]
   Matrix h;     // [M, r_core]
@@ -153,10 +153,11 @@ struct FewTokensBackwardProblem {
 
 // ---- per-row cores ----
 
-// The core of each row: given by an index, or by the ends of each core's rows.
+// The core of each row: given by an index, or by the ends of each core's rows. Any value of an
+// index or a token is safe (kernels/row_core.cuh), but row_core_grad reads the rows up to the ends.
 struct RowIndex {
   const int64_t* core;   // [rows], -1 for none, or null
-  const int32_t* ends;   // [cores], ascending, if core is null
+  const int32_t* ends;   // [cores], ascending in [0, rows], if core is null
   const int64_t* token;  // [rows], or null: row i reads token i
   int64_t rows, tokens, cores;
 };

@@ -5,7 +5,8 @@
 #
 #   a list   itself
 #   all      for a wheel: every architecture that nvcc supports
-#   AUTO     the cards of this machine that the kernels and nvcc support, else 80 and 90a
+#   AUTO     this machine's cards from compute capability 8.0 on, if nvcc supports all of them,
+#            else 80 and 90a
 #
 # Code for a compute capability also runs on its later minor versions (100 on 103). An entry without
 # "-real" adds PTX, which runs on later cards. Hopper's entry is 90a and not 90: only 90a has wgmma.

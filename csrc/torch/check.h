@@ -1,4 +1,4 @@
-// The checks of each operator's arguments, the same on CPU and CUDA: the single checks, and a table
+// The checks of each operator's arguments, the same on CPU and CUDA: individual checks, and a table
 // of rules per operator, with a dtype and a shape for each tensor. They run before anything is
 // written. An error names the operator, the argument, what was expected and what was given.
 #pragma once
@@ -146,9 +146,9 @@ struct Rule {
 };
 constexpr bool WRITTEN = true;
 
-// The sizes on which an operator's arguments agree. Its constructor checks all arguments, and
-// throws. The first argument that has a dimension defines its size; later arguments must match.
-// Only M and rows may be zero.
+// The sizes on which an operator's arguments agree. The constructor checks all arguments and throws
+// if one is wrong. The first argument that has a dimension defines its size; later arguments must
+// match. Only M and rows may be zero.
 class Sizes {
  public:
   // dtype: the operator's, shared by all activations. dtype_name: the argument that has it.

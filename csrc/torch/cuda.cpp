@@ -19,8 +19,8 @@ std::tuple<int64_t, int64_t> cuda_versions() {
   return {runtime, driver};
 }
 
-// The plan of a kernel on a large matrix [M, N] at rank r in bfloat16, as one line (cuda/plans.h).
-// device < 0: for an H100.
+// The plan of a kernel in bfloat16, as one line. The meaning of M, N and r depends on the kernel:
+// see plan_text in cuda/plans.h. device < 0: for an H100.
 std::string cuda_plans(std::string op, int64_t M, int64_t N, int64_t r, int64_t device) {
   constexpr const char* name = "lotr::cuda_plans";
   if (M < 1 || N < 1) fail(name, ": M, N: expected at least 1, got ", M, " and ", N);

@@ -1,4 +1,4 @@
-// What a call on CUDA tensors needs of libtorch_cuda and of the driver.
+// What a call on CUDA tensors needs from libtorch_cuda and from the driver.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -34,8 +34,8 @@
 //             adds the bias, at no cost. The library's bfloat16 product takes up to 7 % longer with
 //             a bias than without.
 //   beta      the adapter's product, then the base product accumulates onto it (its beta is 1).
-//             torch's own linear starts in this way from a copy of the bias, so the expand's pass
-//             over y replaces that copy, and nothing runs with cold caches after the product.
+//             torch's own linear accumulates onto a copy of the bias. The expand's pass over y
+//             replaces that copy, and nothing runs with cold caches after the product.
 //   fused     both in one launch, on Hopper GPUs. beta for operands that gemm_lotr refuses, and for
 //             a backward with dropout.
 #pragma once

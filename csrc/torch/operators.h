@@ -1,5 +1,5 @@
-// The single products and row_core as operators, written once over the products of layer.h, and the
-// registration of all operators. Equations: schema.cpp.
+// The individual products and row_core as operators, written once over the products of layer.h, and
+// the registration of all operators. Equations: schema.cpp.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

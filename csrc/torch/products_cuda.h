@@ -27,7 +27,7 @@ class CudaProducts {
   static constexpr bool has_fused = false;
 #endif
 
-  // like's device is current during the lifetime.
+  // The device of `like` is current as long as this object exists.
   CudaProducts(const Check& check, const Arg& like, double p = 0.0, const Arg& seed = Arg("seed"))
       : op_(check.op), like_(like), guard_(like.device_index) {
     const DType type = cuda_dtype(op_, like.name, like.dtype);

@@ -62,7 +62,6 @@ __global__ void __launch_bounds__(256) wide(const Params p) {
       }
     }
   }
-  __syncwarp();
 #pragma unroll
   for (int j = 0; j < R; ++j) {
     for (int mask = 16; mask > 0; mask /= 2) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], mask);
@@ -90,12 +89,12 @@ __global__ void __launch_bounds__(256) tiled(const Params p) {
     for (int chunk = t; chunk < ROWS * COLS / 8; chunk += 256) {
       const int m = chunk / 8;
       const int k = chunk % 8 * 8;
-      const uint4 none{};
+      const uint4 zeros{};
       const bool inside = m0 + m < p.M;
       ptx::store_shared(
           reinterpret_cast<uint4*>(&s.x[m][k]),
           inside ? ptx::load(reinterpret_cast<const uint4*>(p.x + size_t(m0 + m) * p.K + k0 + k))
-                 : none);
+                 : zeros);
     }
     if (t < COLS * R / 8)  // one 16-byte chunk per thread, two per row of A
       ptx::store_shared(reinterpret_cast<uint4*>(&s.A[t / 2][t % 2 * 8]),
@@ -147,12 +146,12 @@ __global__ void __launch_bounds__(THREADS) tensor_cores(const Params p) {
     for (int chunk = t; chunk < ROWS * COLS / 8; chunk += THREADS) {
       const int m = chunk / 8;
       const int c = chunk % 8;
-      const uint4 none{};
+      const uint4 zeros{};
       const bool inside = m0 + m < p.M;
       ptx::store_shared(
           reinterpret_cast<uint4*>(s.x.chunk(m, c)),
           inside ? ptx::load(reinterpret_cast<const uint4*>(p.x + size_t(m0 + m) * p.K + k0) + c)
-                 : none);
+                 : zeros);
     }
     ptx::store_shared(reinterpret_cast<uint4*>(s.A.chunk(t / 2, t % 2)),
                       ptx::load(reinterpret_cast<const uint4*>(p.A + size_t(k0) * R) + t));

@@ -32,9 +32,11 @@ def _lora_to_lotr(
 def _loras_to_bank(
     source: list[str], destination: str, *, rank: str, group_by: str, dtype: str
 ) -> list[str]:
-    number = int(rank) if rank.isdigit() else rank
-    bank = loras_to_bank(source, destination, rank=number, group_by=group_by, dtype=DTYPES[dtype])
-    return [*_lines(bank.errors), f"all tasks have rank {bank.config.rank}"]
+    rank_or_share = int(rank) if rank.isdigit() else rank
+    bank = loras_to_bank(
+        source, destination, rank=rank_or_share, group_by=group_by, dtype=DTYPES[dtype]
+    )
+    return [*_error_lines(bank.errors), f"all tasks have rank {bank.config.rank}"]
 
 
 def _original_to_lotr(source: str, destination: str, **options: object) -> list[str]:
@@ -43,10 +45,10 @@ def _original_to_lotr(source: str, destination: str, **options: object) -> list[
 
 def _save(conversion: Conversion, destination: str) -> list[str]:
     conversion.save(destination)
-    return _lines(conversion.errors)
+    return _error_lines(conversion.errors)
 
 
-def _lines(errors: Mapping[str, float]) -> list[str]:
+def _error_lines(errors: Mapping[str, float]) -> list[str]:
     return [f"{name}  error {error:.2e}" for name, error in errors.items()]
 
 
@@ -153,7 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0, or 2 with a message on stderr if the input cannot be converted; then nothing was written.
+        0. After an error, 2, with a message on stderr. An input that cannot be converted leaves the
+        destination as it was.
     """
     options = vars(parser().parse_args(arguments))
     run = options.pop("run")

@@ -1,13 +1,12 @@
 """Converts many LoRAs of one base model to one adapter with a task per LoRA.
 
-Each group of layers has one pair A, B for all LoRAs t. "Compress then Serve" (arXiv 2407.00066) has
-one pair per layer:
+Each group of layers has one pair A, B for all LoRAs t:
 
     D_tl / |D_t| ~= B G_tl^T A^T        least squares over all t and l of the group at once
 
 D_tl is the change of layer l by LoRA t, a product of its two factors that is never formed. |D_t| is
 its norm over all layers. Divided by it, all LoRAs count alike: what is minimized is the sum of
-their squared relative errors.
+their squared relative errors. "Compress then Serve" (arXiv 2407.00066) has one pair per layer.
 
 The LoRAs' files are read one group at a time, so memory does not grow with the collection's size.
 """
@@ -176,19 +175,19 @@ def _rank_that_keeps(share: float, collection: LoRACollection, groups: Iterable[
     core. Summed cumulatively over rows and columns, a core's squares give that block's squared norm
     at (r, r).
     """
-    squares: list[Tensor] = []  # for each group, the squared norm that rank 1, 2, .. keeps
+    kept_by_group: list[Tensor] = []  # the squared norms that rank 1, 2, .. keeps of each group
     for layers in groups:
         loras = list(collection.of_layers(layers).values())
         # As many directions as the LoRAs have columns, but none beyond the wider side. The factor
         # of the narrower side is padded.
         full = min(sum(lora.rank for lora in loras), max(loras[0].sizes))
         _, _, cores = tucker2_of_loras(loras, (full, full))
-        squares.append(cores.square().sum(0).cumsum(0).cumsum(1).diagonal())
-    most = max(map(len, squares))
+        kept_by_group.append(cores.square().sum(0).cumsum(0).cumsum(1).diagonal())
+    most = max(map(len, kept_by_group))
     kept = torch.zeros(most, dtype=torch.float64)
-    for square in squares:
+    for by_rank in kept_by_group:
         # A group keeps everything at its largest rank, and so at any rank beyond it.
-        kept += nn.functional.pad(square, (0, most - len(square)), value=float(square[-1]))
+        kept += nn.functional.pad(by_rank, (0, most - len(by_rank)), value=float(by_rank[-1]))
     # A margin for rounding, which would otherwise decide at which rank a share of 1 is kept.
     is_enough = kept >= (share - 1e-9) * kept[-1]
     return int(is_enough.nonzero()[0]) + 1

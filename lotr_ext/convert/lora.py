@@ -218,7 +218,7 @@ class LoRAFolder:
         B = self._tensors[keys["B"]]
         if A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1] or not A.numel() or not B.numel():
             raise ValueError(
-                f"{name}: expected lora_A [r, K] and lora_B [N, r], "
+                f"{name}: expected lora_A [r, k] and lora_B [n, r], "
                 f"got {tuple(A.shape)} and {tuple(B.shape)}"
             )
         if not all(t.is_floating_point() and bool(t.isfinite().all()) for t in (A, B)):

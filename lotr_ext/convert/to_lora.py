@@ -2,8 +2,8 @@
 
 A LoTR of rank r on a layer is a LoRA of rank r with lora_alpha = r, in the smaller of two forms:
 
-    s B G_l^T A^T = lora_B lora_A  with  lora_A = (A G_l)^T [r_out, K], lora_B = s B [N, r_out]
-                                   or    lora_A = A^T [r_in, K],        lora_B = s B G_l^T [N, r_in]
+    s B G_l^T A^T = lora_B lora_A  with  lora_A = (A G_l)^T [r_out, k], lora_B = s B [n, r_out]
+                                   or    lora_A = A^T [r_in, k],        lora_B = s B G_l^T [n, r_in]
 
 Only the size grows, because a LoRA stores its factors for each layer.
 
@@ -64,7 +64,7 @@ def export_lora(
 
     Raises:
         AttributeError: If a task is given and the model has no TaskBank.
-        TypeError, ValueError: As `save_adapter` and `lotr_to_lora`.
+        TypeError, ValueError, RuntimeError, OSError: As for `save_adapter` and `lotr_to_lora`.
     """
     path = Path(directory)
     inner, writes = unwrap(model)
@@ -106,10 +106,12 @@ def lotr_to_lora(source: FilePath, directory: FilePath, **options: Any) -> dict[
         ValueError: If there is no such adapter, directory is the source of PEFT's files, or an
             option has an unknown value.
         FileExistsError: If directory is a file.
+        OSError: If a file cannot be written. The directory then has no adapter_config.json, so that
+            none of its files is read.
     """
     path = Path(directory)
     folder = Path(source)
-    # If a folder has adapters of both PEFT and `save_adapter`, the latter is converted.
+    # If a folder has an adapter of PEFT and one of `save_adapter`, the second one is converted.
     is_by_peft = (folder / CONFIG_NAME).is_file() and not list(folder.glob("lotr_adapter.*"))
     adapter = _read_lotr_of_peft(folder) if is_by_peft else AdapterState.read(folder)
     if is_by_peft and path.resolve() == folder.resolve():
@@ -126,8 +128,8 @@ def _read_lotr_of_peft(directory: Path) -> AdapterState:
     settings = ("rank", "alpha", "rslora", "scaling", "dropout", "core", "magnitude")
     values = {name: content[name] for name in settings if name in content}
     config = LoTRConfig.from_dict(config_of_version_1(values))
-    # PEFT's files have the parameters of computed cores, but not the cores. And the LoRA has no
-    # biases.
+    # PEFT's files have the parameters of computed cores instead of the cores. Trained biases would
+    # be lost, because the LoRA has none.
     bias = content.get("bias", "none")
     if config.core != "dense" or bias != "none":
         raise ValueError(

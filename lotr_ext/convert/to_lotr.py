@@ -24,8 +24,8 @@ GROUPS_OF_ONE_SHAPE = ("shape", "block", "name", "layer")
 class ConvertedLayer(NamedTuple):
     """A layer with the factors of its group."""
 
-    A: Tensor  # [K, r_in]
-    B: Tensor  # [N, r_out]
+    A: Tensor  # [k, r_in]
+    B: Tensor  # [n, r_out]
     core: Tensor  # [r_in, r_out]
     group: str
 
@@ -47,7 +47,8 @@ class Conversion:
 
         Raises:
             FileExistsError: If directory is a file.
-            OSError: If a file cannot be written. An adapter that was there is then unchanged.
+            OSError: If a file cannot be written. The directory then has the old adapter or the new
+                one.
         """
         self.adapter.write(Path(directory))
 
@@ -98,8 +99,8 @@ def lora_to_lotr(
     The changes of a group's weights, stacked, are factorized by Tucker-2 in float64: HOSVD, then a
     few steps of HOOI. S LoRAs of rank r in a group are exact at rank S r (arXiv 2402.01376 calls
     LoTR a generalization of LoRA in this sense). A and B are INIT_GAIN times orthonormal and s is
-    "auto", so training can continue at LoRA's rate. At a lower rank, read the errors of the result:
-    a layer with an error near 1 has lost its adapter.
+    "auto", so training can continue at LoRA's learning rate. At a lower rank, read the errors of
+    the result: a layer with an error near 1 has lost its adapter.
 
     Args:
         source: A folder. modules_to_save are copied.
@@ -167,7 +168,7 @@ def tucker2_of_loras(
     Below, V is A_l^T and U is B_l, each in a basis of few columns, so D_l = U V^T.
 
     Returns:
-        A [K, r_in] and B [N, r_out], orthonormal, and the cores [l, r_in, r_out], in float64.
+        A [k, r_in] and B [n, r_out], orthonormal, and the cores [l, r_in, r_out], in float64.
     """
     input_basis, inputs = _in_basis([lora.A.mT for lora in loras], ranks[0])
     output_basis, outputs = _in_basis([lora.B for lora in loras], ranks[1])
@@ -175,14 +176,12 @@ def tucker2_of_loras(
     # With U = Q R, D^T = (V R^T) Q^T. So V R^T, which has few columns, has the leading directions.
     blocks = [V @ torch.linalg.qr(U, mode="r").R.mT for V, U in pairs]
 
-    def times(A: Tensor) -> list[Tensor]:  # all D_l A
-        return [U @ (V.mT @ A) for V, U in pairs]
-
-    def transposed_times(B: Tensor) -> list[Tensor]:  # all D_l^T B
-        return [V @ (U.mT @ B) for V, U in pairs]
-
     A, B, cores = tucker2_from_products(
-        blocks, times, transposed_times, n=len(outputs[0]), rank=ranks
+        blocks,
+        right=lambda A: [U @ (V.mT @ A) for V, U in pairs],  # all D_l A
+        left=lambda B: [V @ (U.mT @ B) for V, U in pairs],  # all D_l^T B
+        n=len(outputs[0]),
+        rank=ranks,
     )
     return input_basis @ A, output_basis @ B, cores
 

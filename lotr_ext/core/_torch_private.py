@@ -31,8 +31,9 @@ current_backward = torch._C._current_graph_task_id
 will_execute = torch._C._will_engine_execute_node
 
 # The innermost saved-tensor hooks, which identify a checkpointed region. Without them, a checkpoint
-# would reuse u = x A from outside its region, and its recomputation would fail. False: none while
-# torch.compile traces, which defers the hooks to run time.
+# would reuse u = x A from outside its region, and its recomputation would fail. With
+# ignore_is_tracing False, there are none while torch.compile traces, which defers the hooks to run
+# time.
 saved_tensor_hooks = functools.partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
 
 # Whether vmap, grad or jvp of torch.func is active. Kernels cannot run on their wrapped tensors.

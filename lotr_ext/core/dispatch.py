@@ -25,7 +25,7 @@ from . import fallback, grouped, nodes
 from .call import LayerCall, RowChoice
 from .factor_cache import FactorCache
 from .kernel_support import kernel_obstacle
-from .operators import PLAIN_TYPES, lotr
+from .operators import PLAIN_TYPES, lotr, scaling_in_range
 from .strategy import choose_strategy
 
 # Part of the key of compiled code that torch keeps on disk. Change it whenever a change of nodes.py
@@ -133,7 +133,8 @@ def _check_base_product(x: Tensor, weight: Tensor) -> None:
     device.
 
     Raises:
-        TypeError: If the dtypes differ (autocast has cast both already), or one of them is on meta.
+        TypeError: If the dtypes differ (autocast has cast both already), or if only one of them is
+            on the meta device.
     """
     if x.dtype != weight.dtype or x.is_meta != weight.is_meta:
         raise TypeError(
@@ -201,7 +202,7 @@ class Plan(enum.Enum):
     PROJECTION = enum.auto()  # another node computes u, once for all layers on this x
 
 
-# The members by themselves, because a read such as `Plan.PROJECTION` takes 0.1 us.
+# As names of this module, because a read such as `Plan.PROJECTION` takes 0.1 us.
 ONE_NODE, ONE_NODE_FEW_TOKENS, PROJECTION = Plan
 
 
@@ -284,7 +285,7 @@ def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
             projection.route, base_output, projection.u, B, core, call, projection, strategy
         )
     # Rows have different cores, or float16 cannot fold: the layer's node starts from h.
-    scaled_B, scaling = fallback.scaling_in_range(B, scaling, x.dtype)
+    scaled_B, scaling = scaling_in_range(B, scaling, x.dtype)
     if choice is not None:
         h = nodes.row_core(projection.u, core, scaling, choice)
     else:

@@ -51,7 +51,7 @@ try:
     torch.ops.load_library(str(_LIBRARY))
 except OSError as error:
     raise ImportError(
-        f"lotr_ext: expected a compiled extension that loads in {_LIBRARY}, got "
+        f"lotr_ext: expected a compiled extension at {_LIBRARY} that loads, got "
         f"{error.__cause__ or error}. Build it with `pip install --no-build-isolation -e .` "
         f"(or `make test`) in the project's folder. If it is installed elsewhere, this source "
         f"folder hides it: start Python in another folder, or as `python -P`.",
@@ -138,10 +138,10 @@ def _in_one_call(name: str) -> Callable[[Callable], Callable]:
         fake_kernel(name)(steps)
 
         @functools.wraps(steps)
-        def run(x: Tensor, *args):
-            if private.dispatch_mode_count() and type(x) in PLAIN_TYPES:
-                return steps(x, *args)
-            return call_operator(x, *args)
+        def run(*args):
+            if private.dispatch_mode_count() and type(args[0]) in PLAIN_TYPES:
+                return steps(*args)
+            return call_operator(*args)
 
         return run
 

@@ -46,8 +46,8 @@ def choose_strategy(tokens: int | torch.SymInt, x: Tensor) -> int:
     """Returns the strategy of a layer's call: TWO_PASS, BETA or FUSED.
 
     On a CPU, BETA is faster for float32 and float64, whose product starts from a copy of the bias
-    anyway. Half types would be rounded once more, and their product is slower with a bias than
-    without, so our expand kernel adds the bias.
+    anyway. For half-precision types, BETA would round y once more. Their product is also slower
+    with a bias than without, so under TWO_PASS our expand kernel adds the bias.
     """
     if x.is_cpu:
         return BETA if x.dtype in (torch.float32, torch.float64) else TWO_PASS

@@ -29,8 +29,8 @@ class PeftType(str, Enum):
     LOTR = "LOTR"
 
 
-# Fields in files of version 1 that this version lacks. An empty one is ignored, any other is an
-# error.
+# Fields in files of version 1 that this version lacks. With a value, such as True, they are an
+# error. Otherwise they are ignored.
 _REMOVED_FIELDS = ("magnitude", "use_dora", "target_parameters")
 
 
@@ -76,7 +76,7 @@ class LoTRPeftConfig(PeftConfig):
 
     def __new__(cls, *_: Any, **values: Any) -> "LoTRPeftConfig":
         # Before `__init__`, whose error for an unknown name does not say what to use. A removed
-        # field without a value gets that error, because PEFT catches it and drops the field.
+        # field without a value is left to `__init__`: PEFT catches its error, and drops the field.
         refuse_lora_settings(_without_removed_fields(values), cls)
         return super().__new__(cls)
 

@@ -53,9 +53,10 @@ class LoTRPeftAdapter(nn.Module):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Yields the parameters of A, B and the core that are trained while the adapter is active.
 
-        torch's method would yield the core. PEFT calls this method to switch requires_grad when the
-        adapter becomes active or inactive, and has no other hook for an adapter that also trains
-        parameters of the tuner, or only some parts. `named_parameters` and state_dict are torch's.
+        torch's method would yield only the core. PEFT switches requires_grad of what this method
+        yields when the adapter becomes active or inactive. It has no other hook that could switch
+        the factors, which the tuner registers, or skip a part that is not trained.
+        `named_parameters` and state_dict are torch's.
         """
         return (parameter for part, parameter in self.parts() if part in self.trained)
 

@@ -19,10 +19,10 @@ of this file:
 BaseTuner expects all parameters of an adapter inside its layers. Here the tuner registers each
 factor once, so the hooks do for factors what BaseTuner does for layers:
 
-    base_model.lotr_factors.<adapter>.A_<group>.value       A of a group, and B_<group>; by width
-                                                            A_<width>, B_<width>
+    base_model.lotr_factors.<adapter>.A_<group>.value       A of a group (by width A_<in_features>)
+    base_model.lotr_factors.<adapter>.B_<group>.value       B of a group (by width B_<out_features>)
     base_model.model.<layer>.lotr_adapter.<adapter>.core    the core of a layer
-    base_model.lotr_cores.<adapter>.<parameter>             instead of those, with computed cores
+    base_model.lotr_cores.<adapter>.<parameter>             instead of a core, if cores are computed
 
 The files leave out the adapter's name, as PEFT does. The configuration's `layers` names the factors
 of each layer.
@@ -182,7 +182,8 @@ class LoTRPeftModel(BaseTuner):
             cores = make_cores(
                 config.to_lotr(), list(factors), device=torch.device("meta"), dtype=torch.float32
             )
-            names_of_tensors += () if cores is None else cores.state_dict()
+            if cores is not None:
+                names_of_tensors += cores.state_dict()
         parts = set(".".join(names_of_tensors).split("."))
         has_others = len(self.peft_config) > 1
         for name in self.peft_config:

@@ -139,6 +139,8 @@ def export_task(
         AttributeError: If a task is given and the model has no TaskBank.
         ValueError: If there is no such task, or if the engine cannot hold the adapter.
         FileExistsError: If directory is a file.
+        OSError: If a file cannot be written. The directory then has no adapter_config.json, so that
+            the engine refuses it.
     """
     adapter = adapter_of(model)
     task_format = factors_of(adapter, "export_task").task_format
@@ -188,7 +190,7 @@ def read_task(directory: FilePath, factors: EngineFactors) -> Tensor:
     )
 
 
-@cache
+@cache  # vLLM may call it again, and `install` would then replace what it has replaced
 def register() -> None:
     """Makes vLLM serve tasks over the factors in the folder LOTR_FACTORS: vLLM's entry point.
 

@@ -115,13 +115,13 @@ def _adapt_only(names: Collection[str]) -> None:
     Otherwise vLLM would make slots for embeddings, the head and experts as well, and compute with
     them.
     """
-    supported_modules = manager.get_supported_lora_modules
+    all_supported = manager.get_supported_lora_modules
 
-    def supported(model: nn.Module) -> list[str]:
+    def selected_by_name(model: nn.Module) -> list[str]:
         packed = get_packed_modules_mapping(model)
         selected = [
             name
-            for name in supported_modules(model)
+            for name in all_supported(model)
             if not {name, *packed.get(name, ())}.isdisjoint(names)
         ]
         if not selected:
@@ -131,7 +131,7 @@ def _adapt_only(names: Collection[str]) -> None:
             )
         return selected
 
-    manager.get_supported_lora_modules = supported
+    manager.get_supported_lora_modules = selected_by_name
     initialize = FusedMoEConfig.__post_init__
 
     def initialize_without_lora(self: FusedMoEConfig) -> None:
@@ -242,7 +242,7 @@ class _LayerWithCores:
             raise ValueError(
                 "LOTR_FACTORS: expected an engine without fully_sharded_loras and without "
                 "VLLM_LORA_ENABLE_DUAL_STREAM, which replace the code that adds the cores, got one "
-                "with at least one of these. Start it without both."
+                "with at least one of these. Start it with neither."
             )
         self.lora_config = lora_config
         sizes = tuple(self.output_slices if self.n_slices > 1 else (self.output_size,))

@@ -10,9 +10,9 @@ from functools import partial
 import pytest
 import test_operators
 import torch
-from helpers import LAYOUTS
-from operands import SCHEMAS
-from test_operators import BETA, DROPS, DTYPE_PAIRS, SHAPES, TABLE, Case
+from helpers import DTYPE_PAIRS, LAYOUTS
+from operands import BETA, SCHEMAS, Case
+from test_operators import DROPS, SHAPES, TABLE
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -32,7 +32,7 @@ FUSED_SHAPES = [
     (1000, 1032, 776, 127),
     (2048, 2048, 2048, 16),
 ]
-by_dtypes = pytest.mark.parametrize(
+each_dtype_pair = pytest.mark.parametrize(
     "dtype, factors",
     [pair for pair in DTYPE_PAIRS if torch.float64 not in pair],
     ids=lambda t: str(t).removeprefix("torch."),
@@ -87,7 +87,7 @@ def check(name: str, make: Callable[[], Case], where: str) -> None:
     )
 
 
-@by_dtypes
+@each_dtype_pair
 @pytest.mark.parametrize("name", TABLE)
 def test_operator(
     name: str,
@@ -96,7 +96,7 @@ def test_operator(
     device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a GPU in all shapes and layouts, on the CPU in few."""
+    """The GPU runs all shapes and layouts, the CPU a few."""
     monkeypatch.setattr(test_operators, "ops", OnDevice(device))
     for i, shape in enumerate(SHAPES if device == "cuda" else SHAPES[::6]):
         for layout in LAYOUTS if device == "cuda" else LAYOUTS[i : i + 1]:

@@ -75,8 +75,8 @@ class Array:
 
     Args:
         shape: Its extents.
-        dtype: Of the stored type.
-        layout: Of a vector or a matrix.
+        dtype: The stored type.
+        layout: The layout of a vector or a matrix.
         values: What it holds after `reset`; poison without them.
     """
 
@@ -92,7 +92,7 @@ class Array:
         self.view = matrix.reshape(shape)
         self.values = values
         self.view[...] = 0
-        self.is_outside = self.words == POISON  # what zeros in the array do not replace
+        self.is_outside = self.words == POISON  # the words around the array
         self.reset()
 
     def reset(self) -> None:

@@ -1,6 +1,6 @@
 """The table KERNELS: each kernel as a problem with inputs in poisoned memory and its float64 truth.
 
-A function of the table declares the operands of one kernel, which it gets by name. For u = x A:
+A function of the table declares the operands that one kernel gets by name. For u = x A:
 
     x = problem.large("x", shape.m, shape.k)
     A = problem.factor("A", shape.k, shape.r)
@@ -46,9 +46,9 @@ class Problem:
     """One call of a kernel: its inputs and outputs, and the checks of their values.
 
     Args:
-        name: In KERNELS, whose function declares the operands.
+        name: A key of KERNELS, whose function declares the operands.
         shape: The sizes.
-        kind: Of the elements, in DTYPE.
+        kind: The type of the elements, a key of DTYPE.
     """
 
     def __init__(self, name: str, shape: Shape, kind: str):
@@ -134,14 +134,14 @@ class Problem:
         """Declares an output that must hold start + add + mask scale (left right).
 
         Args:
-            name: Of the output.
+            name: The name of the output.
             left: Stored values, or float64. It may be an output, which is read after the launch.
             right: The same.
             add: What the kernel adds the product to.
-            mask: Of the product.
-            scale: Of the product.
-            size: Of the output, by default [rows of left, columns of right].
-            output: For `out`.
+            mask: What the product is multiplied by, element by element.
+            scale: What the product is multiplied by.
+            size: The output's shape, by default [rows of left, columns of right].
+            output: Arguments of `out`.
         """
         view = self.out(name, size or (left.shape[0], right.shape[1]), **output)
         self.checks.append(partial(self.check_product, name, left, right, add, mask * scale))
@@ -169,7 +169,7 @@ class Problem:
     ) -> None:
         """Asserts that an output is start + add + mask (left right).
 
-        The truth is computed in float64. The same formula in float32 says which error is usual.
+        The truth is computed in float64. The same formula in float32 shows which error is usual.
         """
         output = self.outputs[name]
         start = add if output.values is None else add + wide(output.values)
@@ -455,9 +455,9 @@ class Rows:
         self.cores = problem.operand(problem.factor("cores", self.count, shape.r, shape.r_out))
 
     def by_core(self, rows: np.ndarray) -> np.ndarray:
-        """Returns each row in the columns of its core: [rows, cores x columns], else zeros.
+        """Returns [rows, cores x columns]: each row in the columns of its core, zeros elsewhere.
 
-        With the cores one below the other, a product of it is the sum over each row's core.
+        Its product with the cores, one below the other, is each row times its core.
         """
         has_core = self.index[:, None] == np.arange(self.count)
         spread = has_core[:, :, None] * rows[:, None, :]

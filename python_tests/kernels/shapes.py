@@ -24,7 +24,7 @@ class Shape:
         m: Tokens.
         k: Columns of x, or of the large matrix of the kernel.
         r: The rank: columns of A.
-        layout: Of every matrix.
+        layout: The layout of every matrix.
         p: The probability of dropout.
         sms: Multiprocessors of the device.
         other_r: Columns of B, if they are not r.

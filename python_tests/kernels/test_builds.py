@@ -68,7 +68,7 @@ def synchronization_sites(lib: ModuleType) -> dict[Site, list[str]]:
 
 
 def test_each_synchronization_left_out_is_noticed(lib: ModuleType) -> None:
-    """By wrong values or an error in some schedule, else by the race detector."""
+    """Without it, a schedule has wrong values or an error, or else there is a data race."""
     sites = synchronization_sites(lib)
     unnoticed = []
     assert {op for op, _, _ in sites} >= OPERATIONS

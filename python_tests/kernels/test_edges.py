@@ -83,7 +83,7 @@ def test_rows_beyond_31_bits(lib: ModuleType) -> None:
 
 @pytest.mark.full
 def test_more_columns_than_a_grid_has_in_y(lib: ModuleType) -> None:
-    """65,535 tiles of 64 strided columns: x is packed first, tile by tile."""
+    """More than 65,535 tiles of 64 strided columns. x is packed first, tile by tile."""
     cols = 65_536 * 64 + 3
     x = lib.sparse_array([2, 3 * cols], np.dtype(BF16))[:, ::3]
     A = lib.sparse_array([cols, 8], np.dtype(BF16))
@@ -122,7 +122,7 @@ GOOD = {
 
 
 def bad(kernel: str, message: str, numbers: dict | None = None, **arrays: np.ndarray) -> tuple:
-    """Returns a row of BAD. The arrays replace good ones, or are more; None leaves one out."""
+    """Returns a row of BAD. The arrays replace good ones or are added. None leaves one out."""
     return kernel, GOOD.get(kernel, {}) | arrays, numbers or {}, message
 
 
@@ -203,7 +203,7 @@ def test_bad_argument_is_named(
     assert not any(a.any() for a in arrays.values())
 
 
-# ---- plans: a process reads LOTR_CUDA_PLAN at the first launch at which the text is a plan ----
+# ---- plans: launches parse LOTR_CUDA_PLAN until its text is valid. A process keeps that plan ----
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def test_a_plan_of_the_environment_is_printed_and_launched(process: Executor) ->
         assert text.startswith(f"{op} {words}: {blocks} blocks")
 
 
-# Texts that are not plans, and the bad word; plans that no kernel can run.
+# Texts that are not plans, and the bad word of each.
 NOT_PLANS = {
     "shrunk rows=64": "shrunk",
     "shrink rows": "rows",
@@ -249,6 +249,7 @@ NOT_PLANS = {
     "rows=64": "rows=64",
     "shrink rows=99999999999999999999": "rows=99999999999999999999",
 }
+# Plans that no kernel can run, and how the error ends.
 IMPOSSIBLE = {
     "shrink m_blocks=99": "m_blocks from 1 to 6, got 99",
     "expand_add n_blocks=1": "at least 2 n_blocks of expand_add, got 1",
@@ -272,7 +273,7 @@ def test_bad_plan_is_refused(process: Executor) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_launch_is_early_and_lets_the_next_begin(lib: ModuleType, kernel: str) -> None:
-    """In every block, with parts and without. On a card without early launches none is early."""
+    """Every block lets it begin, with parts and without. A card without early launches has none."""
     for shape in (Shape(3, 129, 17), Shape(130, 900, 13, sms=16)):
         problem = Problem(kernel, shape, "bf16")
         bits = []

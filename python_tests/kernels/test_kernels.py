@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from shapes import FUSED, Shape, shapes_of
 from sweep import failures
 
-EVERY_CASE = pytest.mark.parametrize(("kernel", "kind"), CASES)
+each_case = pytest.mark.parametrize(("kernel", "kind"), CASES)
 
 
-@EVERY_CASE
+@each_case
 def test_kernel(lib: ModuleType, kernel: str, kind: str) -> None:
     step = 2 if kernel.startswith(("few_tokens", "row")) else 1  # these have many barriers
     problems = (Problem(kernel, shape, kind) for shape in shapes_of(kernel, "quick")[::step])
@@ -38,7 +38,7 @@ def any_shape(fused: bool) -> st.SearchStrategy[Shape]:
 
 
 @pytest.mark.full
-@EVERY_CASE
+@each_case
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data(), seed=st.integers(1, 200))
 def test_kernel_any_shape(

@@ -14,9 +14,16 @@ from csrc.simt import build
 
 
 class Bug(NamedTuple):
-    """A bug that replaces `text` by `instead`.
+    """A bug in one file.
 
-    message: a pattern of the failure of one of `kernels`; ": NAME: " for wrong values of an output.
+    Attributes:
+        text: A text that occurs once in the file.
+        instead: What replaces the text.
+        message: A pattern of the failure. ": NAME: " matches wrong values of an output.
+        kernels: The kernels that run, separated by commas. At least one must fail.
+        kinds: The element types that run, separated by commas.
+        shapes: Which shapes run (shapes.shapes_of).
+        mode: The build of the executor.
     """
 
     text: str
@@ -229,14 +236,14 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
         "one_reader_too_few": fused(
             "Traits::WARPS * Traits::PAIR)", "Traits::WARPS * Traits::PAIR - 1)", RING
         ),
-        "given_back_to_the_own_block": fused(
+        "given_back_to_its_own_block": fused(
             "(&s.empty[stage], lane)", "(&s.empty[stage], blockIdx.x % 2)", RING
         ),
         "given_back_early": fused(
             "if (k > 0) release(place.before());", "release(place.stage);", RING
         ),
         "both_blocks_load_one_share": fused("int(blockIdx.x) % Traits::PAIR * Traits::SHARE", "0"),
-        "a_share_for_the_own_block": fused(
+        "a_share_for_its_own_block": fused(
             "(1 << Traits::PAIR) - 1)", "1 << blockIdx.x % 2)", RING
         ),
         "columns_of_the_first_share": fused("F, k, n0 + share, full", "F, k, n0, full"),

@@ -82,7 +82,7 @@ def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
     assert not more, f"{more}: bytes moved, and recorded"
     if kernel in LARGE:
         check_large_matrix(problem, kernel, moved(counters))
-        # One for a product, and a second one if blocks share an output.
+        # One launch for a product, and a second one if blocks share an output.
         sum_of_parts = [] if LARGE[kernel] == "y" else ["sum_parts"]
         assert launches(counters) in ([problem.kernel], [problem.kernel, *sum_of_parts])
         check_accesses(counters)

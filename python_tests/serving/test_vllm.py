@@ -51,6 +51,7 @@ MODELS = {
 IDS = torch.randint(3, 250, (5, 9), generator=torch.Generator().manual_seed(3))
 NEW_TOKENS = 10
 Mix = list[int | None]  # of each row, the number of its task, or None for the base model
+# (a key of MODELS, the adapter's settings)
 ENGINES = {
     "llama-width": ("llama", {}),
     "qwen3-shape": ("qwen3", {"group_by": "shape"}),

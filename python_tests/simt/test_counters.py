@@ -8,7 +8,8 @@ import pytest
 from csrc.simt import build
 
 SOURCE = Path(__file__).parent / "programs" / "counters.cpp"
-# array: bytes read, sectors read, bytes written, sectors written
+# An array has [bytes read, sectors read, bytes written, sectors written], and "shared" has [phases,
+# wavefronts].
 EXPECTED: dict[str, dict] = {
     "coalesced16": {"x": [1024, 32, 0, 0], "y": [0, 0, 256, 8], "threads": 64, "launches": 1},
     "strided": {"x": [128, 32, 0, 0], "y": [0, 0, 128, 4]},  # a sector for each lane

@@ -33,6 +33,7 @@ def test_schedules() -> None:
     first, other, again = (threads(order="random", seed=seed, preempt=16) for seed in (1, 2, 1))
     assert first == again != other
     assert sorted(first) == in_order
+    # Neither block 0 in order nor block 2 in reverse comes first.
     assert first[:64] not in (in_order[:64], in_order[:127:-1])
 
 
@@ -42,7 +43,8 @@ PRINTED = {
     "copies": "nan 7",  # copies land at the wait
     "sparse": "7",  # arrays of more than 2^31 elements
     "launches": "first 2 3 32 2 64\nsecond 2 3 32 2 64",
-    # Whether each launch was early, how many blocks let the next start, and the sum of all.
+    # For each launch, whether it was early and how many blocks let the next one begin. Then the
+    # value to which every block of both launches added 1.
     "early": "1 2 0 2 6",
     "blocks": "8000",
 }

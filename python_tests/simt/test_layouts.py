@@ -25,8 +25,8 @@ def printed() -> dict:
     return json.loads(done.stdout)
 
 
-# Fragments as the manual defines them: the rows and columns of elements i of a thread, which is the
-# manual's threadID_in_group in the group groupID.
+# Fragments as the manual defines them: the row and column of a thread's element i. `group` and
+# `thread` are the manual's groupID and threadID_in_group.
 def a_m16n8k16(
     group: np.ndarray, thread: np.ndarray, i: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +96,7 @@ def swizzle(offset: np.ndarray) -> np.ndarray:
 
 
 def box_of(printed: dict) -> np.ndarray:
-    """The 64 x 64 of a from (3, 64) on. The map omits 4 of 136 columns; they read as zero."""
+    """The 64 x 64 box of a at (3, 64). The map omits 4 of 136 columns, which read as zero."""
     a = np.asarray(printed["a"]).reshape(70, 136)[:, :132]
     return np.pad(a, ((0, 0), (0, 64)))[3:67, 64:128]
 
@@ -115,7 +115,7 @@ def test_bulk_copies_swizzle_and_fill_with_zero(printed: dict, major: str) -> No
 
 @pytest.mark.parametrize("major", ["k_major", "mn_major"])
 def test_bulk_stores_undo_the_swizzle_and_stay_inside(printed: dict, major: str) -> None:
-    """At (5, 16) of a matrix of 60 rows and 66 columns, 136 apart."""
+    """The box is stored at (5, 16) of a matrix [60, 66] with a row stride of 136."""
     expected = np.zeros((70, 136))
     expected[5:60, 16:66] = box_of(printed[major])[: 60 - 5, : 66 - 16]
     assert (np.asarray(printed[major]["c"]).reshape(70, 136) == expected).all()
@@ -123,13 +123,13 @@ def test_bulk_stores_undo_the_swizzle_and_stay_inside(printed: dict, major: str)
 
 @pytest.mark.parametrize("major", ["k_major", "mn_major"])
 def test_wgmma(printed: dict, major: str) -> None:
-    """Two groups in flight: the first is read while the second runs, with NaN as accumulators."""
+    """Two products are in flight: one is read while the accumulators of the other are still NaN."""
     a = box_of(printed[major])
     b = np.asarray(printed[major]["b"]).reshape(N, K)
     out = np.asarray(printed[major]["out"]).reshape(128, N + 1)
     assert out[:, N].all()
-    at_first = gather(np.tile(np.arange(N // 2), 128), d_wgmma, (64, N))
+    start = gather(np.tile(np.arange(N // 2), 128), d_wgmma, (64, N))
     result = gather(out[:, : N // 2], d_wgmma, (64, N))
-    part = gather(out[:, N // 2 : N], d_wgmma, (64, N))
-    assert np.abs(result - (at_first + a @ b.T)).max() < 1e-3
-    assert np.abs(part - a[:, :16] @ b[:, :16].T).max() < 1e-3
+    other = gather(out[:, N // 2 : N], d_wgmma, (64, N))
+    assert np.abs(result - (start + a @ b.T)).max() < 1e-3
+    assert np.abs(other - a[:, :16] @ b[:, :16].T).max() < 1e-3

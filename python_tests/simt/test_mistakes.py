@@ -117,7 +117,7 @@ UCONTEXT = "-DLOTR_SIMT_UCONTEXT=1"  # the fibers of a machine without a switch 
 
 
 def run(mistake: str, mode: str, **settings: object) -> tuple[list[str], str]:
-    """What is printed, and what AddressSanitizer says. settings: for build.run_program."""
+    """Returns the printed lines and AddressSanitizer's report. `settings` go to run_program."""
     done = build.run_program(mode, SOURCE, mistake, **settings)
     return done.stdout.splitlines(), done.stderr
 

@@ -1,7 +1,7 @@
-"""The wrappers of csrc/cuda in their two compilers.
+"""The wrappers of csrc/cuda as nvcc and a host compiler compile them.
 
-nvcc compiles each wrapper to its instruction. A host compiler rejects code that would silently mean
-something else there. test_compiled.py (python_tests/kernels) checks the output of ptxas.
+nvcc compiles each wrapper to its instruction. The host compiler rejects code that would silently
+mean something else on the host. test_compiled.py (python_tests/kernels) checks the output of ptxas.
 """
 
 import re

@@ -18,8 +18,8 @@ namespace lotr::kernels {
 constexpr size_t SHARED_BYTES = 99 * 1024, SHARED_BYTES_OF_TWO = 80 * 1024;
 
 // Resident blocks per SM, by registers and shared memory: two if the sums are few, so that one
-// block computes while the other waits. A kernel that keeps one product (shrink, factor_grad, and
-// expand_add in its registers) has room for more.
+// block computes while the other waits. With the sums of only one product (shrink, factor_grad),
+// two fit up to rank 64. expand_add has registers for two up to rank 64, too.
 constexpr int blocks_together(int R) {
   return R <= 32 ? 2 : 1;
 }
@@ -36,9 +36,10 @@ constexpr int stages_that_fit(size_t stage, size_t resident, int at_most,
   return fit < at_most ? fit : at_most;
 }
 
-// A block's eight warps are a grid: this many along the rank, the others along the `length` rows
-// (shrink) or columns (rectangle.cuh) of the tile. One along the rank, if the rank is short and the
-// tile is long enough for all eight: then each part of x is read once from shared memory.
+// A block's eight warps form a grid, 1 x 8 or 2 x 4: the first number, which this returns, divides
+// the rank, the second one the `length` rows (shrink) or columns (rectangle.cuh) of the tile. It is
+// 1 x 8 if the rank is short and the tile is long enough for all eight: then each part of x is read
+// once from shared memory.
 constexpr int warps_along_rank(int R, int length) {
   return R <= 32 && length >= 128 ? 1 : 2;
 }

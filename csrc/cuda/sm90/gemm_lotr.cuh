@@ -8,22 +8,23 @@
 // The rank is one more k-step (two above rank 64): the step loads u and F in place of x and W, and
 // multiplies into the same accumulators. The tensor maps fill ranks past r with zeros.
 //
-// Grid     pairs of blocks, as many as fill the GPU's SMs or fewer. Pair c computes tiles c,
-//          c + pairs, c + 2 pairs, .. of 256 x 256; each block has 128 of the rows. Each block
-//          loads W for half of the columns and writes it to both blocks (multicast). Blocks of
-//          different pairs share nothing.
+// Grid     pairs of blocks: one block per SM, or one pair per tile if there are fewer tiles. Pair c
+//          computes tiles c, c + pairs, c + 2 pairs, .. of 256 x 256; each block has 128 of the
+//          rows. Each block loads W for half of the columns and writes it to both blocks
+//          (multicast). Blocks of different pairs share nothing.
 // Block    two warpgroups multiply 64 x 256 each, one thread of a ninth warp loads.
 // Bytes    x once for each column of tiles, W once for each band of 256 rows, both mostly from L2;
 //          u and F likewise; y is written once and never read.
 //
-// Timeline of a block: one tile of six k-steps and the step of the rank, then the next tile. L:
-// copy in flight or landed. P: product. R: the product of the rank. A dot: the product may still
-// run, one group stays in flight. S: a warpgroup stores 64 of its 256 columns.
+// Timeline of a warpgroup and the stages: a tile of six k-steps and the step of the rank, then the
+// next tile. L: copy in flight or landed. P: product. A dot: the product may still run, one group
+// stays in flight. R: the product of the rank; the warpgroup waits for it. S: it stores 64 of its
+// 256 columns.
 //
-//   stage 0   L P . L L P . L L L L P
-//   stage 1   L L P . L L P . L L L L P
-//   stage 2   L L L P . L L R . L L L L
-//   stage 3   L L L L P . L L L L P .
+//   stage 0   L P . L L P . L L L L L L P
+//   stage 1   L L P . L L P . L L L L L L
+//   stage 2   L L L P . L L R L L L L L L
+//   stage 3   L L L L P . L L L L L L P .
 //   y                         S S S S
 //
 // Each stage has two mbarriers: `full` counts the bytes of the copies; the warps of both blocks
@@ -31,7 +32,8 @@
 //
 // Epilogue A warpgroup writes 64 x 64 of y to shared memory. One thread stores it by a bulk copy,
 //          while all threads write the next 64 columns to a second buffer. Meanwhile the stages of
-//          the next tile are loaded, and the other warpgroup, up to four k-steps later, multiplies.
+//          the next tile are loaded, and the other warpgroup, which may be up to four k-steps
+//          behind, multiplies.
 // Early    Programmatic dependent launch: the block sets up its barriers while the previous kernel
 //          ends. The next kernel may start when the last store of every block is complete.
 // Bits     Each element of y is summed by one thread in one order.
@@ -50,7 +52,7 @@ struct GemmLotrTraits {
   static constexpr int SHARE = BN / PAIR;  // columns that each block loads for both
   static constexpr int GROUPS = 2, GROUP_ROWS = BM / GROUPS;  // warpgroups, and rows of each
   static constexpr int WARPS = 4 * GROUPS, THREADS = 32 * (WARPS + 1);
-  static constexpr int STAGES = 4, PANEL = 64;  // columns of y, or of MN-major W: 128 bytes
+  static constexpr int STAGES = 4, PANEL = 64;  // PANEL: columns of y or MN-major W, 128 bytes
   static constexpr int PANEL_BYTES = sizeof(T) * BK * PANEL;  // of MN-major W
 
   struct Stage {  // one k-step of a tile, or one of the rank

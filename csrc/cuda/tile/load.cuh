@@ -1,7 +1,7 @@
 // Global memory to a shared tile, and the dropout of a tile. A thread has the same chunks in both,
 // so it can mask what it copied as soon as its copies have landed, before the block's barrier.
 //
-// The rows of all matrices here start at multiples of 16 bytes (launchers pack the others), so
+// The rows of a Loader's matrix start at multiples of 16 bytes (operators.cu packs others), so
 // every copy is asynchronous. A tile inside the matrix takes a path without bounds checks: it needs
 // only the thread's address, and steps that are the same for all threads.
 #pragma once

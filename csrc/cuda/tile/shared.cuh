@@ -15,8 +15,8 @@
 
 namespace lotr::tile {
 
-// The order in memory of a product's operand. Neighbors in memory are neighbors along k (the sum),
-// or else along the rows of the first operand, the columns of the second.
+// The order in memory of a product's operand. along_k: neighbors in memory are neighbors along the
+// sum. across_k: they are neighbors along the rows of the first operand, the columns of the second.
 enum class Order { along_k, across_k };
 
 // 16 bytes of elements, as one value.

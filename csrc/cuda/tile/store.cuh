@@ -1,6 +1,6 @@
 // Accumulators to global memory: through a shared tile in the output's type, so that rows leave in
-// 16-byte chunks, or directly to a float32 matrix, where four lanes with two neighboring values
-// each fill a 32-byte sector.
+// 16-byte chunks (put, store), or directly, two neighbors at a time (store_rounded, SumTiles). In
+// float32, four lanes with two neighbors each fill a 32-byte sector.
 #pragma once
 #include "shared.cuh"
 
@@ -68,14 +68,15 @@ LOTR_DEVICE void store_rounded(const Matrix& to, int64_t i0, int64_t rows, int j
   }
 }
 
-// A FloatSum [rows, cols], and the lane's part of its 16 x 8 tiles as the accumulators have it.
+// Writes a FloatSum [rows, cols] in tiles of 16 x 8. A lane writes the four elements of a tile that
+// its accumulators belong to.
 struct SumTiles {
   FloatSum sum;
   int64_t rows;
   int cols;
 
-  // the tile at [i0, j0] += or = d * scale, nothing outside the matrix. All loads start before the
-  // first addition, which waits for its load.
+  // The tile at [i0, j0] inside the matrix: += d * scale if the sum is added to, else =. All loads
+  // start before the first addition, which waits for its load.
   LOTR_DEVICE void accumulate(int64_t i0, int j0, const float (&d)[4], float scale) const {
     float v[4] = {};
     if (sum.add) load(v, i0, j0);

@@ -106,7 +106,7 @@ void launches() {
            l.shared_bytes);
 }
 
-// y[t] = x[t] + 1 in blocks that may start before the previous launch has ended. All but the first
+// x[t] += 1 in blocks that may start before the previous launch has ended. All but the first
 // let the next one start.
 __global__ void early(float* x) {
   ptx::griddepcontrol_wait();
