@@ -40,8 +40,9 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def run_python(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
     """Runs Python with these arguments. `options` go to subprocess.run."""
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, **options
+    )
 
 
 # ---- comparisons ---------------------------------------------------------------------------------

@@ -63,8 +63,13 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
     ending = "import lotr_ext.info; lotr_ext.info.main([]); print(lotr_ext.__file__)"
     program = "\n".join([*blocks(ROOT / "docs" / "index.md", "python"), ending])
     environment = {name: text for name, text in os.environ.items() if not name.startswith("PYTHON")}
-    command = [venv / "bin" / "python", "-c", program]
-    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    process = subprocess.run(
+        [venv / "bin" / "python", "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     assert process.stdout.splitlines()[-1] == str(site / "lotr_ext" / "__init__.py")
 
@@ -123,3 +128,28 @@ runpy.run_path("setup.py", run_name="__main__")
     last_line = process.stderr.splitlines()[-1]
     assert last_line.startswith("lotr_ext: expected "), process.stderr
     assert all(word in last_line for word in words), process.stderr
+
+
+@pytest.mark.parametrize("name", ["CXXFLAGS", "CUDAFLAGS"])
+def test_cmake_starts_afresh_if_a_variable_that_it_reads_once_changes(
+    tmp_path: Path, name: str
+) -> None:
+    # It fails at the end, because the cmake that it calls prints its arguments and builds nothing.
+    program = f"""
+import runpy, subprocess, sys
+def print_command(command, **options):
+    print(command)
+    return subprocess.CompletedProcess(command, 0, "cmake version 3.26")
+subprocess.run = print_command
+sys.argv = ["setup.py", "--quiet", "build_ext", "--build-lib", {str(tmp_path)!r}]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    outputs = [
+        run_python(
+            *("-c", program),
+            cwd=ROOT,
+            env=os.environ | {"LOTR_BUILD_DIR": str(tmp_path / "build"), name: value},
+        ).stdout
+        for value in ("-O1", "-O1", "-O2")
+    ]
+    assert ["--fresh" in output for output in outputs] == [True, False, True]

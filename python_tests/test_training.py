@@ -162,8 +162,9 @@ RECIPES = [
 def test_the_recipe_for_a_language_model(size: dict, rank: int, core: str, group_by: str) -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SMOLLM2))
-    recommended = rank_for(model, **size, dropout=0.1)
-    assert recommended == LoTRConfig(rank=rank, core=core, group_by=group_by, dropout=0.1)
+    assert rank_for(model, **size, dropout=0.1) == LoTRConfig(
+        rank=rank, core=core, group_by=group_by, dropout=0.1
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # the rank exceeds a width, a head stays frozen
