@@ -39,10 +39,10 @@ struct Options {
   uint64_t seed = 1;          // of the random order; the same seed gives the same schedule
   unsigned preempt = 0;       // random order: chance in 256 of a switch at a memory access
   bool count_memory = false;  // bytes, sectors and bank conflicts (about twice as slow)
-  // Bytes of shared memory that a block may request, here on sm_90. On sm_86 and 89 it is 101376,
-  // on sm_80 166912.
+  // Bytes of shared memory that a block may request (sm_90; sm_86 and 89: 101376, sm_80: 166912).
   size_t shared_limit = 232448;
 };
+
 // For mutation tests: barriers, __syncwarp, arrivals, commits, waits and fences at this line do
 // nothing, as if the line were deleted and the kernel compiled again.
 struct Skip {

@@ -32,7 +32,7 @@ struct Launch {
   const char* name;
   dim3 grid, block, cluster;
   size_t smem;  // bytes
-  bool early;   // as LaunchArgs has it
+  bool early;   // a programmatic dependent launch, csrc/cuda/ptx/launch.cuh
 };
 void run_grid(const Launch& launch, void (*thread)(void*), void* context);
 

@@ -83,7 +83,7 @@ struct Thread {
   std::vector<WarpgroupProduct> products;
   uint64_t products_issued = 0;
   // What the checks and counters need:
-  uint32_t proxy_fences = 0;  // how many it has called
+  uint32_t proxy_fences = 0;  // its calls of fence.proxy.async
   bool wgmma_fenced = false;
   bool may_touch_global = true;  // false in an early launch, until griddepcontrol.wait
   std::vector<Access> log;       // since the warp last converged

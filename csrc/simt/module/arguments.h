@@ -32,7 +32,8 @@ class Arguments {
   Matrix output(const char* name, DType as, int64_t rows, int64_t cols) const;
   FloatSum sum(const char* name, int64_t rows, int64_t cols, bool add) const;
   const void* vector(const char* name, DType as, int64_t size) const;  // [size]
-  // float32, of any strides: for a pointer in a problem, the caller passes a contiguous array.
+  // float32. Strides are not checked: where the problem has only this pointer, the array must be
+  // contiguous.
   float* floats(const char* name, std::vector<int64_t> shape) const;
   // Matrices [count, rows, cols] of any type: the first one, and the stride from one to the next.
   struct Stack {
