@@ -8,7 +8,7 @@ D_tl is the change of layer l by LoRA t, a product of its two factors that is ne
 its norm over all layers. Divided by it, all LoRAs count alike: what is minimized is the sum of
 their squared relative errors. "Compress then Serve" (arXiv 2407.00066) has one pair per layer.
 
-The LoRAs' files are read one group at a time, so memory does not grow with the collection's size.
+The LoRAs' files are read one group at a time, so memory holds one group's factors, of all LoRAs.
 """
 
 import math

@@ -103,7 +103,7 @@ def grouped_linear(
 
 
 def _cast(call: LayerCall, dtype: torch.dtype, caches: Caches | None) -> LayerCall:
-    """Returns the call as autocast casts it. The operators round A, B and the core themselves."""
+    """Returns the call as autocast casts it. The operators accept A, B and the core in float32."""
     if call.base_output is not None:
         dtype = call.base_output.dtype  # the adapter must not round what its base did not
     if caches is None or torch.compiler.is_compiling():

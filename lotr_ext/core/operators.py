@@ -14,7 +14,8 @@ It also holds the Python functions through which the autograd nodes call the ope
 
 dtypes: x, u, F, h, y and their gradients have one dtype: float32, bfloat16, float16 or float64.
 Sums over tokens and layers are float32 (float64 for float64). Factors may be float32 if x has a
-half-precision dtype. They are then rounded to x's dtype first, as under autocast.
+half-precision dtype. Products with x, u and h then round them to x's dtype, as under autocast.
+Products of the core with B do not.
 
 Not here: gradients (nodes.py), the same formulas in PyTorch (fallback.py), and the question whether
 the kernels can run on a device (kernel_support.py).
